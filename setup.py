@@ -1,0 +1,52 @@
+"""pip install .  |  pip install -c constraints.txt '.[test]'  |  '.[tpu]' or '.[cuda]' on such a machine.
+
+Lower bounds are the versions that the suite runs on (constraints.txt pins them all); upper bounds
+are the next release in which that project may break its users.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+?)'", (HERE / 't5lab/__init__.py').read_text()).group(1)
+
+setup(
+    name='t5lab',
+    version=VERSION,
+    description='Encoder-decoder and decoder-only Transformers in JAX: train, evaluate, use.',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11,<3.14',
+    packages=find_packages(include=['t5lab', 't5lab.*']),
+    package_data={'t5lab.data': ['files/*']},
+    entry_points={'console_scripts': ['t5lab = t5lab.cli:main']},
+    install_requires=[
+        'jax>=0.10.2,<0.11',
+        'flax>=0.12.8,<0.13',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'numpy>=2.4,<3',
+        'ml-collections>=1.1,<2',
+        'grain>=0.2.18,<0.3',
+        'seqio>=0.0.20,<0.1',
+        'tensorflow>=2.21,<2.22',            # seqio's; it never sees an accelerator
+        'tensorflow-text>=2.21,<2.22',
+        'tensorflow-datasets>=4.9.10,<5',
+        'importlib_resources>=6',            # tensorflow-datasets uses it and does not ask for it
+        'sentencepiece>=0.2.1,<0.3',
+        'sacrebleu>=2.6,<3',
+        'rouge-score>=0.1.2,<0.2',
+        'rich>=14,<16',
+        'tensorboardX>=2.6.4,<3',
+    ],
+    extras_require={
+        'tpu': ['jax[tpu]'],
+        'cuda': ['jax[cuda12]'],
+        'notebook': ['matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
+        'test': ['pytest>=9,<10', 'ruff>=0.17,<0.18', 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6',
+                 'matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
+    },
+)

@@ -1,0 +1,219 @@
+"""Every knob and its default, once. Reading a config touches no device and imports no jax.
+
+A config is a Python file with `get_config(arg='')`; see configs/. On the command line
+`--config FILE[:ARG]`, then `--config.optim.lr=3e-3` for any key below.
+"""
+
+import ast
+import importlib.util
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from t5lab.errors import UsageError, did_you_mean
+from t5lab.models import families
+
+
+def base(family: str, **model) -> ConfigDict:
+  """The default config of a family row; `model` overrides fields of TransformerConfig."""
+  c = ConfigDict()
+  c.family = family                  # row of models/families.py that `model` started from
+  c.model = ConfigDict({**families.row(family), **_known(model, families.row(family), 'model')})
+  c.seed = 0                         # of parameters, data order and dropout: all are fold_in's of it
+  c.total_steps = 1000
+
+  c.data = d = ConfigDict()
+  d.mixture = ''                     # a seqio Task or Mixture
+  d.split = 'train'
+  d.vocab = 't5lab_4k'               # an embedded vocabulary, 'byte', or a path to a .model file
+  d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
+  d.batch_size = 64                  # rows a step, over all devices and microbatches
+  d.pack = True                      # several short examples in a row, kept apart by segment ids
+
+  c.optim = o = ConfigDict()
+  o.name = 'adafactor'               # see training/optim.py
+  o.lr = 1e-3
+  o.schedule = 'constant'            # constant | rsqrt | cosine | linear | wsd
+  o.warmup = 0                       # steps; for rsqrt, the steps at a constant lr
+  o.end_lr = 0.                      # where cosine, linear and wsd end, as a fraction of lr
+  o.decay_steps = 0.1                # wsd: fraction of total_steps that decays
+  o.clip = 0.                        # global gradient norm; 0: off
+  o.weight_decay = 0.
+  o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8   # adamw
+  o.microbatches = 1                 # gradient accumulation: the batch in so many parts
+  o.ema = 0.                         # decay of the averaged weights; 0: off
+
+  c.loss = l = ConfigDict()
+  l.z_loss = 1e-4                    # times log(Z)^2 a token [T5X losses.py]
+  l.label_smoothing = 0.
+  l.chunks = 1                       # parts of the batch's tokens whose logits exist at once
+
+  c.mesh = m = ConfigDict()
+  m.data, m.model = -1, 1            # devices an axis; -1: what is left
+  c.rules = 'dp'                     # row of parallel/sharding.py: dp | fsdp | tp | fsdp_tp
+
+  c.log = g = ConfigDict()
+  g.every = 20                       # steps between rows of metrics.jsonl
+  c.checkpoint = k = ConfigDict()
+  k.every = 500                      # steps; the last step is always saved
+  k.keep = 3                         # newest ones kept, and the best
+  k.best = ''                        # evaluation metric, as 'ha_ende/ema/bleu'; '': none
+
+  c.eval = e = ConfigDict()
+  e.mixture = ''                     # '': that of data
+  e.split = 'validation'
+  e.every = 0                        # steps; 0: only after the last
+  e.examples = 0                     # first so many of the split; 0: all
+  e.batch_size = 64
+  e.max_length = 0                   # generated tokens; 0: data.lengths.targets
+  e.samples = 5                      # source, reference, prediction triples shown
+  e.temperature = 0.                 # 0: greedy
+  e.beams = 1                        # over 1: beam search
+  e.alpha = 0.6                      # its length penalty [Wu et al. 2016]
+  c.lock()
+  return c
+
+
+def tiny(c: ConfigDict) -> ConfigDict:
+  """The same experiment for seconds on one CPU: two layers, 32 wide, ten steps."""
+  c.model.update(d_model=32, d_ff=64, n_heads=2, d_head=16, dec_layers=min(2, c.model.dec_layers),
+                 enc_layers=min(2, c.model.enc_layers), dtype='float32')
+  c.total_steps = 10
+  c.data.batch_size = 8
+  for feature, length in c.data.lengths.items():
+    c.data.lengths[feature] = min(32, length)
+  c.optim.warmup = min(c.optim.warmup, 2)
+  c.log.every, c.checkpoint.every, c.eval.every = 1, 5, 0
+  c.eval.examples, c.eval.batch_size, c.eval.max_length = 8, 8, 8
+  return c
+
+
+def model_config(c: ConfigDict) -> families.TransformerConfig:
+  fields = c.model.to_dict()
+  return families.TransformerConfig(**{**fields, 'acts': tuple(fields['acts'])})
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+  """'configs/x.py:arg' and {'optim.lr': '3e-3'} -> a locked config."""
+  path, _, arg = file_and_arg.partition(':')
+  if not pathlib.Path(path).is_file():
+    near = sorted(str(p) for p in pathlib.Path(path).parent.glob('*.py'))
+    raise UsageError(f'no config file {path!r}.{did_you_mean(path, near) if near else ""}')
+  spec = importlib.util.spec_from_file_location('t5lab_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  try:
+    c = module.get_config(arg)
+  except (AttributeError, KeyError) as e:      # a locked ConfigDict refuses a key it does not have
+    raise UsageError(f'{path}: {" ".join(str(e).split())}') from e
+  for key, value in (overrides or {}).items():
+    override(c, key, value)
+  check(c)
+  return c
+
+
+def override(c: ConfigDict, key: str, text: str) -> None:
+  """Sets c.<key> from text, which is read as the type of the present value."""
+  *parents, leaf = key.split('.')
+  node, at = c, ''
+  for name in [*parents, leaf]:
+    if not isinstance(node, ConfigDict) or name not in node:
+      known = list(node) if isinstance(node, ConfigDict) else []
+      raise UsageError(f'unknown config key {key!r}.{did_you_mean(name, known)}'
+                       + (f' (in {at!r})' if at else ''))
+    at = f'{at}.{name}'.strip('.')
+    if name != leaf or at != key:
+      node = node[name]
+  now = node[leaf]
+  if isinstance(now, ConfigDict):
+    raise UsageError(f'{key!r} is a section; set one of its keys: {", ".join(now)}')
+  node[leaf] = _parse(key, text, now)
+
+
+def _parse(key, text, now):
+  kind = type(now)
+  wrong = UsageError(f'config key {key!r} takes {kind.__name__} (now {now!r}), not {text!r}')
+  if kind is str:
+    return text
+  if kind is bool:
+    values = {'true': True, '1': True, 'false': False, '0': False}
+    if text.lower() not in values:
+      raise wrong
+    return values[text.lower()]
+  try:
+    value = ast.literal_eval(text)
+    if kind is int and isinstance(value, float) and value.is_integer():
+      value = int(value)                       # 1e6 steps
+    if kind is float and type(value) is int:
+      value = float(value)
+    if kind is tuple:
+      value = (value,) if isinstance(value, str) else tuple(value)
+  except (ValueError, SyntaxError, TypeError) as e:
+    raise wrong from e
+  if type(value) is not kind:
+    raise wrong
+  return value
+
+
+def check(c: ConfigDict) -> None:
+  """The rules that need no data and no device. UsageError names the value and the limit."""
+  expected = base('tiny')
+  _known(keys(c), keys(expected), '')
+  missing = sorted(set(keys(expected)) - set(keys(c)))
+  if missing:
+    raise UsageError(f'the config lacks {", ".join(missing)}: a section was replaced by a dict')
+  for key in ('total_steps', 'data.batch_size', 'optim.microbatches', 'loss.chunks', 'log.every',
+              'checkpoint.every', 'checkpoint.keep', 'eval.batch_size', 'data.lengths.targets',
+              'eval.beams'):
+    if keys(c)[key] < 1:
+      raise UsageError(f'{key}={keys(c)[key]}: it must be 1 or more')
+  if c.data.batch_size % c.optim.microbatches:
+    raise UsageError(f'data.batch_size={c.data.batch_size} is not a multiple of '
+                     f'optim.microbatches={c.optim.microbatches}')
+  if not 0 <= c.optim.ema < 1:
+    raise UsageError(f'optim.ema={c.optim.ema}: a decay in [0, 1), as 0.999')
+  if not c.data.mixture:
+    raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende')
+  if bool(c.model.enc_layers) != bool(c.data.lengths.inputs) and c.model.enc_layers:
+    raise UsageError(f'data.lengths.inputs={c.data.lengths.inputs}, but the model has '
+                     f'{c.model.enc_layers} encoder layers; give the inputs a length')
+  model_config(c)
+
+
+def keys(c: ConfigDict) -> dict:
+  """{'optim.lr': 0.001, …}."""
+  flat = {}
+  for k, v in c.items():
+    flat.update({f'{k}.{q}': w for q, w in keys(v).items()} if isinstance(v, ConfigDict)
+                else {k: v})
+  return flat
+
+
+def to_dict(c: ConfigDict) -> dict:
+  """Plain JSON values: what is saved beside checkpoints and alone rebuilds the model."""
+  return json.loads(json.dumps(c.to_dict()))
+
+
+def from_dict(d: dict) -> ConfigDict:
+  """A saved config. Keys that are newer than the save take their defaults, unknown ones raise."""
+  c = base('tiny')
+  def fill(node, values, at):
+    for k, v in _known(values, node, at).items():
+      if isinstance(node[k], ConfigDict):
+        fill(node[k], v, f'{at}.{k}'.strip('.'))
+      else:
+        node[k] = tuple(v) if isinstance(v, list) else v
+  fill(c, d, '')
+  check(c)
+  return c
+
+
+def _known(given, known, at):
+  for k in given:
+    if k not in known:
+      raise UsageError(f'unknown config key {(at + "." + k).strip(".")!r}.{did_you_mean(k, known)}')
+  return given

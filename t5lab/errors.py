@@ -1,0 +1,41 @@
+"""Errors that end a command: one line for the person, one exit code for the machine.
+
+Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
+75 preempted, start the same command again · 124 watchdog.
+"""
+
+
+class Failure(Exception):
+  """Ends a command with `code`. The message is one line: the value, the limit, the alternatives."""
+  code = 70
+
+
+class UsageError(Failure):
+  code = 2
+
+
+class DataError(Failure):
+  code = 3
+
+
+class CheckpointError(Failure):
+  code = 4
+
+
+class NumericalError(Failure):
+  code = 70
+
+
+class Preempted(Failure):
+  code = 75
+
+
+def did_you_mean(name: str, known) -> str:
+  """' Did you mean 'x'?' for the closest known name, else the known names, as a sentence."""
+  import difflib
+  known = sorted(map(str, known))
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+  if close:
+    return f" Did you mean {' or '.join(map(repr, close))}?"
+  shown = ', '.join(known[:20]) + (f', … ({len(known)} in all)' if len(known) > 20 else '')
+  return f' Known: {shown}.'

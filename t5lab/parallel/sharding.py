@@ -1,0 +1,142 @@
+"""Meshes, the rows that map logical axes to mesh axes, and the two ways to use them.
+
+Parameters carry logical axis names from their definition; `shardings` turns those into
+NamedShardings. Activations are pinned by `constrain`, which knows every name and raises on others:
+flax's own constraint is silently ignored outside `jax.set_mesh`, and a mistyped name silently
+means "replicated".
+"""
+
+import contextlib
+import contextvars
+import math
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from t5lab import trees
+from t5lab.errors import UsageError, did_you_mean
+
+MESH_AXES = ('data', 'model')
+
+# Every logical axis name. Parameters: vocab, embed, heads (N * H joined), mlp, norm, layers,
+# buckets, rel_heads. Activations: batch, length, act_embed, act_heads, act_mlp, act_vocab.
+AXES = ('vocab', 'embed', 'heads', 'mlp', 'norm', 'layers', 'buckets', 'rel_heads',
+        'batch', 'length', 'act_embed', 'act_heads', 'act_mlp', 'act_vocab')
+
+_DATA = {'batch': 'data'}
+_TENSOR = {'vocab': 'model', 'heads': 'model', 'mlp': 'model',
+           'act_heads': 'model', 'act_mlp': 'model', 'act_vocab': 'model'}
+
+# A name that a row leaves out is replicated.
+RULES = {
+    'dp': _DATA,
+    'fsdp': {**_DATA, 'embed': 'data'},
+    'tp': {**_DATA, **_TENSOR},
+    'fsdp_tp': {**_DATA, **_TENSOR, 'embed': 'data'},
+}
+
+_rules = contextvars.ContextVar('rules', default=None)
+
+
+def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
+  """A ('data', 'model') mesh over all devices; -1 takes what is left.
+
+  Axes are Auto: the compiler propagates shardings from what we pin (jax.make_mesh's own default,
+  Explicit, makes every operation state its sharding).
+  """
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  sizes = [data, model]
+  if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    raise UsageError(f'mesh.data={data}, mesh.model={model}: sizes are 1 or more, or one -1 for '
+                     'what is left')
+  known = math.prod(s for s in sizes if s != -1)
+  if n % known or (-1 not in sizes and known != n):
+    raise UsageError(f'mesh.data={data}, mesh.model={model} asks for a multiple of {known} '
+                     f'devices, this machine has {n}; sizes that fit multiply to {n}, or use -1')
+  sizes = [n // known if s == -1 else s for s in sizes]
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def rules_row(name: str) -> dict:
+  if name not in RULES:
+    raise UsageError(f'rules={name!r} is unknown.{did_you_mean(name, RULES)}')
+  return RULES[name]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: str):
+  """Inside, `constrain` pins activations by the row `rules` on `mesh`."""
+  token = _rules.set(rules_row(rules))
+  try:
+    with jax.set_mesh(mesh):
+      yield mesh
+  finally:
+    _rules.reset(token)
+
+
+def spec(axes: tuple[str | None, ...], rules: dict) -> P:
+  """Logical axes -> PartitionSpec. A mesh axis is used once: the first axis that asks has it."""
+  taken, parts = set(), []
+  for axis in axes:
+    if axis is not None and axis not in AXES:
+      raise UsageError(f'no logical axis {axis!r}.{did_you_mean(axis, AXES)}')
+    target = rules.get(axis)
+    parts.append(None if target in taken else target)
+    taken.add(target)
+  return P(*parts)
+
+
+def constrain(x, *axes: str | None):
+  """Pins x to its logical axes under `use`; elsewhere only checks the names and the rank."""
+  if len(axes) != x.ndim:
+    raise ValueError(f'{len(axes)} axes {axes} for an array of shape {x.shape}')
+  rules = _rules.get()
+  s = spec(axes, rules or {})
+  return x if rules is None else jax.lax.with_sharding_constraint(x, s)
+
+
+def shardings(boxed, mesh: Mesh, rules: str):
+  """Boxed abstract parameters (from eval_shape of init) -> NamedSharding for each leaf.
+
+  An axis whose length the mesh axis does not divide is an error that names the parameter.
+  """
+  row = rules_row(rules)
+  def one(path, box):
+    s = spec(box.names, row)
+    for size, name, axis in zip(box.value.shape, box.names, s):
+      if axis is not None and size % mesh.shape[axis]:
+        raise UsageError(f"{path}: axis {name!r} has {size} rows, the mesh's {axis!r} axis has "
+                         f'{mesh.shape[axis]} devices; one must divide the other, or choose '
+                         f'other rules than {rules!r}')
+    return NamedSharding(mesh, s)
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree_util.tree_map_with_path(
+      lambda p, x: one(trees.path_name(p), x), boxed, is_leaf=is_box)
+
+
+def like_params(tree, params, param_shardings, mesh: Mesh):
+  """Shardings for a tree that mirrors parameters (optimizer state): a leaf whose path ends in a
+  parameter's path and has its shape is sharded like it, any other is replicated."""
+  by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
+      trees.flatten(params).items(), jax.tree.leaves(param_shardings))}
+  replicated = NamedSharding(mesh, P())
+  def one(path, leaf):
+    parts = trees.path_name(path).split('/')
+    for i in range(len(parts)):
+      found = by_path.get('/'.join(parts[i:]))
+      if found and found[0] == leaf.shape:
+        return found[1]
+    return replicated
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a numpy batch -> global arrays, sharded over the data axis."""
+  def one(x):
+    s = NamedSharding(mesh, P('data', *(None,) * (x.ndim - 1)))
+    return jax.make_array_from_process_local_data(s, x)
+  return {k: one(v) for k, v in batch.items()}

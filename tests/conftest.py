@@ -1,0 +1,26 @@
+"""Shared set-up: CPU, eight virtual devices, highest precision, a compilation cache."""
+
+import os
+import pathlib
+
+# Before jax is imported anywhere: the number of devices is fixed when the backend starts.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+_CACHE = pathlib.Path(__file__).parent.parent / '.cache' / 'jax'
+_CACHE.mkdir(parents=True, mode=0o700, exist_ok=True)
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+@pytest.fixture
+def rng():
+  """A numpy Generator: random streams of jax change between versions, numpy's do not."""
+  return np.random.default_rng(0)
