@@ -26,7 +26,7 @@ def base(family: str, **model) -> ConfigDict:
   c.data = d = ConfigDict()
   d.mixture = ''                     # a seqio Task or Mixture
   d.split = 'train'
-  d.vocab = 't5lab_4k'               # an embedded vocabulary, 'byte', or a path to a .model file
+  d.vocab = 't5lab_2048'              # an embedded vocabulary, 'byte', or a path to a .model file
   d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
   d.batch_size = 64                  # rows a step, over all devices and microbatches
   d.pack = True                      # several short examples in a row, kept apart by segment ids
