@@ -37,7 +37,7 @@ def base(family: str, **model) -> ConfigDict:
   o.schedule = 'constant'            # constant | rsqrt | cosine | linear | wsd
   o.warmup = 0                       # steps; for rsqrt, the steps at a constant lr
   o.end_lr = 0.                      # where cosine, linear and wsd end, as a fraction of lr
-  o.decay_steps = 0.1                # wsd: fraction of total_steps that decays
+  o.decay_fraction = 0.1             # wsd: the last part of total_steps, which decays
   o.clip = 0.                        # global gradient norm; 0: off
   o.weight_decay = 0.
   o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8   # adamw

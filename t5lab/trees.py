@@ -17,7 +17,7 @@ Rows = Iterable[tuple[str, Any]]
 
 
 def path_name(keys) -> str:
-  """A jax key path as 'a/b/c': dict keys, field names of (named) tuples and dataclasses, indices."""
+  """A jax key path as 'a/b/c': dict keys, field names (NamedTuple, dataclass), tuple indices."""
   return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 

@@ -127,6 +127,18 @@ class Pipeline:
             self._places(step, self._first, self._local)]
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
+  def epoch(self) -> Iterator[dict[str, np.ndarray]]:
+    """Each row of each task once, in a fixed order, for evaluation: all of it in every process.
+
+    The last batch is filled with empty rows, which carry no loss.
+    """
+    places = [(r, i) for r in self.rows for i in range(len(r.layout))]
+    for first in range(0, len(places), self.batch_size):
+      rows = [r.row(0, i) for r, i in places[first:first + self.batch_size]]
+      empty = {name: np.zeros_like(x) for name, x in rows[0].items()}
+      rows += [empty] * (self.batch_size - len(rows))
+      yield {name: np.stack([r[name] for r in rows]) for name in empty}
+
   def example_ids(self, step: int) -> list[str]:
     """What the whole batch of `step` was made of, as 'task:index', for reports."""
     return [f'{self.rows[c].name}:{i}' for c, epoch, r in self._places(step, 0, self.batch_size)

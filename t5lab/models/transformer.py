@@ -190,3 +190,24 @@ def init_cache(config: TransformerConfig, batch: int, length: int, memory: Array
   if config.enc_layers:
     cache.update(memory=memory, memory_mask=memory_segments > 0)
   return cache
+
+
+def decoding(config: TransformerConfig):
+  """The model as two pure functions, all that decoding knows of it.
+
+  start(params, inputs int[B, S], segments int[B, S], length) -> an empty cache; decoder-only models
+  ignore the inputs. step(params, tokens int[B, 1], cache, index) -> (logits[B, V], cache).
+  """
+  model = Transformer(config)
+
+  def start(params, inputs, segments, length):
+    if not config.enc_layers:
+      return init_cache(config, inputs.shape[0], length)
+    memory, segments = model.apply({'params': params}, inputs, segments, method='encode')
+    return init_cache(config, inputs.shape[0], length, memory, segments)
+
+  def step(params, tokens, cache, index):
+    logits, cache = model.apply({'params': params}, tokens, cache, index, method='decode')
+    return logits[:, 0], cache
+
+  return start, step

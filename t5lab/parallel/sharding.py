@@ -118,19 +118,23 @@ def shardings(boxed, mesh: Mesh, rules: str):
       lambda p, x: one(trees.path_name(p), x), boxed, is_leaf=is_box)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
 def like_params(tree, params, param_shardings, mesh: Mesh):
   """Shardings for a tree that mirrors parameters (optimizer state): a leaf whose path ends in a
   parameter's path and has its shape is sharded like it, any other is replicated."""
   by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
       trees.flatten(params).items(), jax.tree.leaves(param_shardings))}
-  replicated = NamedSharding(mesh, P())
+  elsewhere = replicated(mesh)
   def one(path, leaf):
     parts = trees.path_name(path).split('/')
     for i in range(len(parts)):
       found = by_path.get('/'.join(parts[i:]))
       if found and found[0] == leaf.shape:
         return found[1]
-    return replicated
+    return elsewhere
   return jax.tree_util.tree_map_with_path(one, tree)
 
 

@@ -1,0 +1,66 @@
+"""t5lab <command>: train, eval, infer. `t5lab <command> --help` says the rest.
+
+Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
+75 preempted: the same command goes on · 124 watchdog. One line on an error; --debug shows the trace.
+"""
+
+import importlib
+import os
+import sys
+
+from t5lab.errors import Failure, UsageError, did_you_mean
+
+# Each is a module with main(argv) that also runs alone: python -m t5lab.commands.train.
+COMMANDS = {
+    'train': 'train a config; the same command resumes it',
+    'eval': "score a run's checkpoints on a task",
+    'infer': 'text in, text out',
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  argv = sys.argv[1:] if argv is None else argv
+  debug = '--debug' in argv
+  argv = [a for a in argv if a != '--debug']
+  if not debug:
+    from absl import logging               # seqio's advice on every evaluation
+    logging.set_verbosity(logging.ERROR)
+  try:
+    return _run(argv)
+  except Failure as e:
+    if debug:
+      raise
+    print(f't5lab: {" ".join(str(e).split())}', file=sys.stderr)
+    return e.code
+  except KeyboardInterrupt:
+    print('t5lab: interrupted', file=sys.stderr)
+    return 75
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader left: `| head`
+    return 0
+  except Exception as e:                   # a fault of ours: still one line, and how to see more
+    if debug:
+      raise
+    what = ' '.join(str(e).split())[:300]
+    print(f't5lab: internal error, {type(e).__name__}: {what} (--debug shows the trace)',
+          file=sys.stderr)
+    return Failure.code
+
+
+def _run(argv):
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(__doc__.strip(), '\n')
+    for name, text in COMMANDS.items():
+      print(f'  {name:8}{text}')
+    return 0
+  if argv[0] == '--version':
+    from t5lab import __version__
+    print(__version__)
+    return 0
+  if argv[0] not in COMMANDS:
+    raise UsageError(f'no command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}')
+  return importlib.import_module(f't5lab.commands.{argv[0]}').main(argv[1:]) or 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

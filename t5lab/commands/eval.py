@@ -1,0 +1,90 @@
+"""t5lab eval --workdir DIR [--step latest|best|all|N] [--split S] [--task NAME]
+
+Loss and accuracy of the split, and the task's own metrics on decoded text, of the raw and of the
+averaged weights. Writes DIR/eval/<step>.json and the predictions as DIR/eval/<step>.<weights>.jsonl,
+and prints a table. Options that start with --config.eval. change how it decodes, as
+--config.eval.beams=4.
+"""
+
+import argparse
+import functools
+import sys
+
+from t5lab import config as configs
+from t5lab.commands import Parser, split_overrides
+from t5lab.errors import CheckpointError, UsageError
+
+
+def main(argv: list[str] | None = None) -> int:
+  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+  parser = Parser('t5lab eval', description=__doc__,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--step', default='latest', help='latest (default), best, all, or a number')
+  parser.add_argument('--split', help="default: the config's eval.split")
+  parser.add_argument('--task', help="a Task or Mixture; default: the config's")
+  args = parser.parse_args(argv)
+  for key in overrides:
+    if not key.startswith('eval.'):
+      raise UsageError(f'--config.{key}: eval takes changes of eval.* only')
+
+  import jax
+
+  from t5lab import lab as labs
+  from t5lab.models.transformer import Transformer
+  from t5lab.parallel import sharding
+  from t5lab.training import loop, rundir, step as steps
+  c = configs.from_dict(rundir.read_config(args.workdir))
+  if args.task:
+    c.eval.mixture = args.task
+  for key, value in overrides.items():
+    configs.override(c, key, value)
+  configs.check(c)
+  checkpoints = labs.open_checkpoints(c, args.workdir)
+  numbers = checkpoints.steps()
+  if not numbers:
+    raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')
+  chosen = numbers if args.step == 'all' else [args.step]
+  evaluation = loop.open_evaluation(c, args.split)
+  sums = jax.jit(functools.partial(steps.eval_step, model=Transformer(configs.model_config(c))))
+  mesh = sharding.make_mesh(**c.mesh.to_dict())
+  changed = ''.join(f'.{x}' for x in (args.task, args.split) if x)
+  for number in chosen:
+    found = {}
+    for name in ('raw', 'ema') if c.optim.ema else ('raw',):
+      found[name] = labs.load(args.workdir, number, name, config=c)
+    step = found['raw'].step
+    with sharding.use(mesh, c.rules):
+      result = loop.evaluate(evaluation, found, sums, mesh)
+    path = loop.write_evaluation(args.workdir, step, result, changed)
+    show(result, f'{args.workdir} · step {step} · {args.split or c.eval.split}',
+         c.eval.samples)
+    print(path)
+  return 0
+
+
+def show(result, title: str, samples: int = 0) -> None:
+  """Scores as a table, a row for each task and weights, then some predictions."""
+  from rich.console import Console
+  from rich.table import Table
+  rows, columns = {}, {}
+  for key, value in result.scores.items():
+    *task, weights, metric = key.split('/')
+    rows.setdefault(('/'.join(task), weights), {})[metric] = value
+    columns[metric] = True
+  table = Table(title=title)
+  for name in ('task', 'weights', *columns):
+    table.add_column(name, justify='left' if name in ('task', 'weights') else 'right')
+  for (task, weights), values in rows.items():
+    table.add_row(task, weights, *(f'{values[m]:.3f}' if m in values else '' for m in columns))
+  console = Console()
+  console.print(table)
+  for p in list(result.predictions.values())[-1][:samples] if result.predictions else ():
+    for name, text in (('source', p.source), ('reference', p.target), ('output', p.prediction)):
+      console.print(f'{name:>10}  {text}', markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+if __name__ == '__main__':
+  from t5lab import cli
+  sys.exit(cli.main(['eval', *sys.argv[1:]]))

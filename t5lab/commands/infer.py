@@ -1,0 +1,123 @@
+"""t5lab infer --workdir DIR [--task NAME] < lines > lines
+t5lab infer --workdir DIR --input x.jsonl --output y.jsonl
+
+A line in, a line out, in order. JSONL rows are objects with the fields of the task (translation: en;
+question answering: question and context) or {"inputs": the model's input as it is}; each comes back
+with "output" added. Plain lines fill a task's only field.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+import sys
+
+from t5lab.commands import Parser
+from t5lab.errors import DataError, UsageError
+
+CHUNK = 1024     # rows decoded before their output is written
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = Parser('t5lab infer', description=__doc__,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--step', default='latest', help='latest (default), best, or a number')
+  parser.add_argument('--weights', choices=('ema', 'raw'),
+                      help='default: the average where the run keeps one')
+  parser.add_argument('--task', help="whose prompt to put around each row; default: the run's own; "
+                                     "'' for none")
+  parser.add_argument('--input', help='a .jsonl or text file; default: standard input, as text')
+  parser.add_argument('--output', help='a file; default: standard output')
+  parser.add_argument('--max-length', type=int, help='most tokens generated')
+  parser.add_argument('--beams', type=int, help='over 1: beam search')
+  parser.add_argument('--temperature', type=float, help='0: greedy')
+  parser.add_argument('--top-k', type=int)
+  parser.add_argument('--top-p', type=float)
+  parser.add_argument('--seed', type=int)
+  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+
+  from t5lab import lab as labs
+  rows, as_json = read(args.input)
+  if args.output and not Path(args.output).absolute().parent.is_dir():
+    raise UsageError(f'--output {args.output}: its folder does not exist')
+  lab = labs.load(args.workdir, args.step, args.weights)
+  options = dict(length=args.max_length, beams=args.beams, temperature=args.temperature,
+                 top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+  limit, cut = lab.config.data.lengths.inputs, 0
+  with _writer(args.output) as write:
+    for first in range(0, len(rows), CHUNK):
+      part = rows[first:first + CHUNK]
+      texts = [row.get('inputs') if isinstance(row, dict) and 'inputs' in row else row
+               for row in part]
+      plain = all(isinstance(row, dict) and 'inputs' in row for row in part)
+      task = '' if plain and args.task is None else args.task
+      cut += sum(limit and len(lab.tokens(text)) > limit for text in texts if isinstance(text, str))
+      for row, output in zip(part, lab.generate(texts, task, **options)):
+        if as_json:
+          row = row if isinstance(row, dict) else {'inputs': row}
+          write(json.dumps({**row, 'output': output}, ensure_ascii=False) + '\n')
+        else:
+          write(output.replace('\n', ' ') + '\n')          # a line in, a line out
+      if args.output and len(rows) > CHUNK:
+        print(f'{min(first + CHUNK, len(rows))}/{len(rows)}', file=sys.stderr)
+  if cut:
+    print(f't5lab: {cut} of {len(rows)} inputs are longer than the {limit} tokens that the model '
+          'was trained on; their outputs may be poor', file=sys.stderr)
+  return 0
+
+
+def read(path: str | None) -> tuple[list, bool]:
+  """(rows, whether they are JSON). A DataError names the file, the line and what is wrong."""
+  name = path or 'standard input'
+  try:
+    data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+  except OSError as e:
+    raise DataError(f'cannot read {name}: {e.strerror}') from e
+  as_json = bool(path) and path.endswith(('.jsonl', '.json'))
+  rows = []
+  lines = data.removeprefix(b'\xef\xbb\xbf').split(b'\n')
+  if lines and not lines[-1]:
+    lines.pop()
+  for number, line in enumerate(lines, start=1):
+    try:
+      text = line.rstrip(b'\r').decode('utf-8')
+    except UnicodeDecodeError as e:
+      raise DataError(f'{name}:{number}: byte {e.start} (0x{line[e.start]:02x}) is not UTF-8; '
+                      'convert the file, as with iconv -f latin1 -t utf-8') from e
+    if not as_json:
+      rows.append(text)
+      continue
+    try:
+      row = json.loads(text)
+    except ValueError as e:
+      raise DataError(f'{name}:{number}: not JSON: {e}') from e
+    if not isinstance(row, dict):
+      raise DataError(f'{name}:{number}: expected a JSON object, found {type(row).__name__}')
+    rows.append(row)
+  if not rows:
+    raise DataError(f'{name} is empty')
+  return rows, as_json
+
+
+@contextlib.contextmanager
+def _writer(path):
+  """A write function; a file appears whole or not at all."""
+  if not path:
+    yield lambda text: (sys.stdout.write(text), sys.stdout.flush())
+    return
+  part = f'{path}.part'
+  try:
+    with open(part, 'w', encoding='utf-8') as f:
+      yield f.write
+    os.replace(part, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(part)
+    raise
+
+
+if __name__ == '__main__':
+  from t5lab import cli
+  sys.exit(cli.main(['infer', *sys.argv[1:]]))

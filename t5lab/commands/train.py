@@ -1,0 +1,36 @@
+"""t5lab train --config FILE[:ARG] --workdir DIR [--config.KEY=VALUE …]
+
+Trains and evaluates. Run again, it goes on where it was: after a crash, a kill, or a SIGTERM, which
+saves and exits 75. A workdir that holds another model or data is refused, naming what differs.
+"""
+
+import argparse
+import sys
+
+from t5lab import config as configs
+from t5lab.commands import Parser, split_overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+  parser = Parser('t5lab train', description=__doc__,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
+                      help='a config file; ARG goes to its get_config, as :tiny')
+  parser.add_argument('--workdir', required=True, help='where everything of this run goes')
+  parser.add_argument('--resume', choices=('auto', 'never', 'must'), default='auto',
+                      help='what to do with a workdir that has checkpoints: go on (auto), refuse it '
+                           '(never), refuse one without (must)')
+  parser.add_argument('--allow-data-change', action='store_true',
+                      help='resume even though the data is not that of the checkpoint')
+  args = parser.parse_args(argv)
+  c = configs.load(args.config, overrides)
+  from t5lab.training import loop
+  loop.train(c, args.workdir, resume=args.resume, allow_data_change=args.allow_data_change)
+  print(f'done: {args.workdir}')
+  return 0
+
+
+if __name__ == '__main__':
+  from t5lab import cli
+  sys.exit(cli.main(['train', *sys.argv[1:]]))

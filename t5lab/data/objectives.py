@@ -1,0 +1,107 @@
+"""Self-supervised objectives over token ids: span corruption and the prefix-LM split. Numpy only.
+
+Everything here equals T5's preprocessors (t5/data/preprocessors.py), which round in float32, half
+to even. [Raffel et al. 2020, 3.1.4 and 3.3]
+"""
+import numpy as np
+
+
+def span_noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+  """(noise tokens, noise spans) of a segment of `length` >= 2 tokens; both at least 1."""
+  length = max(length, 2)
+  noise = int(np.round(np.float32(length) * np.float32(density)))
+  noise = min(max(noise, 1), length - 1)
+  spans = max(int(np.round(np.float32(noise) / np.float32(mean_span))), 1)
+  return noise, min(spans, length - noise)  # a kept token before each span: T5 breaks without
+
+
+def span_noise_mask(rng, length: int, density: float = 0.15, mean_span: float = 3.) -> np.ndarray:
+  """bool[length], True where noise, in round(round(length * density) / mean_span) spans.
+
+  Starts with a kept span and ends with a noise span. A single token is kept. [3.1.4]
+  rng: numpy Generator.
+  Example: length 20 always gives 17 kept tokens, then 3 of noise.
+  """
+  noise, spans = span_noise_counts(length, density, mean_span)
+
+  def composition(total):  # int[spans] >= 1 that sum to total, all such equally likely
+    cuts = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)
+
+  padded = max(length, 2)
+  runs = np.stack([composition(padded - noise), composition(noise)], axis=1).reshape(-1)
+  return np.repeat(np.arange(2 * spans) % 2 == 1, runs)[:length]
+
+
+def span_corruption_lengths(inputs_length: int, density: float = 0.15,
+                            mean_span: float = 3.) -> tuple[int, int]:
+  """(segment length, targets length) that fill `inputs_length`; both features include their EOS.
+
+  The largest segment that still fits, with one sentinel a span: 512 -> (568, 114).
+  """
+  def sizes(tokens):
+    noise = round(tokens * density)
+    spans = round(noise / mean_span)
+    return tokens - noise + spans + 1, noise + spans + 1
+
+  tokens = inputs_length - 1
+  while sizes(tokens + 1)[0] <= inputs_length:
+    tokens += 1
+  targets = sizes(tokens)[1]
+  if density == 0.5 and targets > inputs_length:  # T5's: equal lengths rather than one more
+    return tokens - 1, targets - 1
+  return tokens, targets
+
+
+def span_corruption_sizes(length: int, density: float = 0.15,
+                          mean_span: float = 3.) -> dict[str, int]:
+  """Exact sizes of both features, EOS included, for a segment of `length` tokens."""
+  noise, spans = span_noise_counts(length, density, mean_span)
+  return {'inputs': max(length, 2) - noise + spans + 1, 'targets': noise + spans + 1}
+
+
+def noise_span_to_sentinel(tokens, mask, sentinel: int) -> np.ndarray:
+  """Each run of True becomes one sentinel: `sentinel`, `sentinel` - 1, ... from left to right.
+
+  tokens 5 6 7 8, mask 0 1 1 0, sentinel 99 -> 5 99 8
+  """
+  tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
+  inside = np.concatenate([[False], mask[:-1]]) if len(mask) else mask
+  first = mask & ~inside
+  return np.where(first, sentinel + 1 - np.cumsum(first), tokens)[~(mask & inside)].astype(np.int32)
+
+
+def nonnoise_span_to_sentinel(tokens, mask, sentinel: int) -> np.ndarray:
+  """Each run of False becomes one sentinel; there is no final sentinel after a last noise span."""
+  return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel)
+
+
+def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
+                    mean_span: float = 3.) -> dict[str, np.ndarray]:
+  """int[T] -> int32 {'inputs', 'targets'}, each ending in EOS.
+
+  inputs: kept text with a sentinel for each dropped span; targets: sentinel, span, sentinel, span…
+  """
+  mask = span_noise_mask(rng, len(tokens), density, mean_span)
+  end = np.array([eos], np.int32)
+  return {'inputs': np.concatenate([noise_span_to_sentinel(tokens, mask, sentinel), end]),
+          'targets': np.concatenate([nonnoise_span_to_sentinel(tokens, mask, sentinel), end])}
+
+
+def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
+  """int[T >= 2] -> int32 {'inputs', 'targets'}, EOS on both, cut at a uniform point of [1, T).
+
+  [3.2.3]
+  """
+  if len(tokens) < 2:
+    raise ValueError(f'prefix LM cannot cut a segment of {len(tokens)} token(s), needs 2 or more')
+  tokens = np.asarray(tokens, np.int32)
+  cut = int(rng.integers(1, len(tokens)))
+  end = np.array([eos], np.int32)
+  return {'inputs': np.concatenate([tokens[:cut], end]),
+          'targets': np.concatenate([tokens[cut:], end])}
+
+
+def prefix_lm_sizes(length: int) -> dict[str, int]:
+  """Upper bounds of both features, EOS included: the cut leaves at least one token on each side."""
+  return {'inputs': length, 'targets': length}

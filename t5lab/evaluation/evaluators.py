@@ -1,0 +1,105 @@
+"""Scores of a model on a Task or Mixture: validation loss, and decoding through seqio's Evaluator.
+
+seqio supplies targets, postprocessors and metric functions; decoding is ours. Imports TensorFlow.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from t5lab.data import pipeline, prompts, tasks, vocab
+from t5lab.errors import DataError
+from t5lab.evaluation import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """One decoded example; `prediction` is the text before the task's postprocessor."""
+  task: str
+  index: int
+  source: str       # the input's field without the prompt, where the task has one
+  target: str
+  prediction: str
+
+
+class _TaskFeatures(seqio.PassThroughFeatureConverter):
+  """A task's features as they are: the decoding engine makes its own batches."""
+  TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+                   for name in ('inputs', 'targets')}
+  pack = False
+
+
+class Evaluation:
+  """A split of a Task or Mixture, read once and scored as often as asked.
+
+  lengths: tokens of each feature; longer inputs are cut, references never are. examples: the first
+  so many of each task, 0 for all.
+  """
+
+  def __init__(self, name: str, split: str, *, vocab_spec: str, lengths: dict[str, int],
+               examples: int = 0, batch_size: int = 64, decoder_only: bool = False):
+    self.name, self.split = name, split
+    self._vocab = vocab.load(vocab_spec)
+    components = tasks.open_components(name, split, lengths, vocab_spec)
+    if examples:
+      components = [dataclasses.replace(c, examples=c.examples[:examples]) for c in components]
+    self._rows = pipeline.Pipeline(components, lengths, batch_size=batch_size, seed=0, pack=True,
+                                   decoder_only=decoder_only)
+    scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
+    self._evaluators = {task: self._open(task, lengths, examples) for task in scored}
+
+  def _open(self, task, lengths, examples):
+    evaluator = seqio.Evaluator(
+        task, feature_converter=_TaskFeatures(), eval_split=self.split,
+        sequence_length={k: v for k, v in lengths.items() if v}, num_examples=examples or None,
+        use_memory_cache=True)
+    if not evaluator.eval_tasks:
+      raise DataError(f'task {task!r} has nothing to evaluate in split {self.split!r}')
+    return evaluator
+
+  def loss(self, sums: Callable[[dict], dict]) -> dict[str, float]:
+    """Mean cross-entropy and accuracy over all target tokens of the split.
+
+    sums(batch) -> {'loss', 'correct', 'weight'} of one batch of model features.
+    """
+    total = dict.fromkeys(('loss', 'correct', 'weight'), 0.)
+    for batch in self._rows.epoch():
+      for k, v in sums(batch).items():
+        if k in total:
+          total[k] += float(v)
+    tokens = max(total['weight'], 1.)
+    return {'loss': total['loss'] / tokens, 'accuracy': total['correct'] / tokens}
+
+  def decode(self, generate: Callable[[list[list[int]]], np.ndarray], step: int = 0,
+             ) -> tuple[dict[str, dict[str, float]], list[Prediction]]:
+    """generate(requests) -> int[requests, length] -> ({task: metrics}, predictions)."""
+    scores, predictions = {}, []
+    for task, evaluator in self._evaluators.items():
+      decoded = {}
+
+      def predict(dataset, decoded=decoded):
+        rows = [(int(i), ex) for i, ex in dataset.as_numpy_iterator()]
+        # seqio wants rows of one length: numpy 2 refuses ragged ones.
+        tokens = generate([list(map(int, ex.get('inputs', ()))) for _, ex in rows])
+        decoded.update((i, self._vocab.decode(row)) for (i, _), row in zip(rows, tokens))
+        return [(i, row) for (i, _), row in zip(rows, tokens)]
+
+      result, _ = evaluator.evaluate(compute_metrics=True, step=step, predict_fn=predict)
+      scores[task] = {k: float(v) for k, v in result.result()[task].items()}
+      cached = evaluator.cached_task_datasets[task].as_numpy_iterator()
+      text = lambda ex, name: ex.get(name, b'').decode('utf-8', 'replace')
+      predictions += [
+          Prediction(task, i, prompts.source(task, text(ex, 'inputs_pretokenized')),
+                     text(ex, 'targets_pretokenized'), decoded[i])
+          for i, ex in enumerate(cached)]
+    return scores, predictions
+
+
+def copy_scores(predictions: list[Prediction], task: str) -> dict[str, float]:
+  """BLEU and chrF of handing in the source as its own translation: the floor of a comparison."""
+  rows = [p for p in predictions if p.task == task]
+  targets, sources = [p.target for p in rows], [p.source for p in rows]
+  return {**metrics.bleu(targets, sources), **metrics.chrf(targets, sources)}

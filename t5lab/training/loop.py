@@ -1,0 +1,365 @@
+"""The training program, top to bottom: fork me.
+
+  t5lab train --config configs/quickstart.py --workdir runs/quickstart
+
+The same command again goes on where the run was killed. TensorFlow is imported only where seqio
+reads data, so `import t5lab.training.loop` stays light.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+import subprocess
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5lab import config as configs
+from t5lab.errors import NumericalError, Preempted, UsageError
+from t5lab.lab import Lab, batch_shapes, make_engine, open_checkpoints
+from t5lab.models.transformer import Transformer
+from t5lab.parallel import sharding
+from t5lab.training import optim, rundir
+from t5lab.training import step as steps
+from t5lab.training.report import Report
+
+# What the command that resumes a run may change: nothing that the weights depend on, but how long.
+MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss.chunks',
+              'model.remat')
+RESUME = ('auto', 'never', 'must')
+
+
+def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> dict:
+  """Trains the config c in workdir -> the last evaluation's metrics, {} if there is none.
+
+  resume: 'auto' goes on with what workdir holds, 'never' refuses a workdir that has steps, 'must'
+  one that has none. Ends with Preempted, the state saved, after SIGTERM or SIGINT.
+  """
+  workdir = Path(workdir).absolute()
+  configs.check(c)
+  with rundir.Signals() as signals, rundir.RunLock(workdir):
+    return _train(c, workdir, signals, resume, allow_data_change)
+
+
+def _train(c, workdir, signals, resume, allow_data_change):
+  # -- the run's directory ------------------------------------------------------------------------
+  checkpoints = open_checkpoints(c, workdir)
+  checkpoints.clean()
+  _settle_config(c, workdir, resume, bool(checkpoints.steps()))
+
+  # -- devices ------------------------------------------------------------------------------------
+  mesh = sharding.make_mesh(**c.mesh.to_dict())
+  micro = c.data.batch_size // c.optim.microbatches
+  for name, size in (('data.batch_size', c.data.batch_size),
+                     ('data.batch_size / optim.microbatches', micro)):
+    if size % mesh.shape['data']:
+      raise UsageError(f'{name} = {size} is not a multiple of the {mesh.shape["data"]} devices of '
+                       f'the data axis; the nearest that are: {_nearest(size, mesh.shape["data"])}')
+
+  # -- data ---------------------------------------------------------------------------------------
+  from t5lab.data import pipeline, tasks, vocab           # seqio, and with it TensorFlow
+  words = vocab.load(c.data.vocab)
+  if words.size > c.model.vocab_size:
+    raise UsageError(f'vocabulary {c.data.vocab!r} has {words.size} ids (100 sentinels included), '
+                     f'model.vocab_size={c.model.vocab_size}: give the embedding as many rows')
+  lengths, decoder_only = c.data.lengths.to_dict(), not c.model.enc_layers
+  components = tasks.open_components(c.data.mixture, c.data.split, lengths, c.data.vocab)
+  data = pipeline.Pipeline(
+      components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
+      decoder_only=decoder_only, process_index=jax.process_index(),
+      process_count=jax.process_count())
+
+  # -- model and optimizer: shapes first, then straight onto their devices --------------------------
+  schedule = optim.schedule(c.optim.schedule, lr=c.optim.lr, warmup=c.optim.warmup,
+                            total=c.total_steps, end=c.optim.lr * c.optim.end_lr,
+                            decay_fraction=c.optim.decay_fraction)
+  o = c.optim
+  tx = optim.optimizer(o.name, schedule, clip=o.clip, weight_decay=o.weight_decay, b1=o.b1,
+                       b2=o.b2, eps=o.eps)
+  model = Transformer(configs.model_config(c), train=True)
+  abstract, make_state = state_shapes(c, model, tx, mesh)
+  step_fn = jax.jit(
+      functools.partial(steps.train_step, model=model, tx=tx, loss=steps.Loss(**c.loss.to_dict()),
+                        ema=o.ema, seed=c.seed, microbatches=o.microbatches),
+      donate_argnums=0)
+
+  # -- start or resume ----------------------------------------------------------------------------
+  restored = checkpoints.restore(abstract, quarantine=True)
+  if restored:
+    state, manifest = restored
+    if not allow_data_change:
+      data.check_position(manifest.meta['data'])
+    start = manifest.step
+    print(f'resuming from step {start} in {workdir}', flush=True)
+  else:
+    state, start = make_state(), 0
+  count = sum(x.size for x in jax.tree.leaves(abstract.params))
+  for line in (f'{c.family}: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} '
+               f'device{"s" * (mesh.size > 1)}, rules {c.rules}', *data.summary()):
+    print(line, flush=True)
+
+  # -- what a step leaves behind --------------------------------------------------------------------
+  report = Report(workdir, resume_step=start, total_steps=c.total_steps)
+  evaluate = _Evaluator(c, workdir, model, mesh, signals)
+  meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
+              vocab=words.sha256)
+  saved = start
+
+  def save(step):
+    nonlocal saved
+    if step > saved:
+      checkpoints.save(step, state, meta={**meta, 'data': data.position(step)})
+      saved = step
+
+  def evaluate_at(step):
+    save(step)
+    scores = evaluate(step, state, report)
+    report.eval(step, scores)
+    checkpoints.annotate(step, scores)
+    return scores
+
+  def stop_if_asked(step):
+    if signals.requested:
+      save(step)
+      checkpoints.wait()
+      raise Preempted(f'{signals.requested}: step {step} is saved, the same command goes on')
+
+  # -- train --------------------------------------------------------------------------------------
+  scores, log = {}, _Log(c, report, schedule, data, checkpoints, workdir)
+  with report, sharding.use(mesh, c.rules):
+    if start and due(start, c.eval.every, c.total_steps) and start not in report.evaluated:
+      scores = evaluate_at(start)                          # killed between save and evaluation
+    batches = data.iterate(start, c.total_steps)
+    for step in range(start + 1, c.total_steps + 1):
+      stop_if_asked(step - 1)
+      batch = sharding.put(log.wait(batches), mesh)
+      state, metrics = step_fn(state, batch)
+      log.add(step, metrics)
+      evaluates = due(step, c.eval.every, c.total_steps)
+      saves = due(step, c.checkpoint.every, c.total_steps) or evaluates
+      if saves or due(step, c.log.every, c.total_steps):
+        log.flush()
+      if saves:
+        save(step)
+      if evaluates:
+        with log.paused():
+          scores = evaluate_at(step)
+    stop_if_asked(c.total_steps)
+    checkpoints.wait()
+  return scores
+
+
+def state_shapes(c, model, tx, mesh):
+  """(the TrainState as shapes with shardings, a function that makes the state of step 0)."""
+  shapes = batch_shapes(c)
+  boxed, params = steps.abstract_params(model, shapes)
+  placed = sharding.shardings(boxed, mesh, c.rules)
+  make = lambda: steps.new_state(
+      nn.unbox(steps.init_params(model, c.seed, jax.tree.map(
+          lambda s: jnp.zeros(s.shape, s.dtype), shapes))), tx, c.optim.ema)
+  abstract = jax.eval_shape(make)
+  alone = sharding.replicated(mesh)
+  shardings = steps.TrainState(
+      step=alone, params=placed, ema=placed if c.optim.ema else {},
+      opt_state=sharding.like_params(abstract.opt_state, params, placed, mesh))
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                          abstract, shardings)
+
+  def make_state():
+    with sharding.use(mesh, c.rules):
+      return jax.jit(make, out_shardings=shardings)()
+
+  return abstract, make_state
+
+
+def due(step: int, every: int, last: int) -> bool:
+  """Every so many steps (0: never) and at the last one."""
+  return step == last or bool(every) and step % every == 0
+
+
+class _Log:
+  """Metrics of the steps since the last row, fetched together: the device is not asked each step."""
+
+  def __init__(self, c, report, schedule, data, checkpoints, workdir):
+    self._every, self._last = c.log.every, c.total_steps
+    self._report, self._schedule, self._data = report, schedule, data
+    self._checkpoints, self._workdir = checkpoints, workdir
+    self._pending = []
+    self._restart()
+
+  def _restart(self):
+    self._since, self._waited, self._steps, self._tokens = time.perf_counter(), 0., 0, 0.
+
+  def wait(self, batches):
+    """The next batch; the time spent here is what training waited for data."""
+    before = time.perf_counter()
+    batch = next(batches)
+    self._waited += time.perf_counter() - before
+    return batch
+
+  def add(self, step, metrics):
+    self._pending.append((step, metrics))
+
+  def flush(self):
+    """Checks every pending step, writes the rows that are due."""
+    pending = [(s, m) for s, m in jax.device_get(self._pending)]
+    self._pending = []
+    for step, metrics in pending:
+      if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['grad_norm']):
+        self._stop(step, metrics)
+      self._steps += 1
+      self._tokens += float(metrics['tokens'])
+      if due(step, self._every, self._last):
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._report.step(
+            step, {**metrics, 'lr': self._schedule(step - 1)},
+            {'steps_per_second': self._steps / seconds,
+             'tokens_per_second': self._tokens / seconds,
+             'input_wait': self._waited / seconds})
+        self._restart()
+
+  def _stop(self, step, metrics):
+    """A number that is not one: nothing after it is worth computing."""
+    ids = self._data.example_ids(step - 1)
+    path = self._workdir / f'nonfinite_step_{step}.json'
+    rundir.atomic_write_text(path, json.dumps(
+        {'step': step, **{k: float(v) for k, v in metrics.items()}, 'examples': ids}) + '\n')
+    self._checkpoints.wait()
+    kept = self._checkpoints.steps()
+    raise NumericalError(
+        f'step {step}: loss is {float(metrics["loss"])}, gradient norm '
+        f'{float(metrics["grad_norm"])}; the batch held {len(ids)} examples ({", ".join(ids[:4])}, '
+        f'…; all in {path}); last good checkpoint: {f"step {kept[-1]}" if kept else "none yet"}; '
+        'lower optim.lr or set optim.clip')
+
+  def paused(self):
+    """A block whose time belongs to no step."""
+    return _Paused(self)
+
+
+@dataclasses.dataclass
+class _Paused:
+  log: _Log
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *_):
+    self.log._since += time.perf_counter() - self._start
+
+
+class _Evaluator:
+  """Scores the raw and the averaged weights, writes eval/<step>.json and the predictions."""
+
+  def __init__(self, c, workdir, model, mesh, signals):
+    self._c, self._workdir, self._mesh, self._signals = c, workdir, mesh, signals
+    self._engine = make_engine(c)
+    plain = model.clone(train=False)
+    self._sums = jax.jit(functools.partial(steps.eval_step, model=plain))
+
+  @functools.cached_property
+  def _evaluation(self):
+    return open_evaluation(self._c)
+
+  def __call__(self, step, state, report) -> dict[str, float]:
+    weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
+    labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
+            for name, params in weights.items()}
+    result = evaluate(self._evaluation, labs, self._sums, self._mesh, tick=self._tick)
+    write_evaluation(self._workdir, step, result)
+    name, predictions = list(result.predictions.items())[-1]
+    for p in predictions[:self._c.eval.samples]:
+      report.text(step, f'{p.task}/{name}/{p.index}',
+                  f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
+    return result.scores
+
+  def _tick(self, done, total):
+    if self._signals.requested:
+      raise Preempted(f'{self._signals.requested} during evaluation: the step is saved, the same '
+                      'command goes on')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """scores: {'task/weights/metric': value}; predictions: {weights: list of Prediction}."""
+  scores: dict[str, float]
+  predictions: dict[str, list]
+
+
+def open_evaluation(c, split: str | None = None):
+  """The evaluation that a config describes."""
+  from t5lab.evaluation.evaluators import Evaluation
+  return Evaluation(
+      c.eval.mixture or c.data.mixture, split or c.eval.split, vocab_spec=c.data.vocab,
+      lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
+      decoder_only=not c.model.enc_layers)
+
+
+def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
+             **decoding) -> Result:
+  """Scores each Lab's weights: loss and accuracy of the split, then each task's own metrics."""
+  scores, predictions = {}, {}
+  for name, lab in labs.items():
+    run = lambda batch, lab=lab: jax.device_get(sums(lab.params, sharding.put(batch, mesh)))
+    for metric, value in evaluation.loss(run).items():
+      scores[f'{evaluation.name}/{name}/{metric}'] = value
+    generate = functools.partial(lab.generate_tokens, tick=tick, **decoding)
+    by_task, predictions[name] = evaluation.decode(generate, lab.step)
+    for task, values in by_task.items():
+      scores.update({f'{task}/{name}/{metric}': value for metric, value in values.items()})
+  return Result(scores, predictions)
+
+
+def write_evaluation(workdir, step: int, result: Result, name: str = '') -> Path:
+  """eval/<step>.json (scores) and eval/<step>.<weights>.jsonl (predictions); -> the former."""
+  folder = Path(workdir) / 'eval'
+  folder.mkdir(parents=True, exist_ok=True)
+  stem = f'{step}{name}'
+  for weights, rows in result.predictions.items():
+    rundir.atomic_write_text(folder / f'{stem}.{weights}.jsonl', ''.join(
+        json.dumps(dataclasses.asdict(p), ensure_ascii=False) + '\n' for p in rows))
+  path = folder / f'{stem}.json'
+  rundir.atomic_write_text(path, json.dumps({'step': step, **result.scores}, indent=1) + '\n')
+  return path
+
+
+def _settle_config(c, workdir, resume, has_steps):
+  """Refuses a workdir of another experiment; else leaves this config in it."""
+  new = configs.to_dict(c)
+  if resume == 'never' and has_steps:
+    raise UsageError(f'{workdir} has checkpoints and --resume=never; use a new --workdir, or '
+                     '--resume=auto to go on')
+  if resume == 'must' and not has_steps:
+    raise UsageError(f'{workdir} has no checkpoint and --resume=must; use --resume=auto to start')
+  if has_steps:
+    differ = rundir.check_same_config(rundir.read_config(workdir), new, MAY_CHANGE)
+    if differ:
+      more = f' and {len(differ) - 6} more' if len(differ) > 6 else ''
+      raise UsageError(
+          f'{workdir} holds another experiment: {"; ".join(differ[:6])}{more}. A resumed run may '
+          f'change only {", ".join(MAY_CHANGE)}; for the rest use a new --workdir')
+  rundir.write_config(workdir, new)
+
+
+def config_hash(c) -> str:
+  return hashlib.sha256(json.dumps(configs.to_dict(c), sort_keys=True).encode()).hexdigest()
+
+
+def _revision() -> str:
+  """The git commit of the code, '' outside a checkout."""
+  try:
+    return subprocess.run(
+        ['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+        timeout=5, check=True).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return ''
+
+
+def _nearest(size, divisor) -> str:
+  low = size // divisor * divisor
+  return f'{low} and {low + divisor}' if low else str(divisor)

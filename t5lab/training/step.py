@@ -1,0 +1,122 @@
+"""One update, pure: (state, batch) -> (state, metrics). No files, flags, clocks or logs here.
+
+Randomness is fold_in(seed, step): a resumed run needs no generator state.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5lab.models.transformer import Transformer
+from t5lab.training import losses, optim
+
+Array = jax.Array
+PyTree = Any
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  step: Array        # int32[], updates done
+  params: PyTree     # float32
+  opt_state: PyTree
+  ema: PyTree        # like params, float32, or {} when off
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """What is minimised: see losses.cross_entropy."""
+  z_loss: float = 0.
+  label_smoothing: float = 0.
+  chunks: int = 1
+
+
+def init_params(model: Transformer, seed: int, batch) -> PyTree:
+  """Boxed float32 parameters, each with its logical axes. `batch` only gives shapes."""
+  return model.init({'params': jax.random.key(seed)}, batch)['params']
+
+
+def new_state(params: PyTree, tx: optax.GradientTransformation, ema: float) -> TrainState:
+  """The state of step 0. The average starts at the parameters, so it is never biased to zero."""
+  average = optim.ema_init(params) if ema else {}
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None) -> losses.Sums:
+  """Sums over the batch's tokens: loss, z_loss, weight, correct."""
+  hidden = model.apply({'params': params}, batch, rngs=rngs, method='hidden')
+  unembed = lambda x: model.apply({'params': params}, x, method='unembed')
+  targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+  settings = dict(z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
+  if loss.chunks > 1:
+    return losses.chunked_cross_entropy(
+        hidden, unembed, targets, weights, chunks=loss.chunks, **settings)
+  return losses.cross_entropy(unembed(hidden), targets, weights, **settings)
+
+
+def gradients(model, params, batch, loss: Loss, key, microbatches: int):
+  """(gradient of the summed loss, sums), over microbatches in one scan when there are several.
+
+  Nothing is divided before the end, so k x B/k rows weigh each token as 1 x B does. Microbatch i
+  takes every k-th row: rows sharded over devices stay where they are.
+  """
+  def one(batch, key):
+    def f(p):
+      sums = loss_sums(model, p, batch, loss, {'dropout': key})
+      return sums['loss'], sums
+    return jax.grad(f, has_aux=True)(params)
+
+  if microbatches == 1:
+    return one(batch, key)
+
+  split = lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+  def body(total, xs):
+    i, micro = xs
+    return jax.tree.map(jnp.add, total, one(micro, jax.random.fold_in(key, i))), None
+  shapes = jax.eval_shape(one, jax.tree.map(lambda x: split(x)[0], batch), key)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total, _ = jax.lax.scan(
+      body, zeros, (jnp.arange(microbatches), jax.tree.map(split, batch)))
+  return total
+
+
+def train_step(state: TrainState, batch: dict[str, Array], *, model: Transformer,
+               tx: optax.GradientTransformation, loss: Loss, ema: float, seed: int = 0,
+               microbatches: int = 1) -> tuple[TrainState, Metrics]:
+  """One update. Pure: same state and batch, same result, on any mesh. Metrics are float32 scalars.
+
+  The loss is the mean over the loss tokens of the global batch, in whatever parts it was computed.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  grads, sums = gradients(model, state.params, batch, loss, key, microbatches)
+  tokens = jnp.maximum(sums['weight'], 1.)
+  grads = jax.tree.map(lambda g: g / tokens, grads)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  average = optim.ema_update(state.ema, params, state.step, ema) if ema else state.ema
+  metrics = {
+      'loss': sums['loss'] / tokens,
+      'z_loss': sums['z_loss'] / tokens,
+      'accuracy': sums['correct'] / tokens,
+      'tokens': sums['weight'],
+      'grad_norm': optax.global_norm(grads),
+      'param_norm': optax.global_norm(params),
+  }
+  return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def eval_step(params: PyTree, batch, *, model: Transformer) -> losses.Sums:
+  """Sums of the plain cross-entropy, without dropout, smoothing or z-loss."""
+  return loss_sums(model, params, batch, Loss())
+
+
+def abstract_params(model: Transformer, batch):
+  """(boxed, unboxed) shapes of the parameters; nothing is allocated."""
+  boxed = jax.eval_shape(functools.partial(init_params, model, 0), batch)
+  return boxed, nn.unbox(boxed)
