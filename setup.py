@@ -1,4 +1,4 @@
-"""pip install .  |  pip install -c constraints.txt '.[test]'  |  '.[tpu]' or '.[cuda]' on such a machine.
+"""pip install .  |  pip install -c constraints.txt '.[test]'  |  '.[tpu]' or '.[cuda]' there.
 
 Lower bounds are the versions that the suite runs on (constraints.txt pins them all); upper bounds
 are the next release in which that project may break its users.

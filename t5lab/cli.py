@@ -1,7 +1,8 @@
 """t5lab <command>: train, eval, infer. `t5lab <command> --help` says the rest.
 
 Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
-75 preempted: the same command goes on · 124 watchdog. One line on an error; --debug shows the trace.
+75 preempted: the same command goes on · 124 watchdog.
+An error is one line; --debug shows the trace.
 """
 
 import importlib
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
   debug = '--debug' in argv
   argv = [a for a in argv if a != '--debug']
   if not debug:
-    from absl import logging               # seqio's advice on every evaluation
+    from absl import logging  # seqio's advice on every evaluation
     logging.set_verbosity(logging.ERROR)
   try:
     return _run(argv)

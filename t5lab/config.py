@@ -20,7 +20,7 @@ def base(family: str, **model) -> ConfigDict:
   c = ConfigDict()
   c.family = family                  # row of models/families.py that `model` started from
   c.model = ConfigDict({**families.row(family), **_known(model, families.row(family), 'model')})
-  c.seed = 0                         # of parameters, data order and dropout: all are fold_in's of it
+  c.seed = 0                         # of parameters, data order and dropout
   c.total_steps = 1000
 
   c.data = d = ConfigDict()
@@ -58,7 +58,7 @@ def base(family: str, **model) -> ConfigDict:
   c.checkpoint = k = ConfigDict()
   k.every = 500                      # steps; the last step is always saved
   k.keep = 3                         # newest ones kept, and the best
-  k.best = ''                        # evaluation metric, as 'ha_ende/ema/bleu'; '': none
+  k.best = ''                        # kept too: the best by a metric, as 'ha_ende/ema/bleu'
 
   c.eval = e = ConfigDict()
   e.mixture = ''                     # '': that of data

@@ -17,7 +17,8 @@ from t5lab.decoding.engine import Decoding, Engine
 from t5lab.errors import CheckpointError, UsageError, did_you_mean
 from t5lab.models.transformer import Transformer, decoding
 from t5lab.parallel import sharding
-from t5lab.training import rundir, step as steps
+from t5lab.training import rundir
+from t5lab.training import step as steps
 from t5lab.training.checkpoint import Checkpoints
 
 WEIGHTS = ('ema', 'raw')
@@ -70,7 +71,8 @@ class Lab:
     if task is None:
       task = self.config.data.mixture if self.config.data.mixture in prompts.PROMPTS else ''
     if not task and any(not isinstance(text, str) for text in texts):
-      raise UsageError('rows of fields need a task: pass task=, one of ' + ', '.join(prompts.PROMPTS))
+      raise UsageError('rows of fields need a task: pass task=, one of '
+                       + ', '.join(prompts.PROMPTS))
     asked = [prompts.prompt(task, text) if task else text for text in texts]
     out = self.generate_tokens([self.tokens(text) for text in asked], tick=tick, **options)
     return [self.vocab.decode(row) for row in out]
@@ -122,7 +124,8 @@ def load(workdir, step: str | int = 'latest', weights: str | None = None, *,
 
 def open_checkpoints(config, workdir, log=functools.partial(print, flush=True)) -> Checkpoints:
   k = config.checkpoint
-  return Checkpoints(Path(workdir) / 'checkpoints', keep=k.keep, best_metric=k.best, log=log)
+  return Checkpoints(Path(workdir) / 'checkpoints', keep=k.keep, best_metric=k.best,
+                     best_mode='min' if k.best.endswith('loss') else 'max', log=log)
 
 
 def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:

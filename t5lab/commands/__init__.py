@@ -1,6 +1,9 @@
 """The commands of `t5lab`, a module each. Only here and in the loop do flags and configs appear."""
 
 import argparse
+import os
+from pathlib import Path
+import stat
 
 from t5lab.errors import UsageError
 
@@ -28,3 +31,22 @@ def split_overrides(argv: list[str], name: str = 'config') -> tuple[list[str], d
       rest.append(argv[i])
     i += 1
   return rest, overrides
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in ~/.cache/t5lab: the second start of a run skips most compiling.
+
+  Whoever can write there can run code here, so a folder that others may write is not used. A folder
+  of the person's own, JAX_COMPILATION_CACHE_DIR, goes before.
+  """
+  import jax
+  if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return
+  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 't5lab' / 'jax'
+  try:
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    status = folder.stat()
+  except OSError:
+    return
+  if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -1,7 +1,7 @@
 """t5lab eval --workdir DIR [--step latest|best|all|N] [--split S] [--task NAME]
 
 Loss and accuracy of the split, and the task's own metrics on decoded text, of the raw and of the
-averaged weights. Writes DIR/eval/<step>.json and the predictions as DIR/eval/<step>.<weights>.jsonl,
+averaged weights. Writes DIR/eval/<step>.json, the predictions as DIR/eval/<step>.<weights>.jsonl,
 and prints a table. Options that start with --config.eval. change how it decodes, as
 --config.eval.beams=4.
 """
@@ -11,7 +11,7 @@ import functools
 import sys
 
 from t5lab import config as configs
-from t5lab.commands import Parser, split_overrides
+from t5lab.commands import Parser, split_overrides, use_compilation_cache
 from t5lab.errors import CheckpointError, UsageError
 
 
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
   from t5lab import lab as labs
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.training import loop, rundir, step as steps
+  from t5lab.training import loop, rundir
+  from t5lab.training import step as steps
+  use_compilation_cache()
   c = configs.from_dict(rundir.read_config(args.workdir))
   if args.task:
     c.eval.mixture = args.task
@@ -67,11 +69,18 @@ def show(result, title: str, samples: int = 0) -> None:
   """Scores as a table, a row for each task and weights, then some predictions."""
   from rich.console import Console
   from rich.table import Table
+
+  from t5lab.evaluation.metrics import bleu, chrf
   rows, columns = {}, {}
   for key, value in result.scores.items():
     *task, weights, metric = key.split('/')
     rows.setdefault(('/'.join(task), weights), {})[metric] = value
     columns[metric] = True
+  last = list(result.predictions.values())[-1] if result.predictions else []
+  for task in {task for task, _ in rows if 'bleu' in columns}:
+    if pairs := [(p.target, p.source) for p in last if p.task == task]:
+      # What handing in the source scores: the floor of any translation.
+      rows[task, 'copy of the source'] = {**bleu(*zip(*pairs)), **chrf(*zip(*pairs))}
   table = Table(title=title)
   for name in ('task', 'weights', *columns):
     table.add_column(name, justify='left' if name in ('task', 'weights') else 'right')
@@ -79,7 +88,7 @@ def show(result, title: str, samples: int = 0) -> None:
     table.add_row(task, weights, *(f'{values[m]:.3f}' if m in values else '' for m in columns))
   console = Console()
   console.print(table)
-  for p in list(result.predictions.values())[-1][:samples] if result.predictions else ():
+  for p in last[:samples]:
     for name, text in (('source', p.source), ('reference', p.target), ('output', p.prediction)):
       console.print(f'{name:>10}  {text}', markup=False, highlight=False, soft_wrap=True)
     console.print()

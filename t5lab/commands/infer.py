@@ -1,9 +1,9 @@
 """t5lab infer --workdir DIR [--task NAME] < lines > lines
 t5lab infer --workdir DIR --input x.jsonl --output y.jsonl
 
-A line in, a line out, in order. JSONL rows are objects with the fields of the task (translation: en;
-question answering: question and context) or {"inputs": the model's input as it is}; each comes back
-with "output" added. Plain lines fill a task's only field.
+A line in, a line out, in order. JSONL rows are objects with the fields of the task (translation:
+en; question answering: question and context) or {"inputs": the model's input as it is}; each comes
+back with "output" added. Plain lines fill a task's only field.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 import sys
 
-from t5lab.commands import Parser
+from t5lab.commands import Parser, use_compilation_cache
 from t5lab.errors import DataError, UsageError
 
 CHUNK = 1024     # rows decoded before their output is written
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
   from t5lab import lab as labs
+  use_compilation_cache()
   rows, as_json = read(args.input)
   if args.output and not Path(args.output).absolute().parent.is_dir():
     raise UsageError(f'--output {args.output}: its folder does not exist')

@@ -5,10 +5,11 @@ saves and exits 75. A workdir that holds another model or data is refused, namin
 """
 
 import argparse
+import os
 import sys
 
 from t5lab import config as configs
-from t5lab.commands import Parser, split_overrides
+from t5lab.commands import Parser, split_overrides, use_compilation_cache
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,16 +20,33 @@ def main(argv: list[str] | None = None) -> int:
                       help='a config file; ARG goes to its get_config, as :tiny')
   parser.add_argument('--workdir', required=True, help='where everything of this run goes')
   parser.add_argument('--resume', choices=('auto', 'never', 'must'), default='auto',
-                      help='what to do with a workdir that has checkpoints: go on (auto), refuse it '
-                           '(never), refuse one without (must)')
+                      help='what to do with a workdir that has checkpoints: go on (auto), refuse '
+                           'it (never), refuse one without (must)')
   parser.add_argument('--allow-data-change', action='store_true',
                       help='resume even though the data is not that of the checkpoint')
   args = parser.parse_args(argv)
   c = configs.load(args.config, overrides)
   from t5lab.training import loop
-  loop.train(c, args.workdir, resume=args.resume, allow_data_change=args.allow_data_change)
-  print(f'done: {args.workdir}')
+  use_compilation_cache()
+  result = loop.train(c, args.workdir, resume=args.resume,
+                      allow_data_change=args.allow_data_change)
+  summary(c, args.workdir, result)
   return 0
+
+
+def summary(c, workdir, result) -> None:
+  """What came out, what to do with it, and where it lies."""
+  from t5lab.commands.eval import show
+  from t5lab.data import prompts
+  show(result, f'{workdir} · step {c.total_steps} · {c.eval.split}', c.eval.samples)
+  command = f'{os.path.relpath(sys.argv[0])} infer --workdir {workdir}'
+  if c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
+    print(f"Try your own:  echo 'Turn on the light' | {command}")
+  else:
+    print(f'Try your own:  {command} --input rows.jsonl --output out.jsonl')
+  for what, where in (('checkpoints', 'checkpoints/'), ('metrics', 'metrics.jsonl'),
+                      ('predictions', 'eval/'), ('TensorBoard', 'tensorboard/')):
+    print(f'{what:>12}:  {os.path.join(workdir, where)}')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
 """Task or Mixture -> numpy batches. batch(step) is a pure function of (seed, data, step).
 
 Every example of a task stands exactly once in an epoch of that task. How rows are packed is decided
-once (features.pack); each epoch deals the examples of equal size anew among the places, and shuffles
-the rows. So nothing depends on what was read before, any step costs the same, and the position of
-the stream is the number of the next step. Rows do not depend on how many processes read them:
-process i of n builds the i-th n-th of every batch.
+once (features.pack); each epoch deals the examples of equal size anew among the places, and
+shuffles the rows. So nothing depends on what was read before, any step costs the same, and the
+position of the stream is the number of the next step. Rows do not depend on how many processes read
+them: process i of n builds the i-th n-th of every batch.
 """
 
 from collections.abc import Iterator, Sequence

@@ -58,9 +58,9 @@ def prompt(task: str, row: str | dict) -> str:
 def source(task: str, text: str) -> str:
   """The field inside a one-field prompt: 'translate English to German: Hi' -> 'Hi'.
 
-  Text of another kind of task is returned whole.
+  The whole text where the task has no prompt or a prompt of several fields.
   """
-  before, after = '', ''
-  if task in PROMPTS and len(fields(task)) == 1:
-    before, after = PROMPTS[task].split('{' + fields(task)[0] + '}')
+  if task not in PROMPTS or len(fields(task)) != 1:
+    return text
+  before, _, after = PROMPTS[task].partition('{' + fields(task)[0] + '}')
   return text.removeprefix(before).removesuffix(after)

@@ -81,6 +81,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     def encode(texts):
       ids = [np.array(self.vocab.encode(tf.compat.as_text(t)), np.int32) for t in texts]
       return np.concatenate([np.zeros(0, np.int32), *ids]), np.array(list(map(len, ids)), np.int64)
+    s = tf.convert_to_tensor(s)
     flat, lengths = tf.numpy_function(encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64],
                                       stateful=False)
     flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
@@ -313,10 +314,14 @@ def register(spec: str = vocab.DEFAULT) -> None:
   _add_text('books_lm', spec, ('targets',), [
       seqio.preprocessors.append_eos, _segments('books_lm', _lm_segment, 1)])
   if _registered is None:
-    seqio.MixtureRegistry.add(MIXTURE, SUPERVISED, default_rate=seqio.mixing_rate_num_examples)
+    seqio.MixtureRegistry.add(MIXTURE, SUPERVISED, default_rate=_train_examples)
   else:
     _rebuild_mixtures()
   _registered = spec
+
+
+def _train_examples(task) -> int:
+  return task.num_input_examples('train')
 
 
 def _rebuild_mixtures():
@@ -416,6 +421,7 @@ def open_components(name: str, split: str, lengths: dict[str, int],
   not exist, data that is not on this machine, or no examples.
   """
   register(vocab_spec)
+  lengths = {feature: length for feature, length in lengths.items() if length}
   found = get(name)
   is_mixture = isinstance(found, seqio.Mixture)
   tasks = found.tasks if is_mixture else [found]
@@ -427,7 +433,7 @@ def open_components(name: str, split: str, lengths: dict[str, int],
     examples, objective = _materialise(task, split, lengths, vocab.load(vocab_spec))
     if not examples:
       raise DataError(f'task {task.name!r} has no examples in split {split!r} '
-                      f'(lengths {dict(lengths)})')
+                      f'(lengths {lengths})')
     rate = float(found.get_rate(task)) if is_mixture else 1.
     components.append(Component(task.name, rate, examples, objective))
   if not components:

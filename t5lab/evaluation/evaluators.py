@@ -7,12 +7,10 @@ from collections.abc import Callable
 import dataclasses
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5lab.data import pipeline, prompts, tasks, vocab
+from t5lab.data.tasks import seqio, tf  # there TensorFlow is kept off the accelerators
 from t5lab.errors import DataError
-from t5lab.evaluation import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +94,3 @@ class Evaluation:
                      text(ex, 'targets_pretokenized'), decoded[i])
           for i, ex in enumerate(cached)]
     return scores, predictions
-
-
-def copy_scores(predictions: list[Prediction], task: str) -> dict[str, float]:
-  """BLEU and chrF of handing in the source as its own translation: the floor of a comparison."""
-  rows = [p for p in predictions if p.task == task]
-  targets, sources = [p.target for p in rows], [p.source for p in rows]
-  return {**metrics.bleu(targets, sources), **metrics.chrf(targets, sources)}

@@ -93,7 +93,7 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Encoder-decoder (`enc_layers` > 0) or decoder-only. [Raffel et al. 2020; Vaswani et al. 2017]"""
+  """Encoder-decoder, or decoder-only if no enc_layers. [Vaswani et al. 2017; Raffel et al. 2020]"""
   config: TransformerConfig
   train: bool = False
 

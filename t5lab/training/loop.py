@@ -6,6 +6,7 @@ The same command again goes on where the run was killed. TensorFlow is imported 
 reads data, so `import t5lab.training.loop` stays light.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,8 +35,8 @@ MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss
 RESUME = ('auto', 'never', 'must')
 
 
-def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> dict:
-  """Trains the config c in workdir -> the last evaluation's metrics, {} if there is none.
+def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> 'Result':
+  """Trains the config c in workdir -> the last evaluation.
 
   resume: 'auto' goes on with what workdir holds, 'never' refuses a workdir that has steps, 'must'
   one that has none. Ends with Preempted, the state saved, after SIGTERM or SIGINT.
@@ -62,7 +63,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
                        f'the data axis; the nearest that are: {_nearest(size, mesh.shape["data"])}')
 
   # -- data ---------------------------------------------------------------------------------------
-  from t5lab.data import pipeline, tasks, vocab           # seqio, and with it TensorFlow
+  from t5lab.data import pipeline, tasks, vocab  # seqio, and with it TensorFlow
   words = vocab.load(c.data.vocab)
   if words.size > c.model.vocab_size:
     raise UsageError(f'vocabulary {c.data.vocab!r} has {words.size} ids (100 sentinels included), '
@@ -74,7 +75,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
       decoder_only=decoder_only, process_index=jax.process_index(),
       process_count=jax.process_count())
 
-  # -- model and optimizer: shapes first, then straight onto their devices --------------------------
+  # -- model and optimizer: shapes first, then straight onto their devices ------------------------
   schedule = optim.schedule(c.optim.schedule, lr=c.optim.lr, warmup=c.optim.warmup,
                             total=c.total_steps, end=c.optim.lr * c.optim.end_lr,
                             decay_fraction=c.optim.decay_fraction)
@@ -103,7 +104,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
                f'device{"s" * (mesh.size > 1)}, rules {c.rules}', *data.summary()):
     print(line, flush=True)
 
-  # -- what a step leaves behind --------------------------------------------------------------------
+  # -- what a step leaves behind ------------------------------------------------------------------
   report = Report(workdir, resume_step=start, total_steps=c.total_steps)
   evaluate = _Evaluator(c, workdir, model, mesh, signals)
   meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
@@ -118,22 +119,22 @@ def _train(c, workdir, signals, resume, allow_data_change):
 
   def evaluate_at(step):
     save(step)
-    scores = evaluate(step, state, report)
-    report.eval(step, scores)
-    checkpoints.annotate(step, scores)
-    return scores
+    result = evaluate(step, state, report)
+    checkpoints.annotate(step, result.scores)
+    report.eval(step, result.scores)      # last: a resumed run takes this row for the end of it
+    return result
 
   def stop_if_asked(step):
     if signals.requested:
+      log.flush()
       save(step)
-      checkpoints.wait()
       raise Preempted(f'{signals.requested}: step {step} is saved, the same command goes on')
 
   # -- train --------------------------------------------------------------------------------------
-  scores, log = {}, _Log(c, report, schedule, data, checkpoints, workdir)
-  with report, sharding.use(mesh, c.rules):
+  result, log = None, _Log(c, report, schedule, data, checkpoints, workdir)
+  with report, _joined(checkpoints), sharding.use(mesh, c.rules):
     if start and due(start, c.eval.every, c.total_steps) and start not in report.evaluated:
-      scores = evaluate_at(start)                          # killed between save and evaluation
+      result = evaluate_at(start)                          # killed between save and evaluation
     batches = data.iterate(start, c.total_steps)
     for step in range(start + 1, c.total_steps + 1):
       stop_if_asked(step - 1)
@@ -148,10 +149,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
         save(step)
       if evaluates:
         with log.paused():
-          scores = evaluate_at(step)
-    stop_if_asked(c.total_steps)
-    checkpoints.wait()
-  return scores
+          result = evaluate_at(step)
+  return result or read_evaluation(workdir, c.total_steps)
 
 
 def state_shapes(c, model, tx, mesh):
@@ -177,13 +176,22 @@ def state_shapes(c, model, tx, mesh):
   return abstract, make_state
 
 
+@contextlib.contextmanager
+def _joined(checkpoints):
+  """Whatever ends the block, a save in progress is committed or its failure raised."""
+  try:
+    yield
+  finally:
+    checkpoints.wait()
+
+
 def due(step: int, every: int, last: int) -> bool:
   """Every so many steps (0: never) and at the last one."""
   return step == last or bool(every) and step % every == 0
 
 
 class _Log:
-  """Metrics of the steps since the last row, fetched together: the device is not asked each step."""
+  """Metrics of the steps since the last row, fetched together so the device is not asked often."""
 
   def __init__(self, c, report, schedule, data, checkpoints, workdir):
     self._every, self._last = c.log.every, c.total_steps
@@ -266,7 +274,7 @@ class _Evaluator:
   def _evaluation(self):
     return open_evaluation(self._c)
 
-  def __call__(self, step, state, report) -> dict[str, float]:
+  def __call__(self, step, state, report) -> 'Result':
     weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
     labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
             for name, params in weights.items()}
@@ -276,7 +284,7 @@ class _Evaluator:
     for p in predictions[:self._c.eval.samples]:
       report.text(step, f'{p.task}/{name}/{p.index}',
                   f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
-    return result.scores
+    return result
 
   def _tick(self, done, total):
     if self._signals.requested:
@@ -326,6 +334,22 @@ def write_evaluation(workdir, step: int, result: Result, name: str = '') -> Path
   path = folder / f'{stem}.json'
   rundir.atomic_write_text(path, json.dumps({'step': step, **result.scores}, indent=1) + '\n')
   return path
+
+
+def read_evaluation(workdir, step: int) -> Result:
+  """What write_evaluation wrote for a step; an empty Result if it is gone."""
+  from t5lab.evaluation.evaluators import Prediction
+  folder = Path(workdir) / 'eval'
+  try:
+    scores = json.loads((folder / f'{step}.json').read_text())
+  except FileNotFoundError:
+    return Result({}, {})
+  scores.pop('step')
+  predictions = {}
+  for path in sorted(folder.glob(f'{step}.*.jsonl'), reverse=True):    # raw, then ema
+    rows = path.read_text(encoding='utf-8').split('\n')[:-1]
+    predictions[path.name.split('.')[1]] = [Prediction(**json.loads(row)) for row in rows]
+  return Result(scores, predictions)
 
 
 def _settle_config(c, workdir, resume, has_steps):

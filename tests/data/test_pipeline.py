@@ -1,4 +1,4 @@
-"""The stream: pure in the step, the same for any number of processes, each example once an epoch."""
+"""The stream: pure in the step, the same for any processes, each example once an epoch."""
 
 import dataclasses
 

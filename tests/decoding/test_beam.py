@@ -13,7 +13,11 @@ from t5lab.decoding.beam import beam_search
 from t5lab.decoding.sample import sample
 from t5lab.errors import UsageError
 
-V, EOS, START = 4, 1, 0
+V, EOS = 4, 1
+
+
+def starts(rows):
+  return jnp.arange(rows) % V
 
 
 def history_step(table):
@@ -52,7 +56,7 @@ def problem(seed, length, rows=2):
 
 def search(step, cache, rows=2, **kw):
   run = jax.jit(lambda cache, start: beam_search(step, cache, start, eos=EOS, **kw))
-  return jax.tree.map(np.asarray, run(cache, jnp.full(rows, START)))
+  return jax.tree.map(np.asarray, run(cache, starts(rows)))
 
 
 def penalty(n, alpha):
@@ -60,7 +64,7 @@ def penalty(n, alpha):
 
 
 def log_prob(log_p, row, tokens):
-  return sum(log_p[row, at((START, *tokens[:i])), t] for i, t in enumerate(tokens))
+  return sum(log_p[row, at((row % V, *tokens[:i])), t] for i, t in enumerate(tokens))
 
 
 def all_finished(log_p, row, length, alpha):
@@ -97,7 +101,7 @@ def list_search(log_p, row, beams, length, alpha):
   """The definition on Python lists, without the early stop: [(score, tokens)], best first."""
   live, done = [(0., ())], []
   for n in range(1, length + 1):
-    grown = [(lp + log_p[row, at((START, *t)), v], (*t, v)) for lp, t in live for v in range(V)]
+    grown = [(lp + log_p[row, at((row % V, *t)), v], (*t, v)) for lp, t in live for v in range(V)]
     grown = sorted(grown, reverse=True)[:2 * beams]
     done += [(lp / penalty(n, alpha), t) for lp, t in grown if t[-1] == EOS]
     done = sorted(done, reverse=True)[:beams]
@@ -123,7 +127,7 @@ def markov_step(probs):
   return lambda tokens, cache, index: (table[tokens[:, 0]], cache)
 
 
-WORKED = [[0, .1, .5, .4],    # after START: PAD, eos, a, b
+WORKED = [[0, .1, .5, .4],    # after the start token 0: PAD, eos, a, b
           [1, 0, 0, 0],
           [0, .2, .5, .3],    # after a
           [0, .9, .06, .04]]  # after b
@@ -134,7 +138,7 @@ def test_the_worked_example_of_the_docstring():
   assert tokens.tolist() == [[[3, 1, 0], [2, 3, 1]]]
   np.testing.assert_allclose(scores, [[math.log(.36) / (7 / 6), math.log(.135) / (8 / 6)]],
                              rtol=1e-5)
-  assert sample(markov_step(WORKED), {}, jnp.array([START]), length=3, eos=EOS)[0].tolist() == [
+  assert sample(markov_step(WORKED), {}, jnp.array([0]), length=3, eos=EOS)[0].tolist() == [
       [2, 2, 2]]
 
 
@@ -144,7 +148,7 @@ def count_calls(step, rows, **kw):
     calls.append(tokens.shape)
     return step(tokens, cache, index)
   with jax.disable_jit():
-    beam_search(counted, {}, jnp.full(rows, START), eos=EOS, **kw)
+    beam_search(counted, {}, jnp.zeros(rows, jnp.int32), eos=EOS, **kw)
   return calls
 
 
@@ -168,11 +172,12 @@ def test_one_beam_is_greedy_where_the_end_is_sure(seed):
   logits = rng.randn(2, (V + 1) ** length, V) * 2
   logits[..., EOS] = -20.
   for history in itertools.product(range(V), repeat=length - 2):
-    logits[:, at((START, *history)), EOS] = 20.
+    for row in range(2):
+      logits[row, at((row % V, *history)), EOS] = 20.
   step = history_step(logits)
   cache = {'self': {'seen': jnp.full((1, 2, length), 9)}, 'memory': jnp.arange(2)}
   tokens, scores = search(step, cache, beams=1, length=length, alpha=0.)
-  greedy, log_p = sample(step, cache, jnp.full(2, START), length=length, eos=EOS)
+  greedy, log_p = sample(step, cache, starts(2), length=length, eos=EOS)
   assert (greedy[:, length - 2] == EOS).all()
   assert tokens[:, 0].tolist() == greedy.tolist()
   np.testing.assert_allclose(scores[:, 0], log_p, rtol=1e-5)
@@ -191,20 +196,19 @@ def test_nothing_finished_returns_live_and_fills_with_pad():
   assert tokens.tolist()[0][0] == [2, 2]
   assert sorted(tokens.tolist()[0][1:]) == [[2, 3], [3, 2]]
   np.testing.assert_allclose(scores[0, :2], np.log([.5625, .1875]) / (7 / 6), rtol=1e-5)
-  # V = 2 words but 3 beams and one position: the third slot is empty.
-  tokens, scores = search(markov_step(probs), {}, 1, beams=3, length=1)
-  assert tokens.tolist() == [[[2], [3], [0]]]
-  assert scores[0, 2] == -np.inf
+  # Two possible words for eight beams and one position: six slots are empty.
+  tokens, scores = search(markov_step(probs), {}, 1, beams=8, length=1)
+  assert tokens.tolist() == [[[2], [3]] + [[0]] * 6]
+  assert (scores[0, 2:] == -np.inf).all()
 
 
 def test_rows_are_independent():
   step, cache, _ = problem(5, 4)
   both = search(step, cache, beams=3, length=4)
-  for row in range(2):
-    table_row = {'self': {'seen': jnp.full((1, 2, 4), 9)}, 'memory': jnp.full(2, row)}
-    alone = search(step, table_row, beams=3, length=4)
-    for a, b in zip(both, alone):
-      np.testing.assert_array_equal(a[row], b[0])
+  swapped = beam_search(step, {**cache, 'memory': jnp.array([1, 0])}, starts(2)[::-1],
+                        eos=EOS, beams=3, length=4)
+  for a, b in zip(both, swapped):
+    np.testing.assert_allclose(a, b[::-1], rtol=1e-6)
 
 
 def test_cache_axes_can_grow_every_leaf():

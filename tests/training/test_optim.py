@@ -20,8 +20,8 @@ def values(name, steps, **kw):
 @pytest.mark.parametrize('name, steps, kw, want', [
     ('rsqrt', [0, 1, 10_000, 40_000, 1_000_000], dict(lr=1e-2, warmup=10_000, total=0),
      [.01, .01, .01, .005, .001]),
-    ('cosine', [0, 5, 10, 60, 110, 200], dict(lr=1., warmup=10, total=110, end=.2),
-     [0., .5, 1., .6, .2, .2]),
+    ('cosine', [0, 5, 10, 60, 110, 200], dict(lr=2., warmup=10, total=110, end=.4),
+     [0., 1., 2., 1.2, .4, .4]),
     ('linear', [0, 5, 10, 60, 110, 200], dict(lr=2., warmup=10, total=110, end=1.),
      [0., 1., 2., 1.5, 1., 1.]),
     ('linear', [0, 50, 100], dict(lr=1., warmup=0, total=100), [1., .5, 0.]),
