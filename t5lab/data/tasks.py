@@ -233,15 +233,16 @@ def _length(task: str, lengths, feature: str) -> int:
 def _span_corruption_segment(lengths) -> int:
   task = 'books_span_corruption'
   inputs, targets = (_length(task, lengths, f) for f in ('inputs', 'targets'))
-  if inputs < 4:
-    raise UsageError(f'task {task!r} needs an inputs length of 4 or more; given: {inputs}')
   tokens, needed = objectives.span_corruption_lengths(inputs)
-  needed = max(needed, objectives.span_corruption_sizes(tokens)['targets'])
   if needed > targets:
     raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
                      f'limit is {targets}: set targets to {needed} or lower inputs')
-  while objectives.span_corruption_sizes(tokens)['inputs'] > inputs:
-    tokens -= 1  # the rule rounds in float64 and the mask in float32: they may differ by one
+  # The rule rounds in float64 and the mask in float32: rarely they differ, and T5 then lost tokens.
+  while any(size > lengths[f] for f, size in objectives.span_corruption_sizes(tokens).items()):
+    tokens -= 1
+    if tokens < 2:
+      raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
+                       'targets: the least are 3 and 3')
   spans = objectives.span_noise_counts(tokens, 0.15, 3.)[1]
   if spans > vocab.NUM_SENTINELS:
     raise UsageError(f'span corruption with {inputs} inputs makes {spans} spans, the vocabulary '

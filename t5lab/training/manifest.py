@@ -99,8 +99,10 @@ def seal(directory) -> dict[str, tuple[int, str]]:
 
 
 def write(directory, manifest: Manifest) -> None:
-  rundir.atomic_write_text(Path(directory) / NAME, _dump(
-      {'format': FORMAT, **dataclasses.asdict(manifest)}))
+  text = _dump({'format': FORMAT, **dataclasses.asdict(manifest)})
+  if len(text) > MANIFEST_BYTES:  # read() would refuse it
+    raise CheckpointError(f'{NAME} would have {len(text)} bytes, the limit is {MANIFEST_BYTES}')
+  rundir.atomic_write_text(Path(directory) / NAME, text)
 
 
 def _dump(body: dict) -> str:

@@ -384,6 +384,10 @@ def test_hostile_manifests_are_refused(copy):
       reader.verify(20)
     assert len(str(e.value)) < 500
   path.write_text(good)
+  forge(copy, lambda body: body['meta'].update(bomb=' ' * manifest.MANIFEST_BYTES))
+  with pytest.raises(CheckpointError, match='over 4194304 bytes'):
+    reader.verify(20)
+  path.write_text(good)
   forge(copy, lambda body: body.update(step=10))
   with pytest.raises(CheckpointError, match='its manifest is of step 10'):
     reader.verify(20)
@@ -436,6 +440,9 @@ def test_failed_save_is_raised_by_the_next_call_and_leaves_nothing(copy, monkeyp
     saver.save(40, make(40), meta={})
   monkeypatch.undo()
   assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020']
+  saver.save(30, make(30), meta={'much': ' ' * manifest.MANIFEST_BYTES})
+  with pytest.raises(CheckpointError, match='the limit is 4194304'):
+    saver.wait()
   saver.save(40, make(40), meta={})
   saver.wait()
   assert saver.steps() == [10, 20, 40]
