@@ -27,7 +27,8 @@ def test_every_config_lowers_its_step_at_tiny(path):
   from t5lab.lab import batch_shapes
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.training import loop, optim, step as steps
+  from t5lab.training import loop, optim
+  from t5lab.training import step as steps
   c = config.load(f'{path}:tiny')
   model = Transformer(config.model_config(c), train=True)
   tx = optim.optimizer(c.optim.name, c.optim.lr)

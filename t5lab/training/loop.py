@@ -128,7 +128,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
     if signals.requested:
       log.flush()
       save(step)
-      raise Preempted(f'{signals.requested}: step {step} is saved, the same command goes on')
+      raise Preempted(f'{signals.requested}: ' + (
+          f'step {step} is saved, the same command goes on' if step else 'nothing to save yet'))
 
   # -- train --------------------------------------------------------------------------------------
   result, log = None, _Log(c, report, schedule, data, checkpoints, workdir)

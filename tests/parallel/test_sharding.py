@@ -11,7 +11,8 @@ from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import optim, step as steps
+from t5lab.training import optim
+from t5lab.training import step as steps
 
 CONFIG = TransformerConfig(vocab_size=64, d_model=32, d_ff=64, n_heads=4, d_head=8, enc_layers=2,
                            dec_layers=2, acts=('gelu', 'linear'), tied=False, scale_logits=False)
@@ -45,7 +46,8 @@ def test_a_mesh_axis_is_used_once():
 
 
 @pytest.mark.parametrize('data, model, message', [
-    (3, 1, 'this machine has 8'), (-1, 3, 'this machine has 8'), (-1, -1, 'one -1'), (0, 1, '1 or')])
+    (3, 1, 'this machine has 8'), (-1, 3, 'this machine has 8'), (-1, -1, 'one -1'),
+    (0, 1, '1 or')])
 def test_a_mesh_that_does_not_fit(data, model, message):
   with pytest.raises(UsageError, match=message):
     sharding.make_mesh(data, model)
