@@ -23,9 +23,6 @@ def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
   debug = '--debug' in argv
   argv = [a for a in argv if a != '--debug']
-  if not debug:
-    from absl import logging  # seqio's advice on every evaluation
-    logging.set_verbosity(logging.ERROR)
   try:
     return _run(argv)
   except Failure as e:

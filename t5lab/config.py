@@ -99,7 +99,9 @@ def model_config(c: ConfigDict) -> families.TransformerConfig:
 
 def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   """'configs/x.py:arg' and {'optim.lr': '3e-3'} -> a locked config."""
-  path, _, arg = file_and_arg.partition(':')
+  path, arg = file_and_arg, ''
+  if ':' in path and not pathlib.Path(path).is_file():
+    path, _, arg = path.rpartition(':')
   if not pathlib.Path(path).is_file():
     near = sorted(str(p) for p in pathlib.Path(path).parent.glob('*.py'))
     raise UsageError(f'no config file {path!r}.{did_you_mean(path, near) if near else ""}')

@@ -88,10 +88,10 @@ def show(result, title: str, samples: int = 0) -> None:
     table.add_row(task, weights, *(f'{values[m]:.3f}' if m in values else '' for m in columns))
   console = Console()
   console.print(table)
+  names = (('source', 'source'), ('reference', 'target'), ('output', 'prediction'))
   for p in last[:samples]:
-    for name, text in (('source', p.source), ('reference', p.target), ('output', p.prediction)):
-      console.print(f'{name:>10}  {text}', markup=False, highlight=False, soft_wrap=True)
-    console.print()
+    text = '\n'.join(f'{name:>10}  {getattr(p, field)}' for name, field in names)
+    console.print(text + '\n', markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == '__main__':

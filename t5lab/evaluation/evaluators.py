@@ -4,8 +4,10 @@ seqio supplies targets, postprocessors and metric functions; decoding is ours. I
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 
+from absl import logging
 import numpy as np
 
 from t5lab.data import pipeline, prompts, tasks, vocab
@@ -21,6 +23,17 @@ class Prediction:
   source: str       # the input's field without the prompt, where the task has one
   target: str
   prediction: str
+
+
+@contextlib.contextmanager
+def _without_advice():
+  """seqio warns of lengths that it took from us and of a logger that we do not want."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 class _TaskFeatures(seqio.PassThroughFeatureConverter):
@@ -47,7 +60,8 @@ class Evaluation:
     self._rows = pipeline.Pipeline(components, lengths, batch_size=batch_size, seed=0, pack=True,
                                    decoder_only=decoder_only)
     scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
-    self._evaluators = {task: self._open(task, lengths, examples) for task in scored}
+    with _without_advice():
+      self._evaluators = {task: self._open(task, lengths, examples) for task in scored}
 
   def _open(self, task, lengths, examples):
     evaluator = seqio.Evaluator(
@@ -85,7 +99,8 @@ class Evaluation:
         decoded.update((i, self._vocab.decode(row)) for (i, _), row in zip(rows, tokens))
         return [(i, row) for (i, _), row in zip(rows, tokens)]
 
-      result, _ = evaluator.evaluate(compute_metrics=True, step=step, predict_fn=predict)
+      with _without_advice():
+        result, _ = evaluator.evaluate(compute_metrics=True, step=step, predict_fn=predict)
       scores[task] = {k: float(v) for k, v in result.result()[task].items()}
       cached = evaluator.cached_task_datasets[task].as_numpy_iterator()
       text = lambda ex, name: ex.get(name, b'').decode('utf-8', 'replace')

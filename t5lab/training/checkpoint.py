@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from t5lab import trees
 from t5lab.errors import CheckpointError, NumericalError
 from t5lab.training import manifest as manifests
 from t5lab.training import rundir
@@ -145,7 +146,8 @@ class Checkpoints:
     token = self._agreed(lambda: uuid.uuid4().int >> 98)
     temporary = self.directory / f'step_{step:08d}.tmp-{token:08x}'
     try:
-      parts = {part: _nest(flat) for part, flat in _by_part(manifests.flatten(state)).items()}
+      # plain nested dicts: a file depends on paths, not on the classes of a library's version
+      parts = {part: trees.unflatten(flat) for part, flat in _by_part(trees.flatten(state)).items()}
       for part in parts if self._main else ():
         (temporary / 'state' / part).mkdir(parents=True)
       self._barrier(f'{temporary.name}_made')
@@ -251,7 +253,7 @@ class Checkpoints:
     return True
 
   def _check_finite(self, step, state):
-    flat = {path: x for path, x in manifests.flatten(state).items()
+    flat = {path: x for path, x in trees.flatten(state).items()
             if path.split('/')[0] in FINITE and jnp.issubdtype(x.dtype, jnp.inexact)}
     if not flat:
       return
@@ -287,8 +289,8 @@ class Checkpoints:
                             f'{len(wanted.keys() | found.keys())} arrays differ' +
                             ''.join('\n  ' + line for line in lines[:10]) + more)
     values = {}
-    for part, flat in _by_part(manifests.flatten(abstract)).items():
-      tree = _nest(flat)
+    for part, flat in _by_part(trees.flatten(abstract)).items():
+      tree = trees.unflatten(flat)
       try:
         tree = self._orbax.restore(
             epath.Path(self.path(chosen) / 'state' / part), args=ocp.args.PyTreeRestore(
@@ -297,7 +299,7 @@ class Checkpoints:
         # The bytes are those that were saved: no fall-back would help, and none is tried.
         reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
         raise CheckpointError(f'{self.path(chosen)}: cannot read {part}: {reason}') from e
-      values |= manifests.flatten(tree)
+      values |= trees.flatten(tree)
     if manifests.signatures(values) != wanted:
       raise CheckpointError(f'{self.path(chosen)}: arrays differ from {manifests.NAME}')
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[p] for p in wanted]), manifest
@@ -427,21 +429,6 @@ def _by_part(flat: dict) -> dict[str, dict]:
   for path, leaf in flat.items():
     parts.setdefault(path.split('/')[0], {})[path] = leaf
   return parts
-
-
-def _nest(flat: dict) -> dict:
-  """{'opt_state/0/mu': x} -> {'opt_state': {'0': {'mu': x}}}: Orbax writes plain nested dicts.
-
-  So a file depends on paths and not on the classes of a library's version, and anyone can read it.
-  """
-  tree = {}
-  for path, leaf in flat.items():
-    *folders, name = path.split('/')
-    node = tree
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[name] = leaf
-  return tree
 
 
 def _select(state, only):

@@ -120,6 +120,9 @@ def _train(c, workdir, signals, resume, allow_data_change):
   def evaluate_at(step):
     save(step)
     result = evaluate(step, state, report)
+    if c.checkpoint.best and c.checkpoint.best not in result.scores:
+      report.log(f'checkpoint.best={c.checkpoint.best!r} is not measured here, so no checkpoint is '
+                 f'the best; measured: {", ".join(result.scores)}')
     checkpoints.annotate(step, result.scores)
     report.eval(step, result.scores)      # last: a resumed run takes this row for the end of it
     return result

@@ -20,8 +20,7 @@ from pathlib import Path
 import re
 import stat
 
-import jax
-
+from t5lab import trees
 from t5lab.errors import CheckpointError
 from t5lab.training import rundir
 
@@ -51,18 +50,9 @@ class Manifest:
 # --- trees as paths ----------------------------------------------------------------------------
 
 
-def flatten(tree) -> dict:
-  """Pytree -> {'opt_state/0/mu/embed': leaf} in the order of jax.tree.leaves."""
-  flat = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-  if len(flat) != len(jax.tree.leaves(tree)):
-    raise ValueError("two leaves share a path: is there a '/' in a key?")
-  return flat
-
-
 def signatures(tree) -> dict[str, tuple[tuple[int, ...], str]]:
   """Pytree of arrays or jax.ShapeDtypeStruct -> {path: (shape, dtype name)}."""
-  return {path: (tuple(x.shape), str(x.dtype)) for path, x in flatten(tree).items()}
+  return {path: (tuple(x.shape), str(x.dtype)) for path, x in trees.flatten(tree).items()}
 
 
 def differences(wanted: dict, found: dict) -> list[str]:

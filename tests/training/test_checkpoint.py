@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from t5lab import trees
 from t5lab.errors import CheckpointError, NumericalError
 from t5lab.training import checkpoint, manifest
 
@@ -47,7 +48,7 @@ def abstract(state):
 
 def digest(tree):
   h = hashlib.sha256()
-  for path, x in manifest.flatten(tree).items():
+  for path, x in trees.flatten(tree).items():
     h.update(f'{path} {x.dtype} {x.shape} '.encode() + np.asarray(x).tobytes())
   return h.hexdigest()
 

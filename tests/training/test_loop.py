@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from t5lab import config
+from t5lab import config, trees
 from t5lab.errors import CheckpointError, DataError, NumericalError, UsageError
 from t5lab.training import loop
+from t5lab.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 QUICKSTART = str(ROOT / 'configs' / 'quickstart.py')
@@ -34,12 +36,10 @@ def rows(workdir):
 
 
 def arrays(workdir, step):
-  """{path: (size, sha256)} of the arrays of a checkpoint, by content."""
-  from t5lab.training.checkpoint import Checkpoints
+  """{path: numpy array} of a checkpoint."""
   manifest = Checkpoints(workdir / 'checkpoints').manifest(step)
   abstract = {path: jax.ShapeDtypeStruct(shape, dtype)
               for path, (shape, dtype) in manifest.leaves.items()}
-  from t5lab import trees
   state, _ = Checkpoints(workdir / 'checkpoints').restore(trees.unflatten(abstract), step)
   return trees.flatten(state)
 
@@ -114,7 +114,6 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(reference, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(reference, tmp_path):
-  import shutil
   shutil.copytree(reference, tmp_path / 'run')
   workdir = tmp_path / 'run'
   victim = max((workdir / 'checkpoints' / f'step_{STEPS:08d}').rglob('*'),
@@ -129,11 +128,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(reference,
 
 
 # -- refusals, in this process --
-
-
-@pytest.fixture
-def finished(reference):
-  return reference
 
 
 def test_another_experiment_in_the_workdir_is_refused_with_what_differs(reference):
@@ -153,8 +147,6 @@ def test_resume_must_find_a_checkpoint(tmp_path):
 
 
 def test_changed_data_is_refused_unless_allowed(reference, tmp_path, monkeypatch):
-  import shutil
-
   from t5lab.data import pipeline
   shutil.copytree(reference, tmp_path / 'run')
   same = pipeline.Pipeline._fingerprint
@@ -204,3 +196,31 @@ def test_every_checkpoint_damaged_never_starts_from_scratch(tmp_path):
     path.write_text('{}')
   with pytest.raises(CheckpointError, match='not starting from scratch'):
     loop.train(c, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(5))
+def test_killed_at_random_moments_equals_uninterrupted(reference, tmp_path, seed):
+  """SIGKILL after a random time, again and again, until the run gets through."""
+  stream, kills = np.random.default_rng(seed), 0
+  for _ in range(12):
+    process = subprocess.Popen(command(tmp_path, KILLED), env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # The moments that matter come after the start-up, whose length the machine decides.
+    before = len(rows(tmp_path)) if (tmp_path / 'metrics.jsonl').exists() else 0
+    while process.poll() is None and kills < 5:
+      if (tmp_path / 'metrics.jsonl').exists() and len(rows(tmp_path)) != before:
+        time.sleep(stream.uniform(0, 1.5))
+        process.kill()
+        kills += 1
+        break
+      time.sleep(0.01)
+    output, _ = process.communicate(timeout=200)
+    if process.returncode == 0:
+      break
+    assert process.returncode == -signal.SIGKILL, output
+  assert process.returncode == 0 and kills
+  assert rows(tmp_path) == rows(reference)
+  ours, theirs = arrays(tmp_path, STEPS), arrays(reference, STEPS)
+  for path in theirs:
+    np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
