@@ -38,6 +38,8 @@ class Lab:
     e = self.config.eval
     fields = dict(length=e.max_length or self.config.data.lengths.targets, beams=e.beams,
                   alpha=e.alpha, temperature=e.temperature)
+    if changes.get('temperature') and not changes.get('beams'):
+      fields['beams'] = 1                # asked to sample: the config's search would ignore it
     known = [f.name for f in dataclasses.fields(Decoding)]
     for name in changes:
       if name not in known:

@@ -86,7 +86,7 @@ def test_infer_jsonl(workdir, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('data, message', [
-    (b'{"en": "a"}\n{"en": "b\xff"}\n', ':2: byte 8 (0xff) is not UTF-8'),
+    (b'{"en": "a"}\n{"en": "b\xff"}\n', ':2: byte 9 (0xff) is not UTF-8'),
     (b'{"en": "a"}\nnot json\n', ':2: not JSON'),
     (b'[1]\n', ':1: expected a JSON object, found list'),
     (b'', 'is empty'),

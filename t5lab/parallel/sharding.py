@@ -55,8 +55,9 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
                      'what is left')
   known = math.prod(s for s in sizes if s != -1)
   if n % known or (-1 not in sizes and known != n):
-    raise UsageError(f'mesh.data={data}, mesh.model={model} asks for a multiple of {known} '
-                     f'devices, this machine has {n}; sizes that fit multiply to {n}, or use -1')
+    raise UsageError(f'mesh.data={data}, mesh.model={model} asks for '
+                     f'{"a multiple of " * (-1 in sizes)}{known} devices, this machine has {n}; '
+                     f'sizes that fit multiply to {n}, or use one -1')
   sizes = [n // known if s == -1 else s for s in sizes]
   return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 

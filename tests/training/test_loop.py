@@ -90,15 +90,14 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(reference, tmp_path):
   stale = [p.name for p in (tmp_path / 'checkpoints').iterdir() if '.tmp-' in p.name]
   assert len(stale) == 1 and stale[0].startswith('step_00000012')
 
-  process = subprocess.Popen(command(tmp_path, KILLED), env=environment(), text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  deadline = time.monotonic() + 200
-  while time.monotonic() < deadline and process.poll() is None:
-    if rows(tmp_path)[-1]['step'] in range(8, 22):
-      process.send_signal(signal.SIGTERM)
-      break
-    time.sleep(0.01)
-  output, _ = process.communicate(timeout=100)
+  said = tmp_path / 'said.txt'
+  with said.open('w') as f:
+    process = subprocess.Popen(command(tmp_path, KILLED), env=environment(), stdout=f, stderr=f)
+    while 'step 7/24' not in said.read_text() and process.poll() is None:
+      time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=100)
+  output = said.read_text()
   assert 'resuming from step 6' in output
   assert process.returncode == 75, output
   assert 'the same command goes on' in output and 'Traceback' not in output
@@ -153,7 +152,6 @@ def test_changed_data_is_refused_unless_allowed(reference, tmp_path, monkeypatch
   monkeypatch.setattr(pipeline.Pipeline, '_fingerprint',
                       lambda self, *a: same(self, *a)[::-1])
   c = tiny(**{k.replace('.', '__'): v for k, v in KILLED.items()})
-  c.mesh.data = 1
   with pytest.raises(DataError, match='--allow-data-change'):
     loop.train(c, tmp_path / 'run')
 
