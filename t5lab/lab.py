@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from t5lab import config as configs
-from t5lab.data import prompts, vocab
+from t5lab.data import features, prompts, vocab
 from t5lab.decoding.engine import Decoding, Engine
 from t5lab.errors import CheckpointError, UsageError, did_you_mean
 from t5lab.models.transformer import Transformer, decoding
@@ -88,19 +88,19 @@ def make_engine(config) -> Engine:
 
 def batch_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
   """The model features of one row, as shapes: enough to build parameters."""
-  from t5lab.data import features
   row = features.build_row([], config.data.lengths.to_dict(),
                            decoder_only=not config.model.enc_layers)
   return {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in row.items()}
 
 
 def load(workdir, step: str | int = 'latest', weights: str | None = None, *,
-         config=None) -> Lab:
+         config=None, engine: Engine | None = None) -> Lab:
   """The model of a run. step: a number, 'latest', or 'best' by the run's checkpoint.best metric.
 
   weights: 'ema' or 'raw'; None is the average where the run keeps one. Arrays go straight to the
-  devices, sharded by the config's rules. config: instead of the saved one. CheckpointError if no
-  checkpoint verifies.
+  devices, sharded by the config's rules. config: instead of the saved one. engine: one that
+  other Labs of this config share, and with it what it compiled. CheckpointError if no checkpoint
+  verifies.
   """
   workdir = Path(workdir)
   config = config or configs.from_dict(rundir.read_config(workdir))
@@ -121,7 +121,7 @@ def load(workdir, step: str | int = 'latest', weights: str | None = None, *,
   if found is None:
     raise CheckpointError(f'{workdir} has no checkpoint yet; train it with `t5lab train`')
   state, manifest = found
-  return Lab(config, state[part], step=manifest.step, weights=weights)
+  return Lab(config, state[part], step=manifest.step, weights=weights, engine=engine)
 
 
 def open_checkpoints(config, workdir, log=functools.partial(print, flush=True)) -> Checkpoints:

@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
   chosen = numbers if args.step == 'all' else [args.step]
   evaluation = loop.open_evaluation(c, args.split)
   sums = jax.jit(functools.partial(steps.eval_step, model=Transformer(configs.model_config(c))))
+  engine = labs.make_engine(c)             # compiles once for all steps and weights
   mesh = sharding.make_mesh(**c.mesh.to_dict())
   changed = ''.join(f'.{x}' for x in (args.task, args.split) if x)
   for number in chosen:
     found = {}
     for name in ('raw', 'ema') if c.optim.ema else ('raw',):
-      found[name] = labs.load(args.workdir, number, name, config=c)
+      found[name] = labs.load(args.workdir, number, name, config=c, engine=engine)
     step = found['raw'].step
     with sharding.use(mesh, c.rules):
       result = loop.evaluate(evaluation, found, sums, mesh)

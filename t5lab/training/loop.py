@@ -249,20 +249,12 @@ class _Log:
         f'…; all in {path}); last good checkpoint: {f"step {kept[-1]}" if kept else "none yet"}; '
         'lower optim.lr or set optim.clip')
 
+  @contextlib.contextmanager
   def paused(self):
     """A block whose time belongs to no step."""
-    return _Paused(self)
-
-
-@dataclasses.dataclass
-class _Paused:
-  log: _Log
-
-  def __enter__(self):
-    self._start = time.perf_counter()
-
-  def __exit__(self, *_):
-    self.log._since += time.perf_counter() - self._start
+    start = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - start
 
 
 class _Evaluator:

@@ -1,6 +1,7 @@
 """Logits, loss and gradient norm of each family, frozen: a change in any changes what is trained.
 
-Parameters and batches come from numpy streams. Written by this code on 2026-11-23 after the golden vectors of T5X held (test_transformer.py).
+Parameters and batches come from numpy streams. Written by this code on 2026-11-23, after the golden
+vectors of T5X held (test_transformer.py).
 """
 
 import dataclasses
