@@ -16,6 +16,7 @@ COMMANDS = {
     'train': 'train a config; the same command resumes it',
     'eval': "score a run's checkpoints on a task",
     'infer': 'text in, text out',
+    'convert': 'weights from and to Hugging Face, T5X and GGUF, certified',
 }
 
 

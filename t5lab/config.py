@@ -5,6 +5,7 @@ A config is a Python file with `get_config(arg='')`; see configs/. On the comman
 """
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -23,6 +24,19 @@ def base(family: str, **model) -> ConfigDict:
   c.seed = 0                         # of parameters, data order and dropout
   c.total_steps = 1000
 
+  c.init = i = ConfigDict()          # weights to start from
+  i.path = ''                        # a run or a converted checkpoint; '': the seed's
+  i.step = 'latest'                  # latest | best | a number
+  i.weights = ''                     # ema | raw; '': the average where there is one
+  i.optimizer = 'fresh'              # fresh | restore
+  i.fresh = ()                       # regexes of our paths that path lacks: a new head
+  i.ignore = ()                      # regexes of its paths that we lack
+
+  c.lora = r = ConfigDict()          # adapters on frozen weights of init.path [Hu et al. 2022]
+  r.rank = 0                         # 0: off, everything is trained
+  r.alpha = 16.                      # the adapters' product times alpha / rank
+  r.kernels = ('.*/attn/(q|v)/kernel',)   # regexes of the kernels that get one
+
   c.data = d = ConfigDict()
   d.mixture = ''                     # a seqio Task or Mixture
   d.split = 'train'
@@ -30,6 +44,7 @@ def base(family: str, **model) -> ConfigDict:
   d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
   d.batch_size = 64                  # rows a step, over all devices and microbatches
   d.pack = True                      # several short examples in a row, kept apart by segment ids
+  d.start = True                     # decoder-only: prompts too begin with model.start_id
 
   c.optim = o = ConfigDict()
   o.name = 'adafactor'               # see training/optim.py
@@ -48,9 +63,12 @@ def base(family: str, **model) -> ConfigDict:
   l.z_loss = 1e-4                    # times log(Z)^2 a token [T5X losses.py]
   l.label_smoothing = 0.
   l.chunks = 1                       # parts of the batch's tokens whose logits exist at once
+  l.balance = 0.01                   # of experts' load [Fedus et al. 2022, 2.2]
+  l.router_z = 0.001                 # of routers' logits [Zoph et al. 2022, 3.3]
 
   c.mesh = m = ConfigDict()
   m.data, m.model = -1, 1            # devices an axis; -1: what is left
+  m.expert = 1                       # devices over which experts are spread
   c.rules = 'dp'                     # row of parallel/sharding.py: dp | fsdp | tp | fsdp_tp
 
   c.log = g = ConfigDict()
@@ -71,14 +89,18 @@ def base(family: str, **model) -> ConfigDict:
   e.temperature = 0.                 # 0: greedy
   e.beams = 1                        # over 1: beam search
   e.alpha = 0.6                      # its length penalty [Wu et al. 2016]
+  e.forced_first = -1                # token that every output begins with (BART); -1: none
   c.lock()
   return c
 
 
 def tiny(c: ConfigDict) -> ConfigDict:
   """The same experiment for seconds on one CPU: two layers, 32 wide, ten steps."""
-  c.model.update(d_model=32, d_ff=64, n_heads=2, d_head=16, dec_layers=min(2, c.model.dec_layers),
-                 enc_layers=min(2, c.model.enc_layers), dtype='float32')
+  m = c.model
+  m.update(d_model=32, d_ff=64, n_heads=2, n_kv_heads=min(1, m.n_kv_heads), d_head=16,
+           dec_layers=min(2, m.dec_layers), enc_layers=min(2, m.enc_layers),
+           experts=min(4, m.experts), moe_every=min(2, m.moe_every), dtype='float32')
+  c.init.path, c.lora.rank = '', 0       # of other sizes
   c.total_steps = 10
   c.data.batch_size = 8
   for feature, length in c.data.lengths.items():
@@ -91,7 +113,28 @@ def tiny(c: ConfigDict) -> ConfigDict:
 
 def model_config(c: ConfigDict) -> families.TransformerConfig:
   fields = c.model.to_dict()
-  return families.TransformerConfig(**{**fields, 'acts': tuple(fields['acts'])})
+  return families.TransformerConfig(**{
+      k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def of_model(model: families.TransformerConfig, vocab: str = '') -> ConfigDict:
+  """The config of weights that came from elsewhere: a model and a vocabulary, no task.
+
+  Its family is the row with these fields, or 'converted'.
+  """
+  fields = dataclasses.asdict(model)
+  free = ('dropout', 'dtype', 'remat', 'init_std', 'max_length', 'pool')
+  same = lambda name: all(value == fields[k] for k, value in families.row(name).items()
+                          if k not in free)
+  c = base(next((name for name in families.ROWS if same(name)), 'tiny'))
+  c.family = c.family if c.family != 'tiny' else 'converted'
+  c.model.update(fields)
+  c.data.vocab = vocab
+  length = min(model.max_length or 512, 512)
+  c.data.lengths.inputs = length if model.enc_layers else 0
+  c.data.lengths.targets = length if model.dec_layers else 0
+  c.eval.max_length = min(128, length)
+  return c
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -114,7 +157,7 @@ def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDi
     raise UsageError(f'{path}: {" ".join(str(e).split())}') from e
   for key, value in (overrides or {}).items():
     override(c, key, value)
-  check(c)
+  check_trainable(c)
   return c
 
 
@@ -169,8 +212,8 @@ def check(c: ConfigDict) -> None:
   if missing:
     raise UsageError(f'the config lacks {", ".join(missing)}: a section was replaced by a dict')
   for key in ('total_steps', 'data.batch_size', 'optim.microbatches', 'loss.chunks', 'log.every',
-              'checkpoint.every', 'checkpoint.keep', 'eval.batch_size', 'data.lengths.targets',
-              'eval.beams'):
+              'checkpoint.every', 'checkpoint.keep', 'eval.batch_size', 'eval.beams',
+              *['data.lengths.targets'] * bool(c.model.dec_layers)):
     if keys(c)[key] < 1:
       raise UsageError(f'{key}={keys(c)[key]}: it must be 1 or more')
   if c.data.batch_size % c.optim.microbatches:
@@ -178,12 +221,32 @@ def check(c: ConfigDict) -> None:
                      f'optim.microbatches={c.optim.microbatches}')
   if not 0 <= c.optim.ema < 1:
     raise UsageError(f'optim.ema={c.optim.ema}: a decay in [0, 1), as 0.999')
-  if not c.data.mixture:
-    raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende')
   if bool(c.model.enc_layers) != bool(c.data.lengths.inputs) and c.model.enc_layers:
     raise UsageError(f'data.lengths.inputs={c.data.lengths.inputs}, but the model has '
                      f'{c.model.enc_layers} encoder layers; give the inputs a length')
-  model_config(c)
+  model = model_config(c)
+  if model.positions == 'learned':
+    for feature, layers in (('inputs', model.enc_layers), ('targets', model.dec_layers)):
+      length = c.data.lengths[feature] if layers else 0
+      if model.kind == 'decoder':
+        length += c.data.lengths.inputs
+      if length > model.max_length:
+        raise UsageError(f'data.lengths.{feature}={length}: the table of learned positions has '
+                         f'model.max_length={model.max_length} rows')
+  if c.init.optimizer not in ('fresh', 'restore'):
+    raise UsageError(f"init.optimizer={c.init.optimizer!r}: 'fresh' or 'restore'")
+  if c.lora.rank < 0 or c.lora.rank and not c.lora.kernels:
+    raise UsageError(f'lora.rank={c.lora.rank} with lora.kernels={tuple(c.lora.kernels)}: a rank of '
+                     '1 or more and the kernels to adapt, or rank 0')
+  if c.lora.rank and not c.init.path:
+    raise UsageError('lora.rank adapts frozen weights: name them with init.path')
+
+
+def check_trainable(c: ConfigDict) -> None:
+  """`check`, and that there is something to train on."""
+  check(c)
+  if not c.data.mixture:
+    raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende')
 
 
 def keys(c: ConfigDict) -> dict:

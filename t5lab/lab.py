@@ -1,27 +1,26 @@
-"""A trained model in hand: `lab = t5lab.load('runs/x')`, then `lab.generate(['…'])`.
+"""A model in hand: `lab = t5lab.load('runs/x')`, then `lab.generate(['…'])`.
 
-Imports no TensorFlow. Everything it needs is in the run's directory: config.json, which alone
-rebuilds the model, and a verified checkpoint.
+Imports no TensorFlow. Everything it needs is in the directory of the run or converted checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from t5lab import config as configs
+from t5lab import weights as loading
 from t5lab.data import features, prompts, vocab
-from t5lab.decoding.engine import Decoding, Engine
-from t5lab.errors import CheckpointError, UsageError, did_you_mean
-from t5lab.models.transformer import Transformer, decoding
-from t5lab.parallel import sharding
-from t5lab.training import rundir
-from t5lab.training import step as steps
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.decoding.engine import SHORTEST, Decoding, Engine, buckets
+from t5lab.errors import UsageError, did_you_mean
+from t5lab.models.cache import decoding
+from t5lab.models.transformer import Transformer
 
-WEIGHTS = ('ema', 'raw')
+Texts = Sequence[str]
+Pairs = Sequence[tuple[str, str]]
 
 
 class Lab:
@@ -29,15 +28,25 @@ class Lab:
 
   def __init__(self, config, params, *, step: int = 0, weights: str = 'raw', engine=None):
     self.config, self.params, self.step, self.weights = config, params, step, weights
-    self.vocab = vocab.load(config.data.vocab)
-    self._engine = engine or make_engine(config)
+    self.model = configs.model_config(config)
+    self._engine = engine
+    self._jitted = {}
+
+  @functools.cached_property
+  def vocab(self):
+    if not self.config.data.vocab:
+      raise UsageError('these weights came without a vocabulary: give token ids to generate_tokens '
+                       'and logits, or set data.vocab in config.json')
+    return vocab.load(self.config.data.vocab)
+
+  # -- text out ---------------------------------------------------------------------------------
 
   def decoding(self, **changes) -> Decoding:
     """The config's way to decode, with changes: length, beams, alpha, temperature, top_k, top_p,
-    seed."""
+    seed, forced_first."""
     e = self.config.eval
     fields = dict(length=e.max_length or self.config.data.lengths.targets, beams=e.beams,
-                  alpha=e.alpha, temperature=e.temperature)
+                  alpha=e.alpha, temperature=e.temperature, forced_first=e.forced_first)
     if changes.get('temperature') and not changes.get('beams'):
       fields['beams'] = 1                # asked to sample: the config's search would ignore it
     known = [f.name for f in dataclasses.fields(Decoding)]
@@ -45,20 +54,41 @@ class Lab:
       if name not in known:
         raise UsageError(f'decoding has no option {name!r}.{did_you_mean(name, known)}')
     settings = Decoding(**{**fields, **{k: v for k, v in changes.items() if v is not None}})
-    if settings.beams > 1 and not self.config.model.enc_layers:
+    if self.model.kind == 'encoder':
+      raise UsageError(f'{self.config.family} has no decoder and writes no text; it can embed, '
+                       'fill_mask and classify')
+    if settings.beams > 1 and self.model.kind == 'decoder':
       raise UsageError(f'beams={settings.beams}: a decoder-only model is sampled, not searched; '
                        'use beams=1')
     return settings
 
   def tokens(self, text: str) -> list[int]:
-    """A model input as ids. It ends in EOS where the model was trained on inputs with one."""
+    """A model input as ids: an encoder's as its vocabulary frames it, a decoder's prompt as it is.
+
+    A decoder that was trained on inputs reads them with the EOS that they had.
+    """
+    if self.model.kind != 'decoder':
+      return self.vocab.frame(text)
     ids = self.vocab.encode(text)
     return ids + [self.vocab.eos_id] if self.config.data.lengths.inputs else ids
 
   def generate_tokens(self, requests: Sequence[Sequence[int]], *, tick=lambda done, total: None,
                       **options):
     """Token lists, as `tokens` makes them -> int32[requests, length], padded with 0 after EOS."""
-    return self._engine.generate(self.params, requests, self.decoding(**options), tick=tick)
+    settings = self.decoding(**options)
+    if self.model.kind == 'decoder':
+      start = [self.model.start_id]
+      requests = [[*start, *r] if self.config.data.start or not len(r) else r for r in requests]
+    self._check_length(requests, settings.length)
+    self._engine = self._engine or make_engine(self.config)
+    return self._engine.generate(self.params, requests, settings, tick=tick)
+
+  def _check_length(self, requests, targets: int):
+    m = self.model
+    longest = max(map(len, requests), default=0) + targets * (m.kind == 'decoder')
+    if m.positions == 'learned' and max(longest, targets) > m.max_length:
+      raise UsageError(f'{max(longest, targets)} tokens: the learned positions of '
+                       f'{self.config.family} end at {m.max_length}; shorten the text or the length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
                tick=lambda done, total: None, **options) -> list[str]:
@@ -68,8 +98,7 @@ class Lab:
     is the task the model was trained on where it has a prompt; '' takes strings as they are.
     options: see `decoding`.
     """
-    if isinstance(texts, str):
-      raise UsageError("generate takes a list of texts: generate(['…'])")
+    texts = _several(texts, 'generate')
     if task is None:
       task = self.config.data.mixture if self.config.data.mixture in prompts.PROMPTS else ''
     if not task and any(not isinstance(text, str) for text in texts):
@@ -79,68 +108,162 @@ class Lab:
     out = self.generate_tokens([self.tokens(text) for text in asked], tick=tick, **options)
     return [self.vocab.decode(row) for row in out]
 
+  def chat(self, messages: Sequence[Mapping[str, str]], **options) -> str:
+    """[{'role': 'user', 'content': '…'}, …] -> the reply, by the model's own chat template."""
+    if self.model.kind != 'decoder':
+      raise UsageError(f'{self.config.family} is no decoder-only model: chat has no meaning for it')
+    prompt = self.vocab.encode(self.vocab.chat(list(messages)))
+    return self.vocab.decode(self.generate_tokens([prompt], **options)[0])
+
+  # -- numbers out ------------------------------------------------------------------------------
+
+  def logits(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """seqio's model features, int[B, length] each -> float32[B, T, V].
+
+    Encoder-decoder: encoder_input_tokens and decoder_input_tokens; decoder-only: the latter;
+    encoder-only: the former. Optional: their _segment_ids, _positions, encoder_token_types.
+    """
+    if self.model.kind == 'encoder' and not (self.model.mlm_head or self.model.classes):
+      raise UsageError(f'{self.config.family} has no head that makes logits; use embed')
+    wanted = [f'{side}_input_tokens' for side, layers in (
+        ('encoder', self.model.enc_layers), ('decoder', self.model.dec_layers)) if layers]
+    missing = [name for name in wanted if name not in batch]
+    if missing:
+      raise UsageError(f'logits needs {", ".join(wanted)}; missing: {", ".join(missing)}')
+    return np.asarray(self._apply('__call__', {k: jnp.asarray(v) for k, v in batch.items()}))
+
+  def score(self, inputs: Texts, targets: Texts, *, eos: bool | None = None) -> np.ndarray:
+    """float32[n], log p(target | input) in nats, summed over the target's tokens.
+
+    eos: whether the end of the text is part of the target; None: of an encoder-decoder's, whose
+    targets end, not of a decoder's, which goes on.
+    """
+    inputs, targets = _several(inputs, 'score'), _several(targets, 'score')
+    if len(inputs) != len(targets):
+      raise UsageError(f'score: {len(inputs)} inputs and {len(targets)} targets')
+    if self.model.kind == 'encoder':
+      raise UsageError(f'{self.config.family} has no decoder: it scores no targets')
+    decoder = self.model.kind == 'decoder'
+    end = [self.vocab.eos_id] if (not decoder if eos is None else eos) else []
+    rows = [{'inputs': np.array(self.tokens(text), np.int32),
+             'targets': np.array([*self.vocab.encode_target(target), *end], np.int32)}
+            for text, target in zip(inputs, targets)]
+    if empty := [i for i, row in enumerate(rows) if not len(row['targets'])]:
+      raise UsageError(f'score: target {empty[0]} is empty')
+    return self._map(rows, self._log_p)
+
+  def _log_p(self, batch):
+    """Sums of the log-probabilities of the loss tokens, row by row."""
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    def sums(logits):
+      log_p = jax.nn.log_softmax(logits)
+      chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+      return jnp.sum(chosen * weights, axis=-1)
+    return sums(self._apply('__call__', batch))
+
+  def embed(self, texts: Texts) -> np.ndarray:
+    """float32[n, D], one vector of length 1 a text, pooled as model.pool says (mean over tokens)."""
+    rows = [self._row(text) for text in _several(texts, 'embed')]
+    x = self._map(rows, lambda batch: self._apply('pooled', batch).astype(jnp.float32))
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+  def classify(self, texts: Texts | Pairs) -> np.ndarray:
+    """float32[n, classes], the probability of each class; texts are strings or pairs of them."""
+    if not self.model.classes:
+      raise UsageError(f'{self.config.family} has no classifier (model.classes=0)')
+    rows = [self._row(*([text] if isinstance(text, str) else text))
+            for text in _several(texts, 'classify')]
+    return self._map(rows, lambda batch: jax.nn.softmax(self._apply('__call__', batch)[:, 0]))
+
+  def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
+    """For each text, for each mask in it, the k most probable (piece, probability), best first.
+
+    A mask is the vocabulary's own token, as '[MASK]'.
+    """
+    mask = self.vocab.mask_id
+    if mask is None or not self.model.mlm_head:
+      raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT with '
+                       'its MLM head and a vocabulary with a mask')
+    rows = [self._row(text) for text in _several(texts, 'fill_mask')]
+    at = [np.flatnonzero(row['inputs'] == mask) for row in rows]
+    if unmasked := [i for i, found in enumerate(at) if not len(found)]:
+      raise UsageError(f'text {unmasked[0]} has no {self.vocab.pieces([mask])[0]}: '
+                       f'{texts[unmasked[0]]!r}')
+    best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
+    probs, ids = self._map(rows, best)
+    return [[list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j]))) for j in found]
+            for i, found in enumerate(at)]
+
+  # -- batches ----------------------------------------------------------------------------------
+
+  def _row(self, *texts: str) -> dict[str, np.ndarray]:
+    if self.model.kind != 'decoder':
+      return {'inputs': np.array(self.vocab.frame(*texts), np.int32)}
+    return {'inputs': np.array(self.vocab.encode(texts[0]), np.int32),
+            'targets': np.array([self.vocab.eos_id], np.int32)}     # read by no position
+
+  def _map(self, rows, f):
+    """f(model features of a batch) for rows of any length, in order; few shapes, as the engine."""
+    size = lambda row: max(map(len, row.values()))
+    order = sorted(range(len(rows)), key=lambda i: size(rows[i]))
+    out = [None] * len(rows)
+    for first in range(0, len(order), self.config.eval.batch_size):
+      chosen = order[first:first + self.config.eval.batch_size]
+      widths = {name: buckets(max(len(rows[i][name]) for i in chosen), SHORTEST)
+                for name in rows[chosen[0]]}
+      self._check_length([rows[i].get('inputs', ()) for i in chosen], 0)
+      made = [self._build(rows[i], widths) for i in chosen]
+      made += made[:1] * (min(buckets(len(made), 1, 4), self.config.eval.batch_size) - len(made))
+      batch = {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
+      result = jax.tree.map(np.asarray, f(batch))
+      for place, i in enumerate(chosen):
+        out[i] = jax.tree.map(lambda x, place=place: x[place], result)
+    if not out:
+      return np.zeros((0,), np.float32)
+    pad = lambda *xs: np.stack([np.pad(x, [(0, max(y.shape[0] for y in xs) - x.shape[0])]
+                                       + [(0, 0)] * (x.ndim - 1)) if x.ndim else x for x in xs])
+    return jax.tree.map(pad, *out)
+
+  def _build(self, row, widths):
+    start, m = self.model.start_id, self.model
+    if m.kind == 'decoder' and not self.config.data.start and len(row['inputs']):
+      start, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # begins as its text
+    return features.build_row([row], widths, kind=m.kind, start=start, eos=self.vocab.eos_id)
+
+  def _apply(self, method: str, batch):
+    if method not in self._jitted:
+      self._jitted[method] = jax.jit(functools.partial(
+          Transformer(self.model).apply, method=method))
+    return self._jitted[method]({'params': self.params}, batch)
+
+
+def _several(texts, use: str) -> list:
+  if isinstance(texts, str):
+    raise UsageError(f"{use} takes a list of texts: {use}(['…'])")
+  return list(texts)
+
 
 def make_engine(config) -> Engine:
-  start, step = decoding(configs.model_config(config))
-  return Engine(start, step, eos=vocab.EOS, decoder_only=not config.model.enc_layers,
-                batch_size=config.eval.batch_size)
+  model = configs.model_config(config)
+  if model.kind == 'encoder':
+    return None
+  start, step, prefill = decoding(model)
+  alone = model.kind == 'decoder'
+  eos = vocab.load(config.data.vocab).eos_id if config.data.vocab else model.eos_id
+  return Engine(start, step, prefill if alone else None, eos=eos,
+                begin=None if alone else model.start_id, batch_size=config.eval.batch_size)
 
 
-def batch_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
-  """The model features of one row, as shapes: enough to build parameters."""
-  row = features.build_row([], config.data.lengths.to_dict(),
-                           decoder_only=not config.model.enc_layers)
-  return {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in row.items()}
-
-
-def load(workdir, step: str | int = 'latest', weights: str | None = None, *,
-         config=None, engine: Engine | None = None) -> Lab:
-  """The model of a run. step: a number, 'latest', or 'best' by the run's checkpoint.best metric.
+def load(path, step: str | int = 'latest', weights: str | None = None, *, config=None,
+         engine: Engine | None = None) -> Lab:
+  """The model of a run or converted checkpoint. step: a number, 'latest', or 'best' by the run's
+  checkpoint.best metric.
 
   weights: 'ema' or 'raw'; None is the average where the run keeps one. Arrays go straight to the
-  devices, sharded by the config's rules. config: instead of the saved one. engine: one that
-  other Labs of this config share, and with it what it compiled. CheckpointError if no checkpoint
-  verifies.
+  devices, sharded by the config's rules; adapters are merged. config: instead of the saved one.
+  engine: one that other Labs of this config share, and with it what it compiled. CheckpointError if
+  no checkpoint verifies.
   """
-  workdir = Path(workdir)
-  config = config or configs.from_dict(rundir.read_config(workdir))
-  weights = weights or ('ema' if config.optim.ema else 'raw')
-  if weights not in WEIGHTS or (weights == 'ema' and not config.optim.ema):
-    raise UsageError(f'weights={weights!r}: this run has ' +
-                     (' and '.join(WEIGHTS) if config.optim.ema else 'raw only (optim.ema=0)'))
-  checkpoints = open_checkpoints(config, workdir)
-  number = choose_step(checkpoints, step)
-  mesh = sharding.make_mesh(**config.mesh.to_dict())
-  model = Transformer(configs.model_config(config))
-  boxed, abstract = steps.abstract_params(model, batch_shapes(config))
-  placed = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract,
-      sharding.shardings(boxed, mesh, config.rules))
-  part = 'ema' if weights == 'ema' else 'params'
-  found = checkpoints.restore({part: placed}, number, only=(part,))
-  if found is None:
-    raise CheckpointError(f'{workdir} has no checkpoint yet; train it with `t5lab train`')
-  state, manifest = found
-  return Lab(config, state[part], step=manifest.step, weights=weights, engine=engine)
-
-
-def open_checkpoints(config, workdir, log=functools.partial(print, flush=True)) -> Checkpoints:
-  k = config.checkpoint
-  return Checkpoints(Path(workdir) / 'checkpoints', keep=k.keep, best_metric=k.best,
-                     best_mode='min' if k.best.endswith('loss') else 'max', log=log)
-
-
-def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:
-  """'latest' -> None (the newest that verifies), 'best' -> its number, N -> N."""
-  if step == 'latest':
-    return None
-  if step == 'best':
-    best = checkpoints.best_step()
-    if best is None:
-      raise UsageError('no checkpoint has an evaluation of checkpoint.best='
-                       f'{checkpoints._best_metric!r}; use --step latest')
-    return best
-  try:
-    return int(step)
-  except ValueError:
-    raise UsageError(f'step {step!r}: a number, latest or best') from None
+  config = config or loading.read_config(path)
+  found = loading.load(path, step, weights, config=config)
+  return Lab(config, found.params, step=found.step, weights=found.weights, engine=engine)

@@ -24,7 +24,7 @@ def test_every_config_has_the_keys_of_the_base_and_round_trips(path, arg):
 def test_every_config_lowers_its_step_at_tiny(path):
   import functools
 
-  from t5lab.lab import batch_shapes
+  from t5lab.weights import batch_shapes
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
   from t5lab.training import loop, optim
@@ -33,7 +33,7 @@ def test_every_config_lowers_its_step_at_tiny(path):
   model = Transformer(config.model_config(c), train=True)
   tx = optim.optimizer(c.optim.name, c.optim.lr)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  state, _ = loop.state_shapes(c, model, tx, mesh)
+  state, _ = loop.state_shapes(c, tx, mesh)
   batch = {k: jax.ShapeDtypeStruct((c.data.batch_size, *v.shape[1:]), v.dtype)
            for k, v in batch_shapes(c).items()}
   step = functools.partial(steps.train_step, model=model, tx=tx, ema=c.optim.ema,

@@ -31,18 +31,19 @@ def main(argv: list[str] | None = None) -> int:
   import jax
 
   from t5lab import lab as labs
+  from t5lab import weights as loading
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.training import loop, rundir
+  from t5lab.training import loop
   from t5lab.training import step as steps
   use_compilation_cache()
-  c = configs.from_dict(rundir.read_config(args.workdir))
+  c = loading.read_config(args.workdir)
   if args.task:
     c.eval.mixture = args.task
   for key, value in overrides.items():
     configs.override(c, key, value)
-  configs.check(c)
-  checkpoints = labs.open_checkpoints(c, args.workdir)
+  configs.check_trainable(c)
+  checkpoints = loading.open_checkpoints(c, args.workdir)
   numbers = checkpoints.steps()
   if not numbers:
     raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')

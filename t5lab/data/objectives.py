@@ -5,6 +5,8 @@ to even. [Raffel et al. 2020, 3.1.4 and 3.3]
 """
 import numpy as np
 
+from t5lab.errors import UsageError
+
 
 def span_noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
   """(noise tokens, noise spans) of a segment of `length` >= 2 tokens; both at least 1."""
@@ -60,32 +62,34 @@ def span_corruption_sizes(length: int, density: float = 0.15,
   return {'inputs': max(length, 2) - noise + spans + 1, 'targets': noise + spans + 1}
 
 
-def noise_span_to_sentinel(tokens, mask, sentinel: int) -> np.ndarray:
-  """Each run of True becomes one sentinel: `sentinel`, `sentinel` - 1, ... from left to right.
+def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
+  """Each run of True becomes one sentinel: `sentinel`, `sentinel` + step, ... from left to right.
 
   tokens 5 6 7 8, mask 0 1 1 0, sentinel 99 -> 5 99 8
   """
   tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
   inside = np.concatenate([[False], mask[:-1]]) if len(mask) else mask
   first = mask & ~inside
-  return np.where(first, sentinel + 1 - np.cumsum(first), tokens)[~(mask & inside)].astype(np.int32)
+  marked = np.where(first, sentinel + step * (np.cumsum(first) - 1), tokens)
+  return marked[~(mask & inside)].astype(np.int32)
 
 
-def nonnoise_span_to_sentinel(tokens, mask, sentinel: int) -> np.ndarray:
+def nonnoise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
   """Each run of False becomes one sentinel; there is no final sentinel after a last noise span."""
-  return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel)
+  return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel, step)
 
 
 def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
-                    mean_span: float = 3.) -> dict[str, np.ndarray]:
+                    mean_span: float = 3., step: int = -1) -> dict[str, np.ndarray]:
   """int[T] -> int32 {'inputs', 'targets'}, each ending in EOS.
 
   inputs: kept text with a sentinel for each dropped span; targets: sentinel, span, sentinel, span…
+  sentinel: the first one's id; step: from one to the next.
   """
   mask = span_noise_mask(rng, len(tokens), density, mean_span)
   end = np.array([eos], np.int32)
-  return {'inputs': np.concatenate([noise_span_to_sentinel(tokens, mask, sentinel), end]),
-          'targets': np.concatenate([nonnoise_span_to_sentinel(tokens, mask, sentinel), end])}
+  return {'inputs': np.concatenate([noise_span_to_sentinel(tokens, mask, sentinel, step), end]),
+          'targets': np.concatenate([nonnoise_span_to_sentinel(tokens, mask, sentinel, step), end])}
 
 
 def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
@@ -105,3 +109,43 @@ def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
 def prefix_lm_sizes(length: int) -> dict[str, int]:
   """Upper bounds of both features, EOS included: the cut leaves at least one token on each side."""
   return {'inputs': length, 'targets': length}
+
+
+# The length of the segments that a task cuts text into, from the lengths of its features.
+
+
+def length_of(task: str, lengths, feature: str) -> int:
+  if not lengths.get(feature):
+    raise UsageError(f'task {task!r} needs a length for {feature!r}; given: {dict(lengths)}')
+  return lengths[feature]
+
+
+def span_corruption_segment(task: str, lengths, sentinels: int) -> int:
+  """The longest that fits both lengths. UsageError if none does, or for want of sentinels."""
+  if not sentinels:
+    raise UsageError(f'task {task!r} needs sentinels <extra_id_0>, <extra_id_1>, … with ids in a '
+                     'row, and the vocabulary has none: use books_lm or books_prefix_lm')
+  inputs, targets = (length_of(task, lengths, f) for f in ('inputs', 'targets'))
+  tokens, needed = span_corruption_lengths(inputs)
+  if needed > targets:
+    raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
+                     f'limit is {targets}: set targets to {needed} or lower inputs')
+  # The rule rounds in float64 and the mask in float32: rarely they differ, and T5 then lost tokens.
+  while any(size > lengths[f] for f, size in span_corruption_sizes(tokens).items()):
+    tokens -= 1
+    if tokens < 2:
+      raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
+                       'targets: the least are 3 and 3')
+  spans = span_noise_counts(tokens, 0.15, 3.)[1]
+  if spans > sentinels:
+    raise UsageError(f'span corruption with {inputs} inputs makes {spans} spans, the vocabulary '
+                     f'has {sentinels} sentinels: lower the inputs length')
+  return tokens
+
+
+def prefix_lm_segment(task: str, lengths) -> int:
+  return min(length_of(task, lengths, f) for f in ('inputs', 'targets'))
+
+
+def lm_segment(task: str, lengths) -> int:
+  return length_of(task, lengths, 'targets')

@@ -26,23 +26,27 @@ PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 class _Rows:
   """The packed rows of one component, for any epoch. row(epoch, i) -> model features."""
 
-  def __init__(self, component, lengths, *, seed, pack, decoder_only):
+  def __init__(self, component, lengths, *, seed, pack, kind, eos, start):
     self.name, self.objective = component.name, component.objective
-    self.lengths, self.seed, self.decoder_only = lengths, seed, decoder_only
+    self.lengths, self.seed, self._eos = lengths, seed, eos
+    self._build = functools.partial(features.build_row, lengths=lengths, kind=kind, eos=eos,
+                                    start=start)
     self.examples, self.tokens, self.cut = [], 0, []
     sizes = []
     for i, example in enumerate(component.examples):
       if self.objective is None:
-        example, lost = features.trim(example, lengths)
+        if kind == 'encoder' and 'targets' in lengths:
+          features.check_class(example, f'example {self.name}:{i}')
+        example, lost = features.trim(example, lengths, eos)
         if lost:
           self.cut.append(i)
         size = {name: len(tokens) for name, tokens in example.items()}
       else:
         size = self.objective.sizes(example)
       self.examples.append(example)
-      sizes.append(list(features.row_sizes(size, decoder_only).values()))
+      sizes.append(list(features.row_sizes(size, kind).values()))
     sizes = np.array(sizes)
-    room = np.array(list(features.row_lengths(lengths, decoder_only).values()))
+    room = np.array(list(features.row_lengths(lengths, kind).values()))
     self.layout = features.pack(sizes, room) if pack else [
         np.array([i]) for i in range(len(sizes))]
     self.fill = sizes.sum() / (len(self.layout) * room.sum())
@@ -67,20 +71,23 @@ class _Rows:
       if self.objective is not None:
         rng = np.random.default_rng([self.seed, epoch, example_id])
         example = self.objective.apply(example, rng)
-        example, _ = features.trim(example, self.lengths)
+        example, _ = features.trim(example, self.lengths, self._eos)
       out.append(example)
-    return features.build_row(out, self.lengths, decoder_only=self.decoder_only)
+    return self._build(out)
 
 
 class Pipeline:
   """Batches of a list of tasks.Component, mixed by their rates (of examples, not of rows).
 
   components: name, rate, examples (dicts of int32 token arrays), objective or None.
-  lengths: tokens of each feature, EOS included. batch_size: rows over all processes.
+  lengths: tokens of each feature, EOS included. batch_size: rows over all processes. kind: of
+  model, one of features.KINDS; decoder_only is the older way to say 'decoder'. eos: the
+  vocabulary's; start: the decoder's first input token.
   """
 
   def __init__(self, components: Sequence, lengths: dict[str, int], *, batch_size: int, seed: int,
-               pack: bool = True, decoder_only: bool = False, process_index: int = 0,
+               pack: bool = True, kind: str | None = None, decoder_only: bool = False,
+               eos: int = features.EOS, start: int = features.BOS, process_index: int = 0,
                process_count: int = 1):
     if batch_size % process_count:
       raise UsageError(f'data.batch_size={batch_size} is not a multiple of the {process_count} '
@@ -89,7 +96,9 @@ class Pipeline:
     self.batch_size, self.seed, self._lengths = batch_size, seed, lengths
     self._local = batch_size // process_count
     self._first = process_index * self._local
-    self.rows = [_Rows(c, lengths, seed=seed + 7919 * i, pack=pack, decoder_only=decoder_only)
+    kind = features.kind_of(kind, decoder_only)
+    pack = pack and not (kind == 'encoder' and 'targets' in lengths)     # a row has one class
+    self.rows = [_Rows(c, lengths, seed=seed + 7919 * i, pack=pack, kind=kind, eos=eos, start=start)
                  for i, c in enumerate(components)]
     order = [self._epochs(i, len(r.layout)) for i, r in enumerate(self.rows)]
     # A rate counts examples, the mixture draws rows: a task whose rows hold more examples is drawn
@@ -97,14 +106,14 @@ class Pipeline:
     weights = [c.rate * len(r.layout) / len(r.examples) for c, r in zip(components, self.rows)]
     self._order = order[0] if len(order) == 1 else grain.MapDataset.mix(
         order, [round(w / max(weights), 4) for w in weights])
-    self.fingerprint = self._fingerprint(components, pack, decoder_only)
+    self.fingerprint = self._fingerprint(components, pack, kind, eos, start)
 
   def _epochs(self, component: int, rows: int):
     """Endless (component, epoch, row): each epoch a fresh permutation of the rows."""
     dataset = grain.MapDataset.range(rows).seed(self.seed + component).shuffle().repeat()
     return dataset.map_with_index(lambda i, row: (component, i // rows, int(row)))
 
-  def _fingerprint(self, components, pack, decoder_only) -> str:
+  def _fingerprint(self, components, pack, kind, eos, start) -> str:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run can tell."""
     digest = hashlib.sha256()
     for c, rows in zip(components, self.rows):
@@ -113,7 +122,9 @@ class Pipeline:
         for name in sorted(example):
           digest.update(f'{name} {len(example[name])} '.encode())
           digest.update(np.ascontiguousarray(example[name], np.int32))
-    layout = [self._lengths, self.batch_size, self.seed, pack, decoder_only]
+    layout = [self._lengths, self.batch_size, self.seed, pack, kind == 'decoder']
+    if kind == 'encoder' or (eos, start) != (features.EOS, features.BOS):
+      layout += [kind, eos, start]      # T5's print as they did, so that older runs go on
     digest.update(json.dumps(layout, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -14,7 +14,9 @@ PROMPTS = MappingProxyType({
     'ha_enes': 'translate English to Spanish: {en}',
     'docs_summarize': 'summarize: {document}',
     'numpydoc_qa': 'question: {question} context: {context}',
+    'g2p_en_us': '{word}',
 })
+BARE = frozenset({'g2p_en_us'})      # says nothing but its field: a mixture could not tell it apart
 PADDED = frozenset({'numpydoc_qa'})  # fields and prompt go through T5's punctuation padding
 
 _PUNCTUATION = re.compile('([' + re.escape(string.punctuation) + '])')

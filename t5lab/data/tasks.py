@@ -42,33 +42,44 @@ from t5lab.evaluation import metrics  # noqa: E402
 
 SUPERVISED = tuple(prompts.PROMPTS)
 TEXT = ('books_span_corruption', 'books_prefix_lm', 'books_lm')
+CLASSES = ('docs_match',)
+OURS = (*SUPERVISED, *TEXT, *CLASSES)
 MIXTURE = 'embedded_supervised'
+MIXED = tuple(task for task in SUPERVISED if task not in prompts.BARE)
 LONGEST_SHUFFLE = 10_000  # examples in seqio's shuffle buffer: more than any embedded corpus has
 
 
 class SeqioVocabulary(seqio.Vocabulary):
-  """A vocab.Vocab as seqio wants it; the ids are the same. The sentinels count as extra ids."""
+  """A vocab.Vocab as seqio wants it; the ids are the same. The sentinels count as extra ids.
 
-  def __init__(self, spec: str):
-    super().__init__(extra_ids=vocab.NUM_SENTINELS)
-    self.vocab = vocab.load(spec)
+  feature: 'inputs' puts the vocabulary's prefix before every text, 'targets' encodes as a target.
+  """
 
-  bos_id = None
-  eos_id = vocab.EOS
-  unk_id = vocab.UNK
+  def __init__(self, spec: str, feature: str = ''):
+    self.vocab = v = vocab.load(spec)
+    super().__init__(extra_ids=v.num_sentinels)
+    self._prefix = list(v.prefix) if feature == 'inputs' else []
+    self._of_targets = feature == 'targets' and v.target_encoder is not None
+    self._key = (v.sha256, tuple(self._prefix), self._of_targets)
+
+  # pad_id stays seqio's 0, with which it pads: segment ids, not ids, say what is real.
+  bos_id = property(lambda self: self.vocab.bos_id)
+  eos_id = property(lambda self: self.vocab.eos_id)
+  unk_id = property(lambda self: self.vocab.unk_id)
 
   @property
   def _base_vocab_size(self):
-    return self.vocab.size - vocab.NUM_SENTINELS
+    return self.vocab.size - self.vocab.num_sentinels
 
   def __eq__(self, other):
-    return isinstance(other, SeqioVocabulary) and self.vocab.sha256 == other.vocab.sha256
+    return isinstance(other, SeqioVocabulary) and self._key == other._key
 
   def __hash__(self):
-    return hash(self.vocab.sha256)
+    return hash(self._key)
 
   def _encode(self, s):
-    return self.vocab.encode(s)
+    encode = self.vocab.encode_target if self._of_targets else self.vocab.encode
+    return self._prefix + encode(s)
 
   def _decode(self, ids):
     return self.vocab.decode(ids)
@@ -78,16 +89,9 @@ class SeqioVocabulary(seqio.Vocabulary):
 
   def _encode_tf(self, s):
     """string[] -> int32[T]; string[B] -> ragged int32[B, T]."""
-    def encode(texts):
-      ids = [np.array(self.vocab.encode(tf.compat.as_text(t)), np.int32) for t in texts]
-      return np.concatenate([np.zeros(0, np.int32), *ids]), np.array(list(map(len, ids)), np.int64)
     s = tf.convert_to_tensor(s)
-    flat, lengths = tf.numpy_function(encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64],
-                                      stateful=False)
-    flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
-    if s.shape.rank == 0:
-      return flat
-    return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+    ids = _token_lists(self._encode, tf.reshape(s, [-1]))
+    return ids.flat_values if s.shape.rank == 0 else ids
 
   def decode_tf(self, ids):
     return self._decode_tf(ids)
@@ -98,6 +102,16 @@ class SeqioVocabulary(seqio.Vocabulary):
       return np.array(texts, object).reshape(ids.shape[:-1])
     return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False),
                            ids.shape[:-1])
+
+
+def _token_lists(fn, *columns):
+  """fn(*str) -> ids over string[B] columns -> ragged int32[B, T]."""
+  def run(*columns):
+    ids = [np.array(fn(*map(tf.compat.as_text, row)), np.int32) for row in zip(*columns)]
+    return np.concatenate([np.zeros(0, np.int32), *ids]), np.array(list(map(len, ids)), np.int64)
+  flat, lengths = tf.numpy_function(run, columns, [tf.int32, tf.int64], stateful=False)
+  return tf.RaggedTensor.from_row_lengths(
+      tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None]), validate=False)
 
 
 class NumpyObjective:
@@ -211,51 +225,25 @@ def _only_targets(dataset):
   return dataset.map(lambda row: {'targets': row['text']})
 
 
-def _segments(task: str, segment_length: Callable, least: int):
-  """Preprocessor: token lists -> their concatenation cut to segment_length(lengths), rest dropped
-  if shorter than `least`. T5 concatenates 128 documents at a time, without a separator."""
+def _segments(task: str, segment_length: Callable, least: int, **options):
+  """Preprocessor: token lists -> their concatenation cut to segment_length(task, lengths), rest
+  dropped if shorter than `least`. T5 concatenates 128 documents at a time, without a separator."""
   def preprocess(dataset, sequence_length):
     if sequence_length is None:
       raise UsageError(f'task {task!r} cuts text into segments and needs the feature lengths')
-    length = segment_length(sequence_length)
+    length = segment_length(task, sequence_length, **options)
     tokens = dataset.map(lambda row: row['targets']).rebatch(length)
     tokens = tokens.filter(lambda segment: tf.size(segment) >= least)
     return tokens.map(lambda segment: {'targets': segment})
   return preprocess
 
 
-def _length(task: str, lengths, feature: str) -> int:
-  if not lengths.get(feature):
-    raise UsageError(f'task {task!r} needs a length for {feature!r}; given: {dict(lengths)}')
-  return lengths[feature]
-
-
-def _span_corruption_segment(lengths) -> int:
-  task = 'books_span_corruption'
-  inputs, targets = (_length(task, lengths, f) for f in ('inputs', 'targets'))
-  tokens, needed = objectives.span_corruption_lengths(inputs)
-  if needed > targets:
-    raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
-                     f'limit is {targets}: set targets to {needed} or lower inputs')
-  # The rule rounds in float64 and the mask in float32: rarely they differ, and T5 then lost tokens.
-  while any(size > lengths[f] for f, size in objectives.span_corruption_sizes(tokens).items()):
-    tokens -= 1
-    if tokens < 2:
-      raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
-                       'targets: the least are 3 and 3')
-  spans = objectives.span_noise_counts(tokens, 0.15, 3.)[1]
-  if spans > vocab.NUM_SENTINELS:
-    raise UsageError(f'span corruption with {inputs} inputs makes {spans} spans, the vocabulary '
-                     f'has {vocab.NUM_SENTINELS} sentinels: lower the inputs length')
-  return tokens
-
-
-def _prefix_lm_segment(lengths) -> int:
-  return min(_length('books_prefix_lm', lengths, f) for f in ('inputs', 'targets'))
-
-
-def _lm_segment(lengths) -> int:
-  return _length('books_lm', lengths, 'targets')
+def _matched(rows, output_features):
+  """Both texts in one input, each but the last closed here; targets is the class."""
+  v = output_features['inputs'].vocabulary.vocab
+  pair = lambda summary, document: v.frame(summary, document)[:-1]
+  return {'inputs': _token_lists(pair, rows['summary'], rows['document']),
+          'targets': tf.cast(rows['match'], tf.int32)[:, None]}
 
 
 def _answers(decoded, example=None, is_target=False):
@@ -270,24 +258,24 @@ def _answers(decoded, example=None, is_target=False):
 _registered: str | None = None
 
 
-def _features(names, spec):
-  return {name: seqio.Feature(SeqioVocabulary(spec), add_eos=True) for name in names}
+def _add(name, spec, source, preprocessors, features=('inputs', 'targets'), classes=0, **options):
+  """classes: where targets are one of so many, instead of tokens of the vocabulary."""
+  found = {f: seqio.Feature(SeqioVocabulary(spec, f), add_eos=True) for f in features}
+  if classes:
+    found['targets'] = seqio.Feature(seqio.PassThroughVocabulary(classes), add_eos=False)
+  seqio.TaskRegistry.add(name, source=source, preprocessors=preprocessors, output_features=found,
+                         shuffle_buffer_size=LONGEST_SHUFFLE, **options)
 
 
-def _add_supervised(name, spec, source, target, metric_fns, first=(), postprocess_fn=None):
-  seqio.TaskRegistry.add(
-      name, source=source,
-      preprocessors=[*map(_by_batch, (*first, _prompted(name, target), _tokenize)),
-                     seqio.preprocessors.append_eos_after_trim],
-      output_features=_features(('inputs', 'targets'), spec), postprocess_fn=postprocess_fn,
-      metric_fns=list(metric_fns), shuffle_buffer_size=LONGEST_SHUFFLE)
+def _add_supervised(name, spec, source, target, metric_fns, first=(), **options):
+  _add(name, spec, source, [*map(_by_batch, (*first, _prompted(name, target), _tokenize)),
+                            seqio.preprocessors.append_eos_after_trim],
+       metric_fns=list(metric_fns), **options)
 
 
 def _add_text(name, spec, features, preprocessors):
-  seqio.TaskRegistry.add(
-      name, source=_source('books', ('text',)),
-      preprocessors=[_only_targets, _by_batch(_tokenize), *preprocessors],
-      output_features=_features(features, spec), shuffle_buffer_size=LONGEST_SHUFFLE)
+  _add(name, spec, _source('books', ('text',)),
+       [_only_targets, _by_batch(_tokenize), *preprocessors], features)
 
 
 def register(spec: str = vocab.DEFAULT) -> None:
@@ -296,7 +284,7 @@ def register(spec: str = vocab.DEFAULT) -> None:
   if spec == _registered:
     return
   v = vocab.load(spec)
-  for name in (*SUPERVISED, *TEXT):
+  for name in OURS:
     seqio.TaskRegistry.remove(name)
   for pair, language in (('ende', 'de'), ('enfr', 'fr'), ('enes', 'es')):
     _add_supervised(f'ha_{pair}', spec, _source(pair, ('en', language)), language,
@@ -305,17 +293,26 @@ def register(spec: str = vocab.DEFAULT) -> None:
                   (metrics.rouge,))
   _add_supervised('numpydoc_qa', spec, _source('qa', ('id', 'question', 'context', 'answers')),
                   'target', (metrics.squad,), first=(_pad_answers,), postprocess_fn=_answers)
+  _add_supervised('g2p_en_us', spec, _source('g2p', ('word', 'phonemes')), 'phonemes',
+                  (metrics.exact_match, metrics.phoneme_error_rate))
+  _add('docs_match', spec, _source('match', ('document', 'summary', 'match')),
+       [_by_batch(_matched), seqio.preprocessors.append_eos_after_trim], classes=2)
+  # A vocabulary without sentinels in a row keeps the name: opening the task says what is missing.
+  step = v.sentinel_step
+  sentinels = v.num_sentinels if step else 0
   _add_text('books_span_corruption', spec, ('inputs', 'targets'), [
-      _segments('books_span_corruption', _span_corruption_segment, 2),
+      _segments('books_span_corruption', objectives.span_corruption_segment, 2,
+                sentinels=sentinels),
       NumpyObjective(objectives.span_corruption, objectives.span_corruption_sizes,
-                     sentinel=v.sentinel(0), eos=v.eos_id)])
+                     sentinel=v.sentinel(0) if sentinels else None, eos=v.eos_id,
+                     **({'step': step} if step > 0 else {}))])
   _add_text('books_prefix_lm', spec, ('inputs', 'targets'), [
-      _segments('books_prefix_lm', _prefix_lm_segment, 2),
+      _segments('books_prefix_lm', objectives.prefix_lm_segment, 2),
       NumpyObjective(objectives.prefix_lm, objectives.prefix_lm_sizes, eos=v.eos_id)])
   _add_text('books_lm', spec, ('targets',), [
-      seqio.preprocessors.append_eos, _segments('books_lm', _lm_segment, 1)])
+      seqio.preprocessors.append_eos, _segments('books_lm', objectives.lm_segment, 1)])
   if _registered is None:
-    seqio.MixtureRegistry.add(MIXTURE, SUPERVISED, default_rate=_train_examples)
+    seqio.MixtureRegistry.add(MIXTURE, MIXED, default_rate=_train_examples)
   else:
     _rebuild_mixtures()
   _registered = spec
@@ -327,7 +324,7 @@ def _train_examples(task) -> int:
 
 def _rebuild_mixtures():
   """A seqio Mixture holds the Task objects that it was made with: make those of our tasks anew."""
-  stale = {*SUPERVISED, *TEXT}
+  stale = set(OURS)
   for name in list(seqio.MixtureRegistry.names()):
     mixture = seqio.MixtureRegistry.get(name)
     if stale & {task.name for task in mixture.tasks}:
@@ -378,6 +375,13 @@ def splits(task) -> list[str]:
   return list(task.source.splits)
 
 
+def _arrays(column) -> list[np.ndarray]:
+  """A batch of a feature -> int32[length] of each row; one of a fixed length is not ragged."""
+  if not isinstance(column, tf.RaggedTensor):
+    return list(column.numpy().astype(np.int32))
+  return np.split(column.flat_values.numpy().astype(np.int32), column.row_splits.numpy()[1:-1])
+
+
 def _materialise(task, split, lengths, vocabulary) -> tuple[list, NumpyObjective | None]:
   for name, feature in task.output_features.items():
     if feature.rank != 1:
@@ -407,8 +411,7 @@ def _materialise(task, split, lengths, vocabulary) -> tuple[list, NumpyObjective
     # Ragged batches, since crossing from TensorFlow to numpy costs 0.2 ms each time.
     examples = []
     for rows in dataset.ragged_batch(ROWS_A_CALL):
-      columns = {name: np.split(column.flat_values.numpy().astype(np.int32),
-                                column.row_splits.numpy()[1:-1]) for name, column in rows.items()}
+      columns = {name: _arrays(column) for name, column in rows.items()}
       examples += [dict(zip(columns, row)) for row in zip(*columns.values())]
   return examples, objective
 

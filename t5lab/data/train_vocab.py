@@ -99,7 +99,7 @@ def main(argv=None):
     for size in args.measure:
       model = train(lines, size)
       rows[f'{size} ({len(model) / 1e3:.0f} kB)'] = tokens_per_word(
-          vocab.from_bytes(f'{size}', model))
+          vocab.sentencepiece_model(f'{size}', model))
     print(' ' * 16 + ''.join(f'{source:>8}' for source in rows['byte']))
     for name, rates in rows.items():
       print(f'{name:<16}' + ''.join(f'{rate:8.2f}' for rate in rates.values()))

@@ -1,164 +1,128 @@
-r"""Text to ids and back, losslessly: decode(encode(text)) == text for any Unicode text.
+r"""Text to ids and back. `load(spec)` opens every kind of vocabulary; all have one interface.
 
-Ids of every vocabulary: pad 0, end of sequence 1, unknown 2, then bytes and pieces, and on top 100
-sentinels: size-1 is <extra_id_0>, size-2 is <extra_id_1>, ... [Raffel et al. 2020, 3.1.4]
-
-  load('byte')            3 + UTF-8 byte, no file [Xue et al. 2022, ByT5]
+  load('byte')            3 + UTF-8 byte and 100 sentinels, no file; 'byte:125' has 125 (ByT5's 384)
   load('t5lab_2048')      sentencepiece, embedded; 2048 ids in all (train_vocab.py made it)
-  load('my/spiece.model') any sentencepiece model with these special ids, lossless if its spec is
+  load('…/spiece.model')  any sentencepiece model; T5's takes 100 sentinels on top
+  load('…/tokenizer.json')   of the tokenizers library, as Hugging Face keeps it
+  load('…/vocab.txt')     BERT's WordPiece
+  load('…/model.gguf')    the tokenizer inside (byte-level BPE or LLaMA's sentencepiece)
+  load('…/characters.json')  one id a character, of two tables
 
-A lossless model has an identity normaliser, byte fallback and remove_extra_whitespaces off. U+2581
-(sentencepiece's mark for a space) in a text would come back as a space, so it goes in as its bytes.
+The embedded ones have pad 0, end of sequence 1, unknown 2, then bytes and pieces, and on top the
+sentinels: size-1 is <extra_id_0>, size-2 is <extra_id_1>, … [Raffel et al. 2020, 3.1.4] They are
+lossless: decode(encode(text)) == text for any Unicode text. Elsewhere ids are the model's own.
 """
 import functools
-import hashlib
 from importlib import resources
 import pathlib
 import re
+import shutil
 
-from google.protobuf import message as protobuf_message
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
-
+from t5lab.data import vocab_files, vocab_gguf, vocab_tables, vocab_tokenizers
+from t5lab.data.vocab_base import Vocab
+from t5lab.data.vocab_gguf import export_gguf
+from t5lab.data.vocab_tables import EOS, NUM_SENTINELS, PAD, UNK, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
 
-PAD, EOS, UNK = 0, 1, 2
-NUM_SENTINELS = 100
+__all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_rows', 'embedded', 'export',
+           'export_gguf', 'files', 'load', 'padded_size', 'sentencepiece_model']
+
 DEFAULT = 't5lab_2048'
-SPACE = '\u2581'
-
-_SENTINEL = re.compile(r'<extra_id_(0|[1-9]\d?)>')
-_SENTINEL_OR_MARK = re.compile(rf'(<extra_id_(?:0|[1-9]\d?)>|[{SPACE}\0]+)')
-_UNKNOWN = ' \u2047 '.encode()  # what sentencepiece prints for an unknown piece
-
-
-class Vocab:
-  """One vocabulary: ids in [0, size), sentinels included. `sha256` is that of the model file."""
-  pad_id, eos_id, unk_id = PAD, EOS, UNK
-
-  def __init__(self, spec, sha256, table, encode_text, add_prefix='', strip_prefix=b''):
-    """table: list of the bytes of each id below the sentinels; encode_text: str -> ids, given text
-    between sentinels; a text begins with `add_prefix` when encoded and loses `strip_prefix` when
-    decoded."""
-    self.spec, self.sha256 = spec, sha256
-    self.size = len(table) + NUM_SENTINELS
-    self._table = table + [f'<extra_id_{self.size - 1 - i}>'.encode()
-                           for i in range(len(table), self.size)]
-    self._encode_text = encode_text
-    self._add_prefix, self._strip_prefix = add_prefix, strip_prefix
-
-  def __repr__(self):
-    return f'Vocab({self.spec!r}, size={self.size}, sha256={self.sha256[:12]})'
-
-  def sentinel(self, i: int) -> int:
-    if not 0 <= i < NUM_SENTINELS:
-      raise ValueError(f'sentinel {i} of {NUM_SENTINELS}')
-    return self.size - 1 - i
-
-  def encode(self, text: str) -> list[int]:
-    """Ids of the text, with no end of sequence. '<extra_id_N>' in the text becomes sentinel N."""
-    try:
-      text.encode('utf-8')
-    except UnicodeEncodeError as e:
-      raise DataError(f'text with a lone surrogate U+{ord(text[e.start]):04X} at character '
-                      f'{e.start} is not Unicode text: decode the file as UTF-8.') from e
-    if not text:
-      return []
-    ids = []
-    for part in _SENTINEL_OR_MARK.split(self._add_prefix + text):
-      match = _SENTINEL.fullmatch(part)
-      if match:
-        ids.append(self.sentinel(int(match[1])))
-      elif part:
-        ids.extend(self._encode_text(part))
-    return ids
-
-  def decode(self, ids) -> str:
-    """Text up to the first end of sequence; pads print nothing, broken UTF-8 prints U+FFFD."""
-    pieces = []
-    for i in map(int, ids):
-      if i == EOS:
-        break
-      pieces.append(self._table[i] if 0 <= i < self.size else _UNKNOWN)
-    return b''.join(pieces).removeprefix(self._strip_prefix).decode('utf-8', 'replace')
-
-  def pieces(self, ids) -> list[str]:
-    """The text of each id alone, for showing what a model sees."""
-    return [self._table[i].decode('utf-8', 'backslashreplace') for i in map(int, ids)]
-
-
-def _byte_vocab() -> Vocab:
-  table = [b'', b'', _UNKNOWN] + [bytes([b]) for b in range(256)]
-  return Vocab('byte', hashlib.sha256(b''.join(table)).hexdigest(), table,
-               lambda text: [3 + b for b in text.encode('utf-8')])
-
-
-def from_bytes(spec: str, model: bytes) -> Vocab:
-  """The vocabulary of a sentencepiece model file's bytes."""
-  proto = sentencepiece_model_pb2.ModelProto()
-  try:
-    proto.ParseFromString(model)
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-  except (protobuf_message.DecodeError, RuntimeError) as e:
-    raise DataError(f'{spec} is not a sentencepiece model.') from e
-  special = (sp.pad_id(), sp.eos_id(), sp.unk_id())
-  if special != (PAD, EOS, UNK):
-    raise DataError(f'{spec} has pad, eos, unk ids {special}, not {(PAD, EOS, UNK)}: train it with '
-                    f'pad_id=0, eos_id=1, unk_id=2, bos_id=-1.')
-  kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-  byte_ids = [None] * 256
-  table = []
-  for i, piece in enumerate(proto.pieces):
-    if piece.type == kind.BYTE:
-      value = int(piece.piece[1:-1], 16)  # '<0x0A>'
-      byte_ids[value] = i
-      table.append(bytes([value]))
-    elif piece.type == kind.CONTROL:
-      table.append(b'')
-    elif piece.type == kind.UNKNOWN:
-      table.append(_UNKNOWN)
-    else:
-      table.append(piece.piece.replace(SPACE, ' ').encode('utf-8'))
-
-  # The leading space is put on here rather than by sentencepiece, which would put one on each part
-  # of a text that was cut at a sentinel or a space mark.
-  normalizer = proto.normalizer_spec
-  strip_prefix = b' ' if normalizer.add_dummy_prefix else b''
-  own_prefix = normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
-  if own_prefix:
-    normalizer.add_dummy_prefix = False
-    sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-  as_bytes = None not in byte_ids
-
-  def encode_text(text):
-    if as_bytes and text[0] in (SPACE, '\0'):
-      return [byte_ids[b] for b in text.encode('utf-8')]
-    return sp.encode(text)
-
-  return Vocab(spec, hashlib.sha256(model).hexdigest(), table, encode_text,
-               ' ' if own_prefix else '', strip_prefix)
+KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
+MOST_SENTINELS = 100_000
 
 
 def embedded() -> list[str]:
   """Specs of the vocabularies inside the package, 'byte' first."""
-  files = resources.files('t5lab.data').joinpath('files')
-  models = [f.name.removesuffix('.model') for f in files.iterdir() if f.name.endswith('.model')]
+  inside = resources.files('t5lab.data').joinpath('files')
+  models = [f.name.removesuffix('.model') for f in inside.iterdir() if f.name.endswith('.model')]
   return ['byte'] + sorted(models, key=lambda name: (len(name), name))
 
 
 @functools.cache
 def load(spec: str = DEFAULT) -> Vocab:
-  """The vocabulary that `spec` names: 'byte', an embedded name, or a path to a .model file."""
+  """The vocabulary that `spec` names: 'byte', 'byte:N', an embedded name, or a path.
+
+  Errors: UsageError for a name or a kind of file that is none, DataError for a file that cannot be
+  read as what its name says.
+  """
   if spec == 'byte':
-    return _byte_vocab()
+    return vocab_tables.byte()
+  if match := re.fullmatch(r'byte:(\d{1,6})', spec):
+    if int(match[1]) > MOST_SENTINELS:
+      raise UsageError(f'vocabulary {spec!r}: at most {MOST_SENTINELS:,} sentinels')
+    return vocab_tables.byte(spec, int(match[1]))
   if spec in embedded():
     path = resources.files('t5lab.data').joinpath('files', f'{spec}.model')
-    return from_bytes(spec, path.read_bytes())
-  if not spec.endswith('.model'):
-    raise UsageError(f'no vocabulary {spec!r}.{did_you_mean(spec, embedded())} '
-                     f'Or give a path to a sentencepiece .model file.')
+    return sentencepiece_model(spec, path.read_bytes())
+  path = _path(spec)
   try:
-    return from_bytes(spec, pathlib.Path(spec).read_bytes())
+    if spec.endswith('.gguf'):
+      inside = vocab_gguf.tokenizer_files(vocab_gguf.metadata(path), spec)
+      (name, data), (_, config) = inside.items()
+      config = vocab_files.config(vocab_files.parse_json(config, spec))
+    else:
+      name, data, config = spec, vocab_files.read(path), vocab_files.read_config(path)
   except OSError as e:
     raise DataError(f'cannot read vocabulary {spec!r}: {e.strerror}. '
                     f'Embedded: {", ".join(embedded())}.') from e
+  if name.endswith('characters.json'):
+    return vocab_tables.characters(spec, data)
+  if name.endswith('.model'):
+    return sentencepiece_model(spec, data, config)
+  if name.endswith('vocab.txt'):
+    return vocab_tokenizers.vocab_txt(spec, data, config)
+  return vocab_tokenizers.tokenizer_json(spec, data, config)
+
+
+def _path(spec: str) -> pathlib.Path:
+  if not spec.endswith(KINDS):
+    raise UsageError(f'no vocabulary {spec!r}.{did_you_mean(spec, embedded())} '
+                     f'Or give a path that ends in {", ".join(KINDS)}.')
+  return pathlib.Path(spec)
+
+
+def files(spec: str) -> list[pathlib.Path]:
+  """The files that a vocabulary consists of, its own first; none for 'byte' and embedded ones."""
+  if spec in embedded() or re.fullmatch(r'byte:\d+', spec):
+    return []
+  path = _path(spec)
+  if spec.endswith(('.gguf', 'characters.json')):
+    return [path]
+  return [path, *vocab_files.siblings(path)]
+
+
+def export(spec: str, folder) -> str:
+  """Copies a vocabulary's files into `folder` -> the spec that loads it there.
+
+  A .gguf file's tokenizer goes there as ordinary files, without the model; 'byte' and embedded
+  vocabularies need none and keep their spec.
+  """
+  if spec.endswith('.gguf'):
+    return export_gguf(spec, folder)
+  found = files(spec)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for path in found:
+    if path.resolve() != (folder / path.name).resolve():
+      shutil.copyfile(path, folder / path.name)
+  return str(folder / found[0].name) if found else spec
+
+
+def padded_size(vocab: Vocab, multiple: int = 128) -> int:
+  """Rows of an embedding for this vocabulary: its ids, padded so that axes divide well.
+
+  Example: 32,100 -> 32,128 (T5), 250,100 -> 250,112 (mT5).
+  """
+  return -(-vocab.size // multiple) * multiple
+
+
+def check_rows(vocab: Vocab, rows: int, what: str) -> None:
+  """UsageError unless an embedding of `rows` rows has one for every id. what: whose it is."""
+  if rows >= vocab.size:
+    return
+  own = vocab.size - vocab.num_sentinels
+  raise UsageError(
+      f'vocabulary {vocab.spec!r}: {own:,} ids + {vocab.num_sentinels:,} sentinels = '
+      f'{vocab.size:,}; the embedding of {what} has {rows:,} rows; rows must be at least '
+      f'{vocab.size:,} (padded to a multiple of 128: {padded_size(vocab):,})')

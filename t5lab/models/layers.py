@@ -13,13 +13,16 @@ from t5lab.parallel.sharding import constrain
 ACTIVATIONS = {
     'relu': jax.nn.relu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+    'gelu_erf': lambda x: jax.nn.gelu(x, approximate=False),
     'silu': jax.nn.silu,
+    'tanh': jnp.tanh,
     'linear': lambda x: x,
 }
 
 
-class RMSNorm(nn.Module):
-  """x / rms(x) * scale; statistics in float32, no mean, no bias. [Zhang & Sennrich 2019]
+class Norm(nn.Module):
+  """RMSNorm: x / rms(x) * scale, no mean, no bias [Zhang & Sennrich 2019]; or LayerNorm with a bias
+  [Ba et al. 2016]. Statistics in float32.
 
   As T5X does, the normalised value is cast to the compute dtype before it meets the scale: in
   bfloat16 the other order differs in the last bit.
@@ -29,25 +32,49 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x):                                       # [B, T, D]
     c = self.config
-    init = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
-    scale = self.param('scale', init, (x.shape[-1],), jnp.float32)
+    param = lambda name, init: self.param(
+        name, nn.with_logical_partitioning(init, ('norm',)), (x.shape[-1],), jnp.float32
+    ).astype(c.dtype)
     x = x.astype(jnp.float32)
+    if c.norm == 'layer':
+      x -= jnp.mean(x, -1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + c.norm_eps)
-    return x.astype(c.dtype) * scale.astype(c.dtype)
+    y = x.astype(c.dtype) * param('scale', nn.initializers.ones)
+    return y + param('bias', nn.initializers.zeros) if c.norm == 'layer' else y
 
 
 class Dense(nn.Module):
-  """x[..., in] @ kernel[in, out], no bias. Kernels stay 2-D: Adafactor factors them as T5X does."""
+  """x[..., in] @ kernel[in, out] (+ bias[out]). Kernels stay 2-D: Adafactor factors them as T5X.
+
+  Where the collection 'lora' holds a[in, r] and b[r, out] for this kernel, adds (x @ a) @ b.
+  [Hu et al. 2022; training/lora.py makes them, with the scale inside b]
+  """
   features: int
   axes: tuple[str, str]
   kernel_init: nn.initializers.Initializer
   dtype: str
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x):
     init = nn.with_logical_partitioning(self.kernel_init, self.axes)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
-    return x.astype(self.dtype) @ kernel.astype(self.dtype)
+    x = x.astype(self.dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.has_variable('lora', 'kernel'):
+      pair = self.get_variable('lora', 'kernel')
+      y += (x @ pair['a'].astype(self.dtype)) @ pair['b'].astype(self.dtype)
+    if self.bias:
+      # a bias along D has the norms' axis: sharding so little over the data axis costs more
+      axis = 'norm' if self.axes[1] == 'embed' else self.axes[1]
+      init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
+      y += self.param('bias', init, (self.features,), jnp.float32).astype(self.dtype)
+    return y
+
+
+def kernel_init(c: TransformerConfig, std: float) -> nn.initializers.Initializer:
+  """Normal with the family's one std, or with `std` where it has none."""
+  return nn.initializers.normal(c.init_std or std)
 
 
 def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
@@ -61,6 +88,13 @@ def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
   return jnp.where(keep, x / (1. - rate), 0.).astype(x.dtype)
 
 
+def up_init(c: TransformerConfig) -> nn.initializers.Initializer:
+  """Of feed-forward kernels: T5's truncated normal by fan-in, or the family's one std."""
+  if c.init_std:
+    return nn.initializers.normal(c.init_std)
+  return nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal')
+
+
 class Mlp(nn.Module):
   """wo(drop(act_0(wi_0 x) * act_1(wi_1 x) * …)). One act: T5 1.0; ('gelu', 'linear'): GEGLU.
 
@@ -72,11 +106,10 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):                                       # [B, T, D]
     c = self.config
-    init = nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal')
     h = None                                                   # [B, T, F]
     for i, act in enumerate(c.acts):
-      up = Dense(c.d_ff, ('embed', 'mlp'), init, c.dtype, name=f'wi_{i}')(x)
+      up = Dense(c.d_ff, ('embed', 'mlp'), up_init(c), c.dtype, c.bias, name=f'wi_{i}')(x)
       h = ACTIVATIONS[act](up) if h is None else h * ACTIVATIONS[act](up)
     h = constrain(h, 'batch', 'length', 'act_mlp')
     h = dropout(self, h, c.dropout, self.train)
-    return Dense(c.d_model, ('mlp', 'embed'), init, c.dtype, name='wo')(h)
+    return Dense(c.d_model, ('mlp', 'embed'), up_init(c), c.dtype, c.bias, name='wo')(h)

@@ -1,8 +1,8 @@
-"""THE Transformer: encoder-decoder and decoder-only from one definition, and its cache.
+"""THE Transformer: encoder-decoder, decoder-only and encoder-only from one definition.
 
 seqio's model features in, float32 logits out. Layers are one `nn.scan` over stacked parameters, so
-a 24-layer model compiles as fast as a 2-layer one. B batch, T and S lengths, L layers, D model,
-N heads, H head, V vocabulary.
+a 24-layer model compiles as fast as a 2-layer one. What families differ in is data: the fields of
+TransformerConfig. B batch, T and S lengths, L layers, D model, N heads, H head, V vocabulary.
 """
 
 from typing import Any
@@ -11,13 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5lab.models.attention import Attention, RelativeBias, segment_mask
+from t5lab.models import long_attention
+from t5lab.models.attention import Attention, segment_mask
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import Dense, Mlp, RMSNorm, dropout
+from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init
+from t5lab.models.moe import Moe
+from t5lab.models.positions import RelativeBias, sinusoids
 from t5lab.parallel.sharding import constrain
 
 Array = jax.Array
-Cache = dict[str, Any]
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -26,46 +28,86 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-  """Pre-norm residual sublayers: self-attention, cross-attention (if any), feed-forward."""
+  """Residual sublayers: self-attention, cross-attention (if any), feed-forward or experts.
+
+  Pre-norm x + drop(f(norm(x))), or post-norm norm(x + drop(f(x))).
+  """
   config: TransformerConfig
   cross: bool
+  causal: bool
+  moe: bool
   train: bool
 
   @nn.compact
-  def __call__(self, x, cache, memory, index, mask, bias, cross_mask):
+  def __call__(self, x, cache, shared):
     """x[B, T, D] -> (x, cache of this layer). Without a cache, attends among the T positions."""
     c, new = self.config, {}
-    drop = lambda y: dropout(self, y, c.dropout, self.train)
-    norm = lambda name: RMSNorm(c, name=name)
-    x = constrain(x, 'batch', 'length', 'act_embed')
 
-    attn = Attention(c, self.train, name='attn')
-    h = norm('attn_norm')(x)
-    kv = attn.keys_values(h)
-    if cache is not None:
-      kv = {name: jax.lax.dynamic_update_slice(
-          cache['self'][name], kv[name].astype(cache['self'][name].dtype), (0, 0, index, 0))
-          for name in kv}
-      new['self'] = kv
-    x += drop(attn(h, kv, mask, bias))
+    def residual(name, x, sublayer):
+      norm = Norm(c, name=f'{name}_norm')
+      y = sublayer(x if c.post_norm else norm(x))
+      x = x + dropout(self, y, c.dropout, self.train)
+      return norm(x) if c.post_norm else x
 
-    if self.cross:
+    def attend(h):
+      if 'near' in shared:
+        return long_attention.LongAttention(c, self.train, name='attn')(h, shared['near'])
+      attn = Attention(c, self.train, name='attn')
+      kv = attn.keys_values(h, shared['positions'])
+      if cache is not None:
+        kv = {name: jax.lax.dynamic_update_slice(
+            cache['self'][name], kv[name].astype(cache['self'][name].dtype),
+            (0, 0, shared['index'], 0)) for name in kv}
+        new['self'] = kv
+      bias = shared['bias']
+      if c.per_layer_bias:
+        bias = RelativeBias(c, not self.causal, name='relpos')(shared['relative'])[None]
+      return attn(h, kv, shared['mask'], bias, shared['positions'])
+
+    def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
-      h = norm('cross_norm')(x)
       if cache is not None and 'cross' in cache:
         kv = cache['cross']
       else:
-        kv = attn.keys_values(memory)
+        kv = attn.keys_values(shared['memory'])
       if cache is not None:
         new['cross'] = kv
-      x += drop(attn(h, kv, cross_mask))
+      return attn(h, kv, shared['cross_mask'])
 
-    x += drop(Mlp(c, self.train, name='mlp')(norm('mlp_norm')(x)))
+    def feed_forward(h):
+      if self.moe:
+        return Moe(c, self.train, name='moe')(h, shared['real'])
+      return Mlp(c, self.train, name='mlp')(h)
+
+    x = constrain(x, 'batch', 'length', 'act_embed')
+    x = residual('attn', x, attend)
+    if self.cross:
+      x = residual('cross', x, attend_memory)
+    x = residual('mlp', x, feed_forward)
     return x, (new if cache is not None else None)
 
 
+class Group(nn.Module):
+  """`size` blocks, the last of them with experts: one turn of the scan where layers alternate."""
+  config: TransformerConfig
+  cross: bool
+  causal: bool
+  size: int
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, cache, shared):            # leaves of the cache have a leading axis [size]
+    news = []
+    for i in range(self.size):
+      mine = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+      x, new = Block(self.config, self.cross, self.causal, i == self.size - 1, self.train,
+                     name=str(i))(x, mine, shared)
+      news.append(new)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
+
+
 class Stack(nn.Module):
-  """L blocks, the relative positions they share, and the final norm."""
+  """Positions and norm of the embeddings, L blocks, what they share, and the final norm."""
   config: TransformerConfig
   layers: int
   causal: bool
@@ -73,67 +115,165 @@ class Stack(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x, mask, query_positions, key_positions, *, memory=None, cross_mask=None,
-               cache=None, index=0):
+  def __call__(self, x, mask, query_index, key_index, *, positions=None, types=None, segments=None,
+               memory=None, cross_mask=None, cache=None, index=0):
+    """x[B, T, D]. query_index int[T] and key_index int[S] say who is how far from whom; positions
+    int[B, T] or [T] where each token stands in its own segment (None: query_index)."""
     c = self.config
-    bias = RelativeBias(c, not self.causal, name='relpos')(query_positions, key_positions)
-    block = Block
+    positions = query_index if positions is None else positions
+    x = self._place(x, positions, types)
+    shared = {'mask': mask, 'bias': None, 'positions': positions, 'index': index, 'memory': memory,
+              'cross_mask': cross_mask}
+    if c.experts:
+      shared['real'] = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
+    if c.positions == 'relative':
+      relative = key_index[None, :] - query_index[:, None]
+      if c.per_layer_bias:
+        shared['relative'] = relative
+      else:
+        table = RelativeBias(c, not self.causal, name='relpos')
+        if c.enc_attention != 'full' and not self.causal:
+          side = None
+          if c.enc_attention == 'transient_global':
+            side = RelativeBias(c, True, name='global_relpos')
+          shared['near'] = long_attention.share(c, segments, table, side)
+        else:
+          shared['bias'] = table(relative)[None]
+    x, cache = self._blocks(dropout(self, x, c.dropout, self.train), cache, shared)
+    if not c.post_norm:
+      x = Norm(c, name='norm')(x)
+    return dropout(self, x, c.dropout if c.final_dropout else 0., self.train), cache
+
+  def _place(self, x, positions, types):
+    """Adds what says where a token stands, and normalises where the family does."""
+    c = self.config
+    init = nn.with_logical_partitioning(
+        nn.initializers.normal(c.init_std or c.d_model ** -0.5), ('positions', 'embed'))
+    if c.positions == 'learned':
+      table = self.param('positions', init, (c.max_length + c.position_offset, c.d_model))
+      x += jnp.take(table, positions + c.position_offset, axis=0, mode='clip').astype(c.dtype)
+    elif c.positions == 'sinusoid':
+      x += sinusoids(positions, c.d_model).astype(c.dtype)
+    if c.types:
+      table = self.param('types', init, (c.types, c.d_model))
+      types = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
+      x += jnp.take(table, types, axis=0, mode='clip').astype(c.dtype)
+    return Norm(c, name='embed_norm')(x) if c.embed_norm else x
+
+  def _blocks(self, x, cache, shared):
+    """Scans over whole groups of layers, then over the layers that are left."""
+    c = self.config
+    every = c.moe_every if c.experts else 1
+    groups, left = divmod(self.layers, every)
+    head = jax.tree.map(lambda leaf: leaf[:groups * every], cache)
+    if every > 1:
+      block = (Group, every, self.train)
+      head = jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), head)
+    else:
+      block = (Block, bool(c.experts), self.train)
+    x, new = self._scan(*block, length=groups, name='layers')(x, head, shared)
+    if every > 1:
+      new = jax.tree.map(lambda leaf: leaf.reshape(groups * every, *leaf.shape[2:]), new)
+    if left:
+      tail = jax.tree.map(lambda leaf: leaf[groups * every:], cache)
+      x, last = self._scan(Block, False, self.train, length=left, name='tail')(x, tail, shared)
+      new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, last)
+    return x, new
+
+  def _scan(self, block, *fields, length, name):
+    c = self.config
     if c.remat != 'none':
       # prevent_cse only matters outside of scan, where XLA could undo the recomputation.
-      block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-    blocks = nn.scan(
-        block, length=self.layers, in_axes=(0,) + (nn.broadcast,) * 5, out_axes=0,
-        variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-        metadata_params={nn.PARTITION_NAME: 'layers'})
-    x = dropout(self, x, c.dropout, self.train)
-    x, cache = blocks(c, self.cross, self.train, name='layers')(
-        x, cache, memory, index, mask, bias, cross_mask)
-    x = RMSNorm(c, name='norm')(x)
-    return dropout(self, x, c.dropout, self.train), cache
+      block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+    return nn.scan(
+        block, length=length, in_axes=(0, nn.broadcast), out_axes=0,
+        variable_axes={'params': 0, 'lora': 0, 'router': 0},
+        split_rngs={'params': True, 'dropout': True},
+        metadata_params={nn.PARTITION_NAME: 'layers'})(
+            c, self.cross, self.causal, *fields, name=name)
 
 
 class Transformer(nn.Module):
-  """Encoder-decoder, or decoder-only if no enc_layers. [Vaswani et al. 2017; Raffel et al. 2020]"""
+  """[Vaswani et al. 2017; Raffel et al. 2020; Devlin et al. 2019; families.py for each variant]"""
   config: TransformerConfig
   train: bool = False
 
   def setup(self):
     c = self.config
-    init = nn.with_logical_partitioning(nn.initializers.normal(1.), ('vocab', 'embed'))
+    std = c.init_std or (c.d_model ** -0.5 if c.embed_scale else 1.)
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), ('vocab', 'embed'))
     self.embedding = self.param('embedding', init, (c.vocab_size, c.d_model), jnp.float32)
     if c.enc_layers:
       self.encoder = Stack(c, c.enc_layers, causal=False, cross=False, train=self.train)
-    self.decoder = Stack(
-        c, c.dec_layers, causal=True, cross=c.enc_layers > 0, train=self.train)
+    if c.dec_layers:
+      self.decoder = Stack(
+          c, c.dec_layers, causal=True, cross=c.enc_layers > 0, train=self.train)
+    square = lambda: Dense(c.d_model, ('embed', 'norm'), kernel_init(c, c.d_model ** -0.5),
+                           c.dtype, bias=True)
+    if c.pooler:
+      self.pooler = square()
+    if c.mlm_head:
+      self.mlm_dense, self.mlm_norm = square(), Norm(c)
+    if c.nsp:
+      self.nsp = Dense(2, ('embed', None), kernel_init(c, c.d_model ** -0.5), 'float32', bias=True)
+    if c.classes:
+      self.classifier = Dense(c.classes, ('embed', None), kernel_init(c, c.d_model ** -0.5),
+                              'float32', bias=True)
     if not c.tied:
-      init = nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal')
+      init = nn.initializers.normal(c.init_std) if c.init_std else (
+          nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal'))
       self.logits = Dense(c.vocab_size, ('embed', 'vocab'), init, 'float32')
+    if c.logit_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
+      self.logit_bias = self.param('logit_bias', init, (c.vocab_size,), jnp.float32)
 
   def embed(self, tokens: Array) -> Array:
     """int[B, T] -> [B, T, D]. A gather: T5X's one-hot product costs 40 % more FLOPs in small T5."""
-    x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(self.config.dtype)
+    c = self.config
+    x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(c.dtype)
+    x = x * c.d_model ** 0.5 if c.embed_scale else x
     return constrain(x, 'batch', 'length', 'act_embed')
 
   def unembed(self, x: Array) -> Array:
-    """[B, T, D] -> float32 logits[B, T, V], computed in float32."""
-    c, x = self.config, x.astype(jnp.float32)
+    """[B, T, D] -> float32 logits[B, T, V], computed in float32; of `classes`: [B, 1, classes]."""
+    c = self.config
+    if c.classes:
+      return self.classifier(x)
+    if c.mlm_head:
+      x = self.mlm_norm(ACTIVATIONS[c.acts[0]](self.mlm_dense(x)))
+    x = x.astype(jnp.float32)
     if c.tied:
       x = x * c.d_model ** -0.5 if c.scale_logits else x
       logits = jnp.einsum('BTD,VD->BTV', x, self.embedding)
     else:
       logits = self.logits(x)
+    if c.logit_bias:
+      logits += self.logit_bias
     return constrain(logits, 'batch', 'length', 'act_vocab')
 
-  def encode(self, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
+  def encode(self, tokens: Array, segments: Array | None = None, positions: Array | None = None,
+             types: Array | None = None) -> tuple[Array, Array]:
     """int[B, S] -> (memory[B, S, D], segments int[B, S]; 0 is padding)."""
     if segments is None:
-      segments = (tokens > 0).astype(jnp.int32)
+      segments = (tokens != self.config.pad_id).astype(jnp.int32)
     at = jnp.arange(tokens.shape[1])
-    x, _ = self.encoder(self.embed(tokens), segment_mask(segments, segments), at, at)
+    full = self.config.enc_attention == 'full'
+    x, _ = self.encoder(
+        self.embed(tokens), segment_mask(segments, segments) if full else None, at, at,
+        positions=positions, types=types, segments=segments)
     return x, segments
 
+  def _encode(self, batch):
+    return self.encode(batch['encoder_input_tokens'], batch.get('encoder_segment_ids'),
+                       batch.get('encoder_positions'), batch.get('encoder_token_types'))
+
   def hidden(self, batch: dict[str, Array]) -> Array:
-    """The decoder's output before the softmax matrix, [B, T, D], for teacher forcing."""
+    """What `unembed` turns into logits, for teacher forcing: the decoder's output [B, T, D], of an
+    encoder-only model its own [B, S, D], and with `classes` the pooled input [B, 1, D]."""
+    c = self.config
+    if not c.dec_layers:
+      x, segments = self._encode(batch)
+      return self._pool(x, segments)[:, None] if c.classes else x
     memory = cross_mask = None
     tokens = batch['decoder_input_tokens']
     segments = batch.get('decoder_segment_ids')
@@ -142,72 +282,64 @@ class Transformer(nn.Module):
     if segments is not None:
       # A padding query keeps itself as a key, so that its softmax stays finite and cheap.
       mask &= (segments[:, :, None] == segments[:, None, :])[:, None]
-    if self.config.enc_layers:
-      memory, memory_segments = self.encode(
-          batch['encoder_input_tokens'], batch.get('encoder_segment_ids'))
+    if c.enc_layers:
+      memory, memory_segments = self._encode(batch)
       if segments is None:
         cross_mask = (memory_segments > 0)[:, None, None, :]
       else:
         cross_mask = segment_mask(segments, memory_segments)
-    x, _ = self.decoder(self.embed(tokens), mask, at, at, memory=memory, cross_mask=cross_mask)
+    x, _ = self.decoder(self.embed(tokens), mask, at, at, memory=memory, cross_mask=cross_mask,
+                        positions=batch.get('decoder_positions'), segments=segments)
     return x
 
   def __call__(self, batch: dict[str, Array]) -> Array:
-    """Model features -> float32 logits[B, T, V] of the token after each decoder input."""
+    """Model features -> float32 logits[B, T, V]: of the token after each decoder input, or, of an
+    encoder-only model, of the token at each position."""
+    if self.is_initializing() and self.config.pooler:     # heads that the logits do not pass
+      self.next_sentence(batch)
     return self.unembed(self.hidden(batch))
 
-  def decode(self, tokens: Array, cache: Cache, index) -> tuple[Array, Cache]:
+  def pooled(self, batch: dict[str, Array]) -> Array:
+    """Model features -> [B, D], one vector an input: see TransformerConfig.pool."""
+    if self.config.enc_layers:
+      return self._pool(*self._encode(batch))
+    segments = batch.get('decoder_segment_ids')
+    if segments is None:
+      segments = jnp.ones_like(batch['decoder_input_tokens'])
+    return self._pool(self.hidden(batch), segments)
+
+  def _pool(self, x, segments):
+    c = self.config
+    if c.pool == 'mean':
+      real = (segments > 0)[..., None].astype(x.dtype)
+      return jnp.sum(x * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+    return jnp.tanh(self.pooler(x[:, 0])) if c.pool == 'pooler' else x[:, 0]
+
+  def next_sentence(self, batch: dict[str, Array]) -> Array:
+    """-> float32[B, 2]: logits of 'is the next sentence' and 'is a random one'; without that head
+    its input [B, D]. [Devlin et al. 2019, 3.1]"""
+    x, _ = self._encode(batch)
+    x = jnp.tanh(self.pooler(x[:, 0]))
+    return self.nsp(x) if self.config.nsp else x
+
+  def decode(self, tokens: Array, cache: dict[str, Any], index) -> tuple[Array, dict[str, Any]]:
     """T new tokens int[B, T] at positions index … index + T - 1 -> (logits[B, T, V], cache).
 
-    The first call with a cache of `init_cache` turns the memory in it into each layer's
+    The first call with a cache of `cache.init_cache` turns the memory in it into each layer's
     cross-attention keys and values; later calls only read those.
     """
     c = self.config
     length = cache['self']['k'].shape[3]
-    query_positions = index + jnp.arange(tokens.shape[1])
-    key_positions = jnp.arange(length)
-    mask = (key_positions[None, :] <= query_positions[:, None])[None, None]
+    query_index = index + jnp.arange(tokens.shape[1])
+    key_index = jnp.arange(length)
+    mask = (key_index[None, :] <= query_index[:, None])[None, None]
     cross_mask = memory = None
     if c.enc_layers:
       cross_mask = cache['memory_mask'][:, None, None, :]
       memory = cache.get('memory')
     layer_cache = {k: cache[k] for k in ('self', 'cross') if k in cache}
-    x, new = self.decoder(self.embed(tokens), mask, query_positions, key_positions, memory=memory,
+    x, new = self.decoder(self.embed(tokens), mask, query_index, key_index, memory=memory,
                           cross_mask=cross_mask, cache=layer_cache, index=index)
     if c.enc_layers:
       new = {**new, 'memory_mask': cache['memory_mask']}
     return self.unembed(x), new
-
-
-def init_cache(config: TransformerConfig, batch: int, length: int, memory: Array | None = None,
-               memory_segments: Array | None = None) -> Cache:
-  """An empty cache for `length` decoder positions: keys and values [L, B, N, length, H].
-
-  memory[B, S, D] and memory_segments int[B, S] come from `Transformer.encode`.
-  """
-  shape = (config.dec_layers, batch, config.n_heads, length, config.d_head)
-  cache = {'self': {name: jnp.zeros(shape, config.dtype) for name in ('k', 'v')}}
-  if config.enc_layers:
-    cache.update(memory=memory, memory_mask=memory_segments > 0)
-  return cache
-
-
-def decoding(config: TransformerConfig):
-  """The model as two pure functions, all that decoding knows of it.
-
-  start(params, inputs int[B, S], segments int[B, S], length) -> an empty cache; decoder-only models
-  ignore the inputs. step(params, tokens int[B, 1], cache, index) -> (logits[B, V], cache).
-  """
-  model = Transformer(config)
-
-  def start(params, inputs, segments, length):
-    if not config.enc_layers:
-      return init_cache(config, inputs.shape[0], length)
-    memory, segments = model.apply({'params': params}, inputs, segments, method='encode')
-    return init_cache(config, inputs.shape[0], length, memory, segments)
-
-  def step(params, tokens, cache, index):
-    logits, cache = model.apply({'params': params}, tokens, cache, index, method='decode')
-    return logits[:, 0], cache
-
-  return start, step

@@ -19,16 +19,19 @@ import numpy as np
 from t5lab import trees
 from t5lab.errors import UsageError, did_you_mean
 
-MESH_AXES = ('data', 'model')
+MESH_AXES = ('data', 'expert', 'model')
+BATCH = ('data', 'expert')     # outside of the experts their devices share the batch
 
-# Every logical axis name. Parameters: vocab, embed, heads (N * H joined), mlp, norm, layers,
-# buckets, rel_heads. Activations: batch, length, act_embed, act_heads, act_mlp, act_vocab.
-AXES = ('vocab', 'embed', 'heads', 'mlp', 'norm', 'layers', 'buckets', 'rel_heads',
-        'batch', 'length', 'act_embed', 'act_heads', 'act_mlp', 'act_vocab')
+# Every logical axis name. Parameters: vocab, embed, heads (N * H joined), kv_heads (K * H), mlp,
+# norm (scales and biases along D), layers, buckets, rel_heads, positions, expert.
+# Activations: batch, length, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab.
+AXES = ('vocab', 'embed', 'heads', 'kv_heads', 'mlp', 'norm', 'layers', 'buckets', 'rel_heads',
+        'positions', 'expert', 'batch', 'length', 'act_embed', 'act_heads', 'act_kv_heads',
+        'act_mlp', 'act_vocab')
 
-_DATA = {'batch': 'data'}
-_TENSOR = {'vocab': 'model', 'heads': 'model', 'mlp': 'model',
-           'act_heads': 'model', 'act_mlp': 'model', 'act_vocab': 'model'}
+_DATA = {'batch': BATCH, 'expert': 'expert'}
+_TENSOR = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model',
+           'act_heads': 'model', 'act_kv_heads': 'model', 'act_mlp': 'model', 'act_vocab': 'model'}
 
 # A name that a row leaves out is replicated.
 RULES = {
@@ -41,25 +44,39 @@ RULES = {
 _rules = contextvars.ContextVar('rules', default=None)
 
 
-def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
-  """A ('data', 'model') mesh over all devices; -1 takes what is left.
+def make_mesh(data: int = -1, model: int = 1, expert: int = 1, devices=None) -> Mesh:
+  """A ('data', 'expert', 'model') mesh over all devices; -1 takes what is left.
 
   Axes are Auto: the compiler propagates shardings from what we pin (jax.make_mesh's own default,
   Explicit, makes every operation state its sharding).
   """
   devices = jax.devices() if devices is None else devices
   n = len(devices)
-  sizes = [data, model]
+  asked = f'mesh.data={data}, mesh.expert={expert}, mesh.model={model}'
+  sizes = [data, expert, model]
   if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-    raise UsageError(f'mesh.data={data}, mesh.model={model}: sizes are 1 or more, or one -1 for '
-                     'what is left')
+    raise UsageError(f'{asked}: sizes are 1 or more, or one -1 for what is left')
   known = math.prod(s for s in sizes if s != -1)
   if n % known or (-1 not in sizes and known != n):
-    raise UsageError(f'mesh.data={data}, mesh.model={model} asks for '
-                     f'{"a multiple of " * (-1 in sizes)}{known} devices, this machine has {n}; '
-                     f'sizes that fit multiply to {n}, or use one -1')
+    raise UsageError(f'{asked} asks for {"a multiple of " * (-1 in sizes)}{known} devices, this '
+                     f'machine has {n}; sizes that fit multiply to {n}, or use one -1')
   sizes = [n // known if s == -1 else s for s in sizes]
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Over how many devices the rows of a batch are spread."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_heads(mesh: Mesh, rules: str, n_heads: int, kv_heads: int) -> None:
+  """UsageError unless the heads can be spread as the rules say."""
+  for name, heads in (('n_heads', n_heads), ('n_kv_heads', kv_heads)):
+    axis = rules_row(rules).get('act_heads')
+    if axis and heads % mesh.shape[axis]:
+      raise UsageError(f'model.{name}: {heads} heads do not divide over mesh.{axis}='
+                       f'{mesh.shape[axis]}; choose a mesh.{axis} that divides them, or other '
+                       f'rules than {rules!r}')
 
 
 def rules_row(name: str) -> dict:
@@ -86,8 +103,10 @@ def spec(axes: tuple[str | None, ...], rules: dict) -> P:
     if axis is not None and axis not in AXES:
       raise UsageError(f'no logical axis {axis!r}.{did_you_mean(axis, AXES)}')
     target = rules.get(axis)
-    parts.append(None if target in taken else target)
-    taken.add(target)
+    free = tuple(t for t in (target if isinstance(target, tuple) else (target,))
+                 if t is not None and t not in taken)
+    taken.update(free)
+    parts.append(free if len(free) > 1 else free[0] if free else None)
   return P(*parts)
 
 
@@ -109,9 +128,11 @@ def shardings(boxed, mesh: Mesh, rules: str):
   def one(path, box):
     s = spec(box.names, row)
     for size, name, axis in zip(box.value.shape, box.names, s):
-      if axis is not None and size % mesh.shape[axis]:
+      axes = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
+      devices = math.prod(mesh.shape[a] for a in axes)
+      if size % devices:
         raise UsageError(f"{path}: axis {name!r} has {size} rows, the mesh's {axis!r} axis has "
-                         f'{mesh.shape[axis]} devices; one must divide the other, or choose '
+                         f'{devices} devices; one must divide the other, or choose '
                          f'other rules than {rules!r}')
     return NamedSharding(mesh, s)
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
@@ -142,6 +163,6 @@ def like_params(tree, params, param_shardings, mesh: Mesh):
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a numpy batch -> global arrays, sharded over the data axis."""
   def one(x):
-    s = NamedSharding(mesh, P('data', *(None,) * (x.ndim - 1)))
+    s = NamedSharding(mesh, P(BATCH, *(None,) * (x.ndim - 1)))
     return jax.make_array_from_process_local_data(s, x)
   return {k: one(v) for k, v in batch.items()}

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from t5lab import config as configs
+from t5lab import trees
+from t5lab import weights as loading
 from t5lab.errors import NumericalError, Preempted, UsageError
-from t5lab.lab import Lab, batch_shapes, make_engine, open_checkpoints
+from t5lab.lab import Lab, make_engine
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import optim, rundir
+from t5lab.training import lora, optim, rundir
 from t5lab.training import step as steps
 from t5lab.training.report import Report
 
@@ -42,15 +44,17 @@ def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) 
   one that has none. Ends with Preempted, the state saved, after SIGTERM or SIGINT.
   """
   workdir = Path(workdir).absolute()
-  configs.check(c)
+  configs.check_trainable(c)
   with rundir.Signals() as signals, rundir.RunLock(workdir):
     return _train(c, workdir, signals, resume, allow_data_change)
 
 
 def _train(c, workdir, signals, resume, allow_data_change):
   # -- the run's directory ------------------------------------------------------------------------
-  checkpoints = open_checkpoints(c, workdir)
+  checkpoints = loading.open_checkpoints(c, workdir)
   checkpoints.clean()
+  if c.data.vocab == 'init':
+    c.data.vocab = loading.read_config(c.init.path).data.vocab
   _settle_config(c, workdir, resume, bool(checkpoints.steps()))
 
   # -- devices ------------------------------------------------------------------------------------
@@ -58,21 +62,22 @@ def _train(c, workdir, signals, resume, allow_data_change):
   micro = c.data.batch_size // c.optim.microbatches
   for name, size in (('data.batch_size', c.data.batch_size),
                      ('data.batch_size / optim.microbatches', micro)):
-    if size % mesh.shape['data']:
-      raise UsageError(f'{name} = {size} is not a multiple of the {mesh.shape["data"]} devices of '
-                       f'the data axis; the nearest that are: {_nearest(size, mesh.shape["data"])}')
+    if size % (spread := sharding.batch_devices(mesh)):
+      raise UsageError(f'{name} = {size} is not a multiple of the {spread} devices of the data axis; '
+                       f'the nearest that are: {_nearest(size, spread)}')
+  shape = configs.model_config(c)
+  sharding.check_heads(mesh, c.rules, shape.n_heads, shape.kv_heads)
 
   # -- data ---------------------------------------------------------------------------------------
   from t5lab.data import pipeline, tasks, vocab  # seqio, and with it TensorFlow
   words = vocab.load(c.data.vocab)
-  if words.size > c.model.vocab_size:
-    raise UsageError(f'vocabulary {c.data.vocab!r} has {words.size} ids (100 sentinels included), '
-                     f'model.vocab_size={c.model.vocab_size}: give the embedding as many rows')
-  lengths, decoder_only = c.data.lengths.to_dict(), not c.model.enc_layers
+  vocab.check_rows(words, c.model.vocab_size, 'model.vocab_size')
+  vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
+  lengths = c.data.lengths.to_dict()
   components = tasks.open_components(c.data.mixture, c.data.split, lengths, c.data.vocab)
   data = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
-      decoder_only=decoder_only, process_index=jax.process_index(),
+      kind=shape.kind, eos=words.eos_id, start=c.model.start_id, process_index=jax.process_index(),
       process_count=jax.process_count())
 
   # -- model and optimizer: shapes first, then straight onto their devices ------------------------
@@ -82,33 +87,48 @@ def _train(c, workdir, signals, resume, allow_data_change):
   o = c.optim
   tx = optim.optimizer(o.name, schedule, clip=o.clip, weight_decay=o.weight_decay, b1=o.b1,
                        b2=o.b2, eps=o.eps)
-  model = Transformer(configs.model_config(c), train=True)
-  abstract, make_state = state_shapes(c, model, tx, mesh)
+  model = Transformer(shape, train=True)
+  abstract, make_state = state_shapes(c, tx, mesh)
   step_fn = jax.jit(
       functools.partial(steps.train_step, model=model, tx=tx, loss=steps.Loss(**c.loss.to_dict()),
-                        ema=o.ema, seed=c.seed, microbatches=o.microbatches),
+                        ema=o.ema, seed=c.seed, microbatches=o.microbatches,
+                        lora_scale=loading.lora_scale(c)),
       donate_argnums=0)
 
   # -- start or resume ----------------------------------------------------------------------------
   restored = checkpoints.restore(abstract, quarantine=True)
+  base = initial = None
+  if c.init.path and (c.lora.rank or not restored):
+    initial = loading.load_base(c, loading.boxed_params(c), mesh, functools.partial(_fresh, c, mesh))
+    base = initial.params if c.lora.rank else None
   if restored:
     state, manifest = restored
     if not allow_data_change:
       data.check_position(manifest.meta['data'])
     start = manifest.step
-    print(f'resuming from step {start} in {workdir}', flush=True)
+    origin = f'resuming from step {start} in {workdir}: optimizer state restored'
   else:
-    state, start = make_state(), 0
+    state, start, origin = make_state(None if c.lora.rank or not initial else initial.params), 0, ''
+    if c.init.optimizer == 'restore' and initial:
+      state = state.replace(opt_state=loading.load_optimizer(c, abstract.opt_state, initial.step))
+    origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
+              f'weights from seed {c.seed}') + f'; optimizer state {c.init.optimizer}' + (
+                  'd' * (c.init.optimizer == 'restore'))
   count = sum(x.size for x in jax.tree.leaves(abstract.params))
-  for line in (f'{c.family}: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} '
-               f'device{"s" * (mesh.size > 1)}, rules {c.rules}', *data.summary()):
+  frozen = sum(x.size for x in jax.tree.leaves(base))
+  for line in (f'{c.family}: {count:,} parameters '
+               + f'adapt {frozen:,} frozen ones ' * bool(frozen)
+               + f'on {mesh.size} {jax.devices()[0].platform} device{"s" * (mesh.size > 1)}, '
+               f'rules {c.rules}', origin, *data.summary()):
     print(line, flush=True)
 
   # -- what a step leaves behind ------------------------------------------------------------------
   report = Report(workdir, resume_step=start, total_steps=c.total_steps)
-  evaluate = _Evaluator(c, workdir, model, mesh, signals)
+  evaluate = _Evaluator(c, workdir, model, mesh, signals, base)
   meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
               vocab=words.sha256)
+  if initial:
+    meta['init'] = dict(path=c.init.path, step=initial.step, sha256=initial.sha256)
   saved = start
 
   def save(step):
@@ -143,7 +163,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
     for step in range(start + 1, c.total_steps + 1):
       stop_if_asked(step - 1)
       batch = sharding.put(log.wait(batches), mesh)
-      state, metrics = step_fn(state, batch)
+      state, metrics = step_fn(state, batch, base)
       log.add(step, metrics)
       evaluates = due(step, c.eval.every, c.total_steps)
       saves = due(step, c.checkpoint.every, c.total_steps) or evaluates
@@ -157,15 +177,29 @@ def _train(c, workdir, signals, resume, allow_data_change):
   return result or read_evaluation(workdir, c.total_steps)
 
 
-def state_shapes(c, model, tx, mesh):
-  """(the TrainState as shapes with shardings, a function that makes the state of step 0)."""
-  shapes = batch_shapes(c)
-  boxed, params = steps.abstract_params(model, shapes)
+def _init_params(c):
+  """Boxed parameters from the seed: of the whole model, or of the adapters."""
+  if c.lora.rank:
+    return lora.init(loading.boxed_params(c), c.lora.kernels, c.lora.rank, c.seed)
+  batch = {k: jnp.zeros(s.shape, s.dtype) for k, s in loading.batch_shapes(c).items()}
+  return steps.init_params(Transformer(configs.model_config(c)), c.seed, batch)
+
+
+def _fresh(c, mesh, paths):
+  """{path: array} of the whole model's parameters at these paths, from the seed."""
+  with sharding.use(mesh, c.rules):
+    return jax.jit(lambda: {path: x for path, x in trees.flatten(nn.unbox(_init_params(c))).items()
+                            if path in paths})()
+
+
+def state_shapes(c, tx, mesh):
+  """(the TrainState as shapes with shardings, a function that makes the state of step 0: from
+  parameters, which it takes over, or from the seed)."""
+  boxed = jax.eval_shape(functools.partial(_init_params, c))
+  params = nn.unbox(boxed)
   placed = sharding.shardings(boxed, mesh, c.rules)
-  make = lambda: steps.new_state(
-      nn.unbox(steps.init_params(model, c.seed, jax.tree.map(
-          lambda s: jnp.zeros(s.shape, s.dtype), shapes))), tx, c.optim.ema)
-  abstract = jax.eval_shape(make)
+  make = lambda p: steps.new_state(p, tx, c.optim.ema)
+  abstract = jax.eval_shape(make, params)
   alone = sharding.replicated(mesh)
   shardings = steps.TrainState(
       step=alone, params=placed, ema=placed if c.optim.ema else {},
@@ -173,9 +207,11 @@ def state_shapes(c, model, tx, mesh):
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                           abstract, shardings)
 
-  def make_state():
+  def make_state(params=None):
     with sharding.use(mesh, c.rules):
-      return jax.jit(make, out_shardings=shardings)()
+      if params is None:
+        return jax.jit(lambda: make(nn.unbox(_init_params(c))), out_shardings=shardings)()
+      return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
   return abstract, make_state
 
@@ -260,8 +296,9 @@ class _Log:
 class _Evaluator:
   """Scores the raw and the averaged weights, writes eval/<step>.json and the predictions."""
 
-  def __init__(self, c, workdir, model, mesh, signals):
+  def __init__(self, c, workdir, model, mesh, signals, base):
     self._c, self._workdir, self._mesh, self._signals = c, workdir, mesh, signals
+    self._base = base
     self._engine = make_engine(c)
     plain = model.clone(train=False)
     self._sums = jax.jit(functools.partial(steps.eval_step, model=plain))
@@ -272,6 +309,9 @@ class _Evaluator:
 
   def __call__(self, step, state, report) -> 'Result':
     weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
+    if self._base is not None:
+      scale = loading.lora_scale(self._c)
+      weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}
     labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
             for name, params in weights.items()}
     result = evaluate(self._evaluation, labs, self._sums, self._mesh, tick=self._tick)
@@ -301,7 +341,7 @@ def open_evaluation(c, split: str | None = None):
   return Evaluation(
       c.eval.mixture or c.data.mixture, split or c.eval.split, vocab_spec=c.data.vocab,
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
-      decoder_only=not c.model.enc_layers)
+      kind=configs.model_config(c).kind, start=c.model.start_id)
 
 
 def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
@@ -357,7 +397,9 @@ def _settle_config(c, workdir, resume, has_steps):
   if resume == 'must' and not has_steps:
     raise UsageError(f'{workdir} has no checkpoint and --resume=must; use --resume=auto to start')
   if has_steps:
-    differ = rundir.check_same_config(rundir.read_config(workdir), new, MAY_CHANGE)
+    # through our own reading: keys that are newer than the run have their defaults in both
+    saved = configs.to_dict(configs.from_dict(rundir.read_config(workdir)))
+    differ = rundir.check_same_config(saved, new, MAY_CHANGE)
     if differ:
       more = f' and {len(differ) - 6} more' if len(differ) > 6 else ''
       raise UsageError(

@@ -15,10 +15,13 @@ PyTree = Any
 SCHEDULES = ('rsqrt', 'cosine', 'linear', 'constant', 'wsd')
 OPTIMIZERS = ('adafactor', 'adamw')
 
-# Leaves whose first axis is the layer: the parameters of an `nn.scan` named 'layers'.
-STACKED = r'(.*/)?layers/.*'
+def stacked_axes(path: str) -> int:
+  """Leading axes that hold independent matrices: layers of an `nn.scan`, then experts."""
+  return trees.fits(path, [r'(.*/)?(layers|tail)/.*']) + trees.fits(path, [r'.*/experts/.*'])
+
+
 # Norm scales, biases and relative-position tables. By path: a stacked scale [L, D] is 2-D too.
-DECAY_EXCLUDE = (r'(.*/)?(scale|bias)', r'(.*/)?rel\w*/.*')
+DECAY_EXCLUDE = (r'(.*/)?(scale|bias|logit_bias)', r'(.*/)?(global_)?rel\w*/.*')
 
 
 def schedule(name: str, *, lr: float, warmup: int, total: int, end: float = 0.,
@@ -68,15 +71,9 @@ class AdafactorState(NamedTuple):
   v: PyTree
 
 
-def _layer_axes(stacked) -> Callable[[str], int]:
-  if callable(stacked):
-    return lambda path: int(stacked(path))
-  return lambda path: int(trees.fits(path, [stacked]))
-
-
 def scale_by_adafactor(
     *,
-    stacked: str | Callable[[str], int] = STACKED,
+    stacked: Callable[[str], int] = stacked_axes,
     decay_rate: float = 0.8,
     min_factored: int = 128,
 ) -> optax.GradientTransformation:
@@ -86,16 +83,15 @@ def scale_by_adafactor(
   optax's pieces do this as T5X does for matrices, but take RMS and factors over all layers of a
   stacked leaf at once; so they run here under `vmap`, one layer at a time.
 
-  stacked: a regex of the paths with a leading layer axis, or a function from the path to the number
-  of leading axes (2 for stacked experts). min_factored: both sides of a factored matrix have it.
+  stacked: from a path to the number of leading axes that are not the matrix's. min_factored: both
+  sides of a factored matrix have it.
   """
-  layer_axes = _layer_axes(stacked)
   factored_rms = optax.scale_by_factored_rms(
       decay_rate=decay_rate, min_dim_size_to_factor=min_factored, epsilon=1e-30)
   rescale = optax.chain(optax.clip_by_block_rms(1.), optax.scale_by_param_block_rms(1e-3))
 
   def by_layer(f, path):
-    for _ in range(layer_axes(path)):
+    for _ in range(stacked(path)):
       f = jax.vmap(f)
     return f
 
@@ -143,7 +139,7 @@ def optimizer(
     momentum: float = 0.,
     decay_rate: float = 0.8,
     min_factored: int = 128,
-    stacked: str | Callable[[str], int] = STACKED,
+    stacked: Callable[[str], int] = stacked_axes,
 ) -> optax.GradientTransformation:
   """'adafactor' or 'adamw'; its state is a plain pytree of arrays.
 

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5lab import trees
+from t5lab.models import moe
 from t5lab.models.transformer import Transformer
-from t5lab.training import losses, optim
+from t5lab.training import lora, losses, optim
 
 Array = jax.Array
 PyTree = Any
@@ -35,6 +37,8 @@ class Loss:
   z_loss: float = 0.
   label_smoothing: float = 0.
   chunks: int = 1
+  balance: float = 0.      # of models with experts, a token: see models/moe.py
+  router_z: float = 0.
 
 
 def init_params(model: Transformer, seed: int, batch) -> PyTree:
@@ -48,19 +52,38 @@ def new_state(params: PyTree, tx: optax.GradientTransformation, ema: float) -> T
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
-def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None) -> losses.Sums:
-  """Sums over the batch's tokens: loss, z_loss, weight, correct."""
-  hidden = model.apply({'params': params}, batch, rngs=rngs, method='hidden')
-  unembed = lambda x: model.apply({'params': params}, x, method='unembed')
-  targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+def variables(params: PyTree, base: PyTree | None, lora_scale: float) -> PyTree:
+  """What the model is applied to: params, or frozen base weights with params as their adapters."""
+  if base is None:
+    return {'params': params}
+  return {'params': base, 'lora': lora.scaled(params, lora_scale)}
+
+
+def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None, base=None,
+              lora_scale: float = 1.) -> losses.Sums:
+  """Sums over the batch's tokens: loss, z_loss, weight, correct; with experts their statistics too,
+  each times weight, so that a division by weight gives their mean."""
+  given = variables(params, base, lora_scale)
+  hidden, collected = model.apply(given, batch, rngs=rngs, method='hidden', mutable=['router'])
+  unembed = lambda x: model.apply(given, x, method='unembed')
+  side = 'decoder' if model.config.dec_layers else 'encoder'
+  targets, weights = batch[f'{side}_target_tokens'], batch[f'{side}_loss_weights']
   settings = dict(z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
   if loss.chunks > 1:
-    return losses.chunked_cross_entropy(
+    sums = losses.chunked_cross_entropy(
         hidden, unembed, targets, weights, chunks=loss.chunks, **settings)
-  return losses.cross_entropy(unembed(hidden), targets, weights, **settings)
+  else:
+    sums = losses.cross_entropy(unembed(hidden), targets, weights, **settings)
+  if model.config.experts:
+    for name in moe.STATISTICS:
+      layers = [x for path, x in trees.flatten(collected['router']).items()
+                if f'/{name}/' in path]
+      sums[name] = jnp.mean(jnp.concatenate([jnp.ravel(x) for x in layers])) * sums['weight']
+    sums['loss'] += loss.balance * sums['balance'] + loss.router_z * sums['router_z']
+  return sums
 
 
-def gradients(model, params, batch, loss: Loss, key, microbatches: int):
+def gradients(model, params, batch, loss: Loss, key, microbatches: int, **frozen):
   """(gradient of the summed loss, sums), over microbatches in one scan when there are several.
 
   Nothing is divided before the end, so k x B/k rows weigh each token as 1 x B does. Microbatch i
@@ -68,7 +91,7 @@ def gradients(model, params, batch, loss: Loss, key, microbatches: int):
   """
   def one(batch, key):
     def f(p):
-      sums = loss_sums(model, p, batch, loss, {'dropout': key})
+      sums = loss_sums(model, p, batch, loss, {'dropout': key}, **frozen)
       return sums['loss'], sums
     return jax.grad(f, has_aux=True)(params)
 
@@ -86,15 +109,18 @@ def gradients(model, params, batch, loss: Loss, key, microbatches: int):
   return total
 
 
-def train_step(state: TrainState, batch: dict[str, Array], *, model: Transformer,
-               tx: optax.GradientTransformation, loss: Loss, ema: float, seed: int = 0,
-               microbatches: int = 1) -> tuple[TrainState, Metrics]:
+def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None = None, *,
+               model: Transformer, tx: optax.GradientTransformation, loss: Loss, ema: float,
+               seed: int = 0, microbatches: int = 1, lora_scale: float = 1.,
+               ) -> tuple[TrainState, Metrics]:
   """One update. Pure: same state and batch, same result, on any mesh. Metrics are float32 scalars.
 
   The loss is the mean over the loss tokens of the global batch, in whatever parts it was computed.
+  base: frozen weights, of which state.params are then the adapters (training/lora.py).
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  grads, sums = gradients(model, state.params, batch, loss, key, microbatches)
+  grads, sums = gradients(model, state.params, batch, loss, key, microbatches, base=base,
+                          lora_scale=lora_scale)
   tokens = jnp.maximum(sums['weight'], 1.)
   grads = jax.tree.map(lambda g: g / tokens, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -107,6 +133,7 @@ def train_step(state: TrainState, batch: dict[str, Array], *, model: Transformer
       'tokens': sums['weight'],
       'grad_norm': optax.global_norm(grads),
       'param_norm': optax.global_norm(params),
+      **{name: sums[name] / tokens for name in moe.STATISTICS if name in sums},
   }
   return TrainState(state.step + 1, params, opt_state, average), metrics
 

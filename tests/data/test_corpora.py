@@ -12,7 +12,8 @@ def test_rows_of_each_corpus():
   assert {name: (corpora.num_rows(name, 'train'), corpora.num_rows(name, 'validation'))
           for name in corpora.names()} == {
               'ende': (8901, 272), 'enes': (8880, 274), 'enfr': (3692, 126),
-              'summarize': (6174, 218), 'qa': (8215, 300), 'books': (126, 17)}
+              'summarize': (6174, 218), 'qa': (8215, 300), 'books': (126, 17),
+              'g2p': (6000, 300)}
 
 
 def test_first_row():
@@ -29,7 +30,8 @@ def test_rows_are_read_only_and_the_list_is_ones_own():
   assert corpora.num_rows('ende', 'train') == 8901
 
 
-@pytest.mark.parametrize('name, target', [('ende', 'de'), ('enfr', 'fr'), ('summarize', 'summary')])
+@pytest.mark.parametrize('name, target', [
+    ('ende', 'de'), ('enfr', 'fr'), ('summarize', 'summary'), ('g2p', 'phonemes'), ('g2p', 'word')])
 def test_no_validation_target_stands_in_train(name, target):
   train = {row[target] for row in corpora.load(name, 'train')}
   assert not train & {row[target] for row in corpora.load(name, 'validation')}
@@ -46,6 +48,38 @@ def test_unknown_names():
     corpora.load('endee', 'train')
   with pytest.raises(DataError, match="has no split 'test'. Known: train, validation"):
     corpora.load('ende', 'test')
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_match_gives_each_summary_once_half_of_them_to_another_document(split):
+  rows, own = corpora.load('match', split), corpora.load('summarize', split)
+  assert [row['document'] for row in rows] == [row['document'] for row in own]
+  assert [row['match'] for row in rows] == [int(a['summary'] == b['summary'])
+                                            for a, b in zip(rows, own)]
+  assert sum(row['match'] for row in rows) * 2 == len(rows)
+  assert sorted(row['summary'] for row in rows) == sorted(row['summary'] for row in own)
+  classes = [row['match'] for row in rows]
+  assert 0.4 < sum(a == b for a, b in zip(classes, classes[1:])) / len(rows) < 0.6
+
+
+def test_match_trades_until_no_one_has_its_own_words():
+  rows = [{'document': str(i), 'summary': 'same' if i < 3 else str(i)} for i in range(12)]
+  for n in range(8, 13):
+    made = corpora.match_pairs(rows[:n])
+    assert all((a['summary'] == b['summary']) == a['match'] for a, b in zip(made, rows))
+    assert sorted(r['summary'] for r in made) == sorted(r['summary'] for r in rows[:n])
+
+
+def test_sample_of_a_pronouncing_dictionary(monkeypatch):
+  monkeypatch.setattr(corpora, 'G2P_ROWS', {'train': 3, 'validation': 1})
+  good = {'see': 'si', 'sea': 'si', 'bee': 'bi', 'Kay': 'kA', 'oak': 'Ok', 'knee': 'ni'}
+  bad = {'read': {'DEFAULT': 'ɹid'}, "it's": 'ɪts', 'Polish': 'pˈOlɪʃ', 'polish': 'pˈɑlɪʃ',
+         'x': '', 'loch': 'lɑx', 'naïve': 'nIˈiv'}
+  rows = corpora.sample_g2p({**good, **bad})
+  assert [row['split'] for row in rows] == ['train'] * 3 + ['validation']
+  assert all(good[row['word']] == row['phonemes'] for row in rows)
+  assert rows[-1]['phonemes'] not in {row['phonemes'] for row in rows[:-1]}
+  assert rows == corpora.sample_g2p(dict(reversed({**good, **bad}.items())))
 
 
 def test_subset_keeps_validation_and_about_a_third_of_train():

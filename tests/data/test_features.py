@@ -43,6 +43,48 @@ def test_decoder_only_puts_inputs_before_targets_without_loss():
   }
 
 
+def test_start_and_end_are_the_vocabularys():
+  row = features.build_row([example([7], [9, 2]), example([6], [4])], {'inputs': 2, 'targets': 3},
+                           kind='encoder_decoder', start=50)
+  assert row['decoder_input_tokens'].tolist() == [50, 9, 50]
+  cut, _ = features.trim(example([5, 6, 1, 2], [3, 4, 5, 6, 1, 2]), {'inputs': 3, 'targets': 5},
+                         eos=2)
+  assert lists(cut) == {'inputs': [5, 6, 2], 'targets': [3, 4, 5, 6, 2]}
+
+
+def test_encoder_alone_with_a_class():
+  lengths = {'inputs': 8, 'targets': 1}
+  row = features.build_row([example([101, 5, 102, 6, 7, 102], [1])], lengths, kind='encoder',
+                           eos=102)
+  assert lists(row) == {
+      'encoder_input_tokens': [101, 5, 102, 6, 7, 102, 0, 0],
+      'encoder_segment_ids': [1, 1, 1, 1, 1, 1, 0, 0],
+      'encoder_positions': [0, 1, 2, 3, 4, 5, 0, 0],
+      'encoder_token_types': [0, 0, 0, 1, 1, 1, 0, 0],
+      'encoder_target_tokens': [1], 'encoder_loss_weights': [1]}
+  empty = features.build_row([], lengths, kind='encoder')
+  assert empty.keys() == row.keys() and not any(x.any() for x in empty.values())
+  with pytest.raises(ValueError, match='do not share a row'):
+    features.build_row([example([5], [0])] * 2, lengths, kind='encoder')
+
+
+def test_encoder_alone_without_classes_may_be_packed():
+  rows = [{'inputs': np.array([5, 1, 6, 1], np.int32)}, {'inputs': np.array([7, 1], np.int32)}]
+  row = features.build_row(rows, {'inputs': 7}, kind='encoder')
+  assert lists(row) == {
+      'encoder_input_tokens': [5, 1, 6, 1, 7, 1, 0], 'encoder_segment_ids': [1, 1, 1, 1, 2, 2, 0],
+      'encoder_positions': [0, 1, 2, 3, 0, 1, 0], 'encoder_token_types': [0, 0, 1, 1, 0, 0, 0]}
+
+
+def test_kinds_by_name_or_by_the_older_flag():
+  one = [example([7], [9, 1])]
+  for flag, kind in ((True, 'decoder'), (False, 'encoder_decoder')):
+    assert lists(features.build_row(one, LENGTHS, decoder_only=flag)) == lists(
+        features.build_row(one, LENGTHS, kind=kind))
+  with pytest.raises(ValueError, match="'both' is none of encoder_decoder, decoder, encoder"):
+    features.build_row(one, LENGTHS, kind='both')
+
+
 def test_trim_keeps_the_end_of_sequence_and_counts():
   cut, lost = features.trim(example([2, 3, 4, 5, 6, 7, 8, 1], [3] * 7), LENGTHS)
   assert lists(cut) == {'inputs': [2, 3, 4, 5, 6, 1], 'targets': [3, 3, 3, 3, 3]}

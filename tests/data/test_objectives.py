@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from t5lab.data import objectives
+from t5lab.errors import UsageError
 
 
 def test_span_corruption_lengths_are_t5s():
@@ -128,3 +129,22 @@ def test_prefix_lm_of_two_tokens_and_of_one(rng):
   assert {k: len(v) for k, v in made.items()} == objectives.prefix_lm_sizes(2)
   with pytest.raises(ValueError, match='1 token'):
     objectives.prefix_lm([7], rng, eos=1)
+
+
+def test_sentinels_that_count_upwards():
+  mask = [0, 1, 1, 0, 1, 0]
+  assert objectives.noise_span_to_sentinel(range(5, 11), mask, 90, 1).tolist() == [5, 90, 8, 91, 10]
+  assert objectives.nonnoise_span_to_sentinel(range(5, 11), mask, 90, 1).tolist() == [
+      90, 6, 7, 91, 9, 92]
+  made = objectives.span_corruption(np.arange(5, 45), np.random.default_rng(0), sentinel=90, eos=1,
+                                    step=1)
+  for tokens in made.values():
+    found = [t for t in tokens if t >= 90]
+    assert found == [90, 91] and tokens[-1] == 1
+
+
+def test_segments_want_sentinels():
+  with pytest.raises(UsageError, match="task 'x' needs sentinels .* use books_lm"):
+    objectives.span_corruption_segment('x', {'inputs': 64, 'targets': 64}, 0)
+  with pytest.raises(UsageError, match='makes 14 spans, the vocabulary has 13 sentinels'):
+    objectives.span_corruption_segment('x', {'inputs': 256, 'targets': 64}, 13)

@@ -138,6 +138,44 @@ def test_over_long_examples_are_cut_counted_and_reported():
   assert [7] * 15 + [1] in rows.tolist()
 
 
+def classes(n):
+  rows = component('c', n)
+  for i, example in enumerate(rows.examples):
+    example['targets'] = np.array([i % 2], np.int32)
+  return rows
+
+
+def test_classes_are_never_packed_and_keep_their_example():
+  parts = classes(10)
+  p = Pipeline([parts], {'inputs': 40, 'targets': 1}, batch_size=4, seed=0, kind='encoder', eos=1)
+  batches = list(p.epoch())
+  assert [b['encoder_loss_weights'].sum() for b in batches] == [4, 4, 2]
+  for b in batches:
+    assert b['encoder_segment_ids'].max() == 1
+    real = b['encoder_loss_weights'][:, 0] > 0
+    first = b['encoder_input_tokens'][real, 0] - 100
+    assert (b['encoder_target_tokens'][real, 0] == first % 2).all()
+
+
+def test_a_class_that_is_a_text_is_refused():
+  message = r'a:0 has features of lengths inputs \d+, targets \d+; an encoder-only model needs'
+  with pytest.raises(DataError, match=message):
+    pipeline(kind='encoder')
+
+
+def test_end_and_start_reach_the_rows_and_the_fingerprint():
+  parts = component('a', 5)
+  parts.examples[2]['inputs'] = np.array([7] * 30 + [2], np.int32)
+  p = pipeline([parts], batch_size=1, eos=2, start=9)
+  rows = [p.batch(i) for i in range(len(p.rows[0].layout))]
+  assert [7] * 15 + [2] in np.concatenate([r['encoder_input_tokens'] for r in rows]).tolist()
+  assert all(r['decoder_input_tokens'][0, 0] == 9 for r in rows)
+  prints = [pipeline(**k).fingerprint for k in (
+      {}, {'kind': 'encoder_decoder'}, {'decoder_only': False}, {'eos': 1, 'start': 0},
+      {'kind': 'decoder'}, {'decoder_only': True}, {'start': 2}, {'eos': 2})]
+  assert len(set(prints[:4])) == 1 and prints[4] == prints[5] and len(set(prints)) == 4
+
+
 def test_position_is_small_and_knows_its_data():
   p = pipeline()
   saved = p.position(1_000_000)

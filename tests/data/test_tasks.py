@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,9 @@ def tiny(monkeypatch):
       'summarize': [{'document': 'A b.', 'summary': 'B'}] * 2,
       'qa': [{'id': 'q1', 'question': "Who's x?", 'context': 'a (1-2).',
               'answers': {'text': ['1-2', 'a'], 'answer_start': [3, 0]}}] * 2,
+      'match': [{'document': 'A b.', 'summary': 'B', 'match': 1},
+                {'document': 'C d.', 'summary': 'C', 'match': 0}],
+      'g2p': [{'word': 'See', 'phonemes': 'si'}] * 2,
       'books': [{'id': 'b1', 'text': 'abcdef'}, {'id': 'b2', 'text': 'ghij'}]}
   monkeypatch.setattr(corpora, 'load', lambda name, split: rows[name])
   monkeypatch.setattr(corpora, 'num_rows', lambda name, split: len(rows[name]))
@@ -56,6 +60,7 @@ def both_ways(name, lengths=LONG, **kwargs):
     ('ha_enfr', 'translate English to French: Hi', 'Oui'),
     ('ha_enes', 'translate English to Spanish: Hi', 'Sí'),
     ('docs_summarize', 'summarize: A b.', 'B'),
+    ('g2p_en_us', 'See', 'si'),
     ('numpydoc_qa', "question: Who ' s x ? context: a ( 1 - 2 ) . ", '1 - 2'),
 ])
 def test_supervised_tokens(tiny, name, inputs, targets):
@@ -92,12 +97,61 @@ def test_answers_are_padded_lists_for_the_metric(tiny):
 
 
 def test_metric_functions_are_the_tasks_own():
-  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in tasks.SUPERVISED + tasks.TEXT}
+  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in tasks.OURS}
   assert fns == {
       'ha_ende': [metrics.bleu, metrics.chrf], 'ha_enfr': [metrics.bleu, metrics.chrf],
       'ha_enes': [metrics.bleu, metrics.chrf], 'docs_summarize': [metrics.rouge],
       'numpydoc_qa': [metrics.squad], 'books_span_corruption': [], 'books_prefix_lm': [],
-      'books_lm': []}
+      'books_lm': [], 'docs_match': [],
+      'g2p_en_us': [metrics.exact_match, metrics.phoneme_error_rate]}
+
+
+def test_match_is_two_closed_texts_and_a_class(tiny):
+  plain, component = both_ways('docs_match')
+  for examples in (plain, component.examples):
+    assert [x['inputs'].tolist() for x in examples] == [ids('B') + ids('A b.'),
+                                                        ids('C') + ids('C d.')]
+    assert [x['targets'].tolist() for x in examples] == [[1], [0]]
+  cut, _ = both_ways('docs_match', {'inputs': 5, 'targets': 1})
+  assert cut[0]['inputs'].tolist() == ids('B') + ids('A ')
+
+
+def test_a_word_alone_is_in_no_mixture(tiny):
+  assert 'g2p_en_us' in tasks.SUPERVISED and 'g2p_en_us' not in tasks.MIXED
+  assert prompts.prompt('g2p_en_us', 'See') == prompts.prompt('g2p_en_us', {'word': 'See'}) == 'See'
+  assert prompts.source('g2p_en_us', 'See') == 'See'
+
+
+def test_prefix_and_end_of_another_vocabulary(tmp_path):
+  """BERT's frame: [CLS] summary [SEP] document [SEP]; for targets, plain tokens and [SEP]."""
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz',
+           *(f'##{c}' for c in 'abcdefghijklmnopqrstuvwxyz')]
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  spec = str(tmp_path / 'vocab.txt')
+  v = vocab.load(spec)
+  inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
+  assert (inputs.eos_id, inputs.unk_id, inputs.pad_id, inputs.bos_id) == (3, 1, 0, None)
+  assert inputs.encode('ab') == [2, 5, 32] == inputs.encode_tf('ab').numpy().tolist()
+  assert targets.encode('ab') == [5, 32] and inputs != targets
+  match, = tasks.open_components('docs_match', 'validation', {'inputs': 64, 'targets': 1}, spec)
+  row = corpora.load('match', 'validation')[0]
+  assert match.examples[0]['inputs'].tolist() == v.frame(row['summary'], row['document'])
+  pairs, = tasks.open_components('ha_ende', 'validation', LONG, spec)
+  example = pairs.examples[0]
+  assert [example[f][0] for f in ('inputs', 'targets')] != [2, 2] and example['inputs'][0] == 2
+  assert example['inputs'][-1] == example['targets'][-1] == 3
+  with pytest.raises(UsageError, match='books_span_corruption. needs sentinels'):
+    tasks.open_components('books_span_corruption', 'train', {'inputs': 64, 'targets': 64}, spec)
+
+
+def test_two_tables_of_characters(tmp_path):
+  (tmp_path / 'characters.json').write_text(json.dumps(
+      {'inputs': '____abc', 'targets': '____ABCD', 'pad_id': 0, 'bos_id': 1, 'eos_id': 2,
+       'unk_id': 3}))
+  spec = str(tmp_path / 'characters.json')
+  inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
+  assert inputs.encode('ab') == [1, 4, 5] and targets.encode('AB') == [4, 5]
+  assert targets.decode([4, 7, 2, 4]) == 'AD'
 
 
 def test_lm_joins_documents_with_eos_and_cuts(tiny):
@@ -180,7 +234,8 @@ def test_span_corruption_lengths_that_cannot_be(lengths, message):
 def test_span_corruption_segments_always_fit():
   for inputs in range(3, 300):
     targets = max(3, objectives.span_corruption_lengths(inputs)[1])
-    tokens = tasks._span_corruption_segment({'inputs': inputs, 'targets': targets})
+    tokens = objectives.span_corruption_segment(
+        'books_span_corruption', {'inputs': inputs, 'targets': targets}, 100)
     sizes = [objectives.span_corruption_sizes(length) for length in range(2, tokens + 1)]
     assert max(x['inputs'] for x in sizes) <= inputs
     assert max(x['targets'] for x in sizes) <= targets

@@ -29,6 +29,42 @@ def test_byte_ids_are_those_of_byt5():
   assert v.decode([68, 198, 172, 13]) == 'Aé\n'
 
 
+def test_byte_with_another_number_of_sentinels():
+  v = vocab.load('byte:125')
+  assert (v.size, v.num_sentinels, v.sentinel(0), v.sentinel(124)) == (384, 125, 383, 259)
+  assert v.encode('a<extra_id_124>') == [100, 259]
+  assert v.sha256 != vocab.load('byte').sha256 == vocab.load('byte:100').sha256
+  none = vocab.load('byte:0')
+  assert (none.size, none.num_sentinels) == (259, 0)
+  assert none.decode(none.encode('<extra_id_0>')) == '<extra_id_0>'
+  with pytest.raises(UsageError, match='at most 100,000 sentinels'):
+    vocab.load('byte:999999')
+
+
+def test_the_rest_of_the_interface_on_embedded_ones():
+  v = vocab.load('t5lab_2048')
+  assert (v.bos_id, v.mask_id, v.cls_id, v.sep_id, v.prefix, v.starts_with_bos) == (
+      None, None, None, None, (), False)
+  assert (v.num_sentinels, v.sentinel_step, v.chat_template) == (100, -1, None)
+  assert v.encode_target('Ja') == v.encode('Ja')
+  assert v.frame('a', 'b') == [*v.encode('a'), 1, *v.encode('b'), 1]
+  assert vocab.files('byte') == vocab.files('byte:3') == vocab.files('t5lab_2048') == []
+  with pytest.raises(DataError, match="'t5lab_2048' has no chat template"):
+    v.chat([{'role': 'user', 'content': 'x'}])
+
+
+def test_rows_of_an_embedding():
+  assert [vocab.padded_size(vocab.load(s)) for s in ('byte:125', 'byte', 't5lab_2048')] == [
+      384, 384, 2048]
+  assert vocab.padded_size(vocab.load('byte'), 8) == 360
+  vocab.check_rows(vocab.load('byte'), 359, 'the model')
+  with pytest.raises(UsageError) as e:
+    vocab.check_rows(vocab.load('t5lab_2048'), 1948, 'small.gguf')
+  assert str(e.value) == (
+      "vocabulary 't5lab_2048': 1,948 ids + 100 sentinels = 2,048; the embedding of small.gguf has "
+      '1,948 rows; rows must be at least 2,048 (padded to a multiple of 128: 2,048)')
+
+
 def test_literal_pieces():
   v = vocab.load('t5lab_2048')
   ids = v.encode('translate English to German: Gerät')
@@ -99,6 +135,8 @@ def test_unknown_specs(tmp_path):
     vocab.load('t5lab_2047')
   with pytest.raises(DataError, match='cannot read vocabulary .*none.model.*No such file'):
     vocab.load(str(tmp_path / 'none.model'))
+  with pytest.raises(UsageError, match='path that ends in .model, tokenizer.json, vocab.txt'):
+    vocab.load(str(tmp_path / 'tokens.bin'))
   (tmp_path / 'bad.model').write_bytes(b'not a model')
   with pytest.raises(DataError, match='bad.model is not a sentencepiece model'):
     vocab.load(str(tmp_path / 'bad.model'))
@@ -125,9 +163,9 @@ def test_foreign_model_file_with_sentencepiece_defaults(tmp_path):
   assert v.decode(v.encode('the \u65e5')) == 'the  \u2047 '
 
 
-def test_model_with_other_special_ids_is_refused():
-  with pytest.raises(DataError, match=r'has pad, eos, unk ids \(-1, 2, 0\), not \(0, 1, 2\)'):
-    vocab.from_bytes('llama', _train())
+def test_model_without_an_end_of_sequence_is_refused():
+  with pytest.raises(DataError, match=r'no end-of-sequence piece \(pad, eos, unk ids \(0, -1, 2\)'):
+    vocab.sentencepiece_model('x', _train(pad_id=0, eos_id=-1, unk_id=2, bos_id=-1))
 
 
 def test_training_is_deterministic():
@@ -136,7 +174,7 @@ def test_training_is_deterministic():
 
 
 def test_shipped_model_is_what_training_makes():
-  again = vocab.from_bytes('again', train_vocab.train(train_vocab.balanced_lines(), 2048))
+  again = vocab.sentencepiece_model('again', train_vocab.train(train_vocab.balanced_lines(), 2048))
   shipped = vocab.load('t5lab_2048')
   pieces = lambda v: set(v.pieces(range(259, v.size)))
   # Equal on the machine that made it; another libm may turn a few pieces over.

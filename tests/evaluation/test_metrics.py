@@ -96,3 +96,12 @@ def test_seqios_argument_names_and_a_lost_prediction(metric):
     metric(['a', 'b'], ['a'])
   with pytest.raises(ValueError, match='0 targets'):
     metric([], [])
+
+
+def test_phoneme_error_rate_by_hand():
+  """kitten -> sitting takes 3 edits, '' -> ab 2: 5 edits for 6 + 2 phonemes."""
+  targets, predictions = ['kitten', 'ab', ''], ['sitting', '', '']
+  assert metrics.phoneme_error_rate(targets, predictions) == {'per': 100 * 5 / 8}
+  assert metrics.phoneme_error_rate(['sˈi'], ['sˈi']) == {'per': 0}
+  assert metrics.phoneme_error_rate(['a'], ['bcd']) == {'per': 300}
+  assert metrics.phoneme_error_rate([''], ['a']) == {'per': 100}

@@ -11,9 +11,10 @@ from t5x_names import golden_params
 
 from t5lab import trees
 from t5lab.models import families
-from t5lab.models.attention import relative_bucket
+from t5lab.models.positions import relative_bucket
 from t5lab.models.families import TransformerConfig
-from t5lab.models.transformer import Transformer, init_cache
+from t5lab.models.cache import init_cache
+from t5lab.models.transformer import Transformer
 
 T5_1_0 = TransformerConfig(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2,
                            dec_layers=2)

