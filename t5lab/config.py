@@ -40,7 +40,7 @@ def base(family: str, **model) -> ConfigDict:
   c.data = d = ConfigDict()
   d.mixture = ''                     # a seqio Task or Mixture
   d.split = 'train'
-  d.vocab = 't5lab_2048'              # an embedded vocabulary, 'byte', or a path to a .model file
+  d.vocab = 't5lab_2048'             # see data/vocab.py; 'init': that of init.path
   d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
   d.batch_size = 64                  # rows a step, over all devices and microbatches
   d.pack = True                      # several short examples in a row, kept apart by segment ids
@@ -101,6 +101,8 @@ def tiny(c: ConfigDict) -> ConfigDict:
            dec_layers=min(2, m.dec_layers), enc_layers=min(2, m.enc_layers),
            experts=min(4, m.experts), moe_every=min(2, m.moe_every), dtype='float32')
   c.init.path, c.lora.rank = '', 0       # of other sizes
+  if c.data.vocab == 'init':
+    c.data.vocab, m.vocab_size = 'byte', 384
   c.total_steps = 10
   c.data.batch_size = 8
   for feature, length in c.data.lengths.items():
@@ -236,8 +238,8 @@ def check(c: ConfigDict) -> None:
   if c.init.optimizer not in ('fresh', 'restore'):
     raise UsageError(f"init.optimizer={c.init.optimizer!r}: 'fresh' or 'restore'")
   if c.lora.rank < 0 or c.lora.rank and not c.lora.kernels:
-    raise UsageError(f'lora.rank={c.lora.rank} with lora.kernels={tuple(c.lora.kernels)}: a rank of '
-                     '1 or more and the kernels to adapt, or rank 0')
+    raise UsageError(f'lora.rank={c.lora.rank}, lora.kernels={tuple(c.lora.kernels)}: a rank of 1 '
+                     'or more and the kernels to adapt, or rank 0')
   if c.lora.rank and not c.init.path:
     raise UsageError('lora.rank adapts frozen weights: name them with init.path')
 

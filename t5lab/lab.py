@@ -88,7 +88,7 @@ class Lab:
     longest = max(map(len, requests), default=0) + targets * (m.kind == 'decoder')
     if m.positions == 'learned' and max(longest, targets) > m.max_length:
       raise UsageError(f'{max(longest, targets)} tokens: the learned positions of '
-                       f'{self.config.family} end at {m.max_length}; shorten the text or the length')
+                       f'{self.config.family} end at {m.max_length}; shorten text or length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
                tick=lambda done, total: None, **options) -> list[str]:
@@ -146,9 +146,10 @@ class Lab:
     decoder = self.model.kind == 'decoder'
     end = [self.vocab.eos_id] if (not decoder if eos is None else eos) else []
     rows = [{'inputs': np.array(self.tokens(text), np.int32),
-             'targets': np.array([*self.vocab.encode_target(target), *end], np.int32)}
+             'targets': np.array([*self.vocab.prefix, *self.vocab.encode_target(target), *end],
+                                 np.int32)}
             for text, target in zip(inputs, targets)]
-    if empty := [i for i, row in enumerate(rows) if not len(row['targets'])]:
+    if empty := [i for i, target in enumerate(targets) if not target and not end]:
       raise UsageError(f'score: target {empty[0]} is empty')
     return self._map(rows, self._log_p)
 
@@ -162,7 +163,7 @@ class Lab:
     return sums(self._apply('__call__', batch))
 
   def embed(self, texts: Texts) -> np.ndarray:
-    """float32[n, D], one vector of length 1 a text, pooled as model.pool says (mean over tokens)."""
+    """float32[n, D], a vector of length 1 for each text, pooled as model.pool says."""
     rows = [self._row(text) for text in _several(texts, 'embed')]
     x = self._map(rows, lambda batch: self._apply('pooled', batch).astype(jnp.float32))
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -182,8 +183,8 @@ class Lab:
     """
     mask = self.vocab.mask_id
     if mask is None or not self.model.mlm_head:
-      raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT with '
-                       'its MLM head and a vocabulary with a mask')
+      raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
+                       'with its MLM head and a vocabulary with a mask')
     rows = [self._row(text) for text in _several(texts, 'fill_mask')]
     at = [np.flatnonzero(row['inputs'] == mask) for row in rows]
     if unmasked := [i for i, found in enumerate(at) if not len(found)]:

@@ -82,7 +82,7 @@ def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """params: placed arrays; step, weights ('ema' or 'raw') and sha256 (of the manifest) say which."""
+  """params: placed arrays; step, weights ('ema' | 'raw') and the manifest's sha256 say which."""
   params: dict
   step: int
   weights: str
@@ -132,8 +132,8 @@ def lora_scale(config) -> float:
 def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   """The weights of init.path for the parameters `boxed`.
 
-  Leaves that init.fresh names and path lacks come from fresh(paths) -> {path: array}; leaves of path
-  that init.ignore names are left. Any other difference is a CheckpointError that lists it.
+  Leaves that init.fresh names and path lacks come from fresh(paths) -> {path: array}; leaves of
+  path that init.ignore names are left. Any other difference is a CheckpointError that lists it.
   """
   path = Path(config.init.path)
   theirs = read_config(path)
@@ -171,8 +171,8 @@ def load_optimizer(config, abstract, step: int):
   path = config.init.path
   checkpoints = open_checkpoints(read_config(path), path)
   if 'opt_state' not in checkpoints.manifest(step).parts:
-    raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer state; '
-                          'use init.optimizer=fresh')
+    raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer '
+                          'state; use init.optimizer=fresh')
   state, _ = checkpoints.restore({'opt_state': abstract}, step, only=('opt_state',))
   return state['opt_state']
 

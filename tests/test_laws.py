@@ -23,7 +23,7 @@ RANK = {
     't5lab.data': 2,
     't5lab.training': 5,
     't5lab.evaluation': 6,
-    't5lab.interop': 6,
+    't5lab.interop': 7,
     't5lab.weights': 6,
     't5lab.lab': 7,
     't5lab.training.loop': 8,

@@ -1,9 +1,12 @@
 """t5lab infer --workdir DIR [--task NAME] < lines > lines
 t5lab infer --workdir DIR --input x.jsonl --output y.jsonl
+t5lab infer --workdir DIR --chat < lines          each line a user's message, by the chat template
+t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for each [MASK]
 
-A line in, a line out, in order. JSONL rows are objects with the fields of the task (translation:
-en; question answering: question and context) or {"inputs": the model's input as it is}; each comes
-back with "output" added. Plain lines fill a task's only field.
+DIR is a run, or what `t5lab convert` wrote. A line in, a line out, in order. JSONL rows are objects
+with the fields of the task (translation: en; question answering: question and context) or
+{"inputs": the model's input as it is}; each comes back with "output" added. Plain lines fill a
+task's only field.
 """
 
 import argparse
@@ -30,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
                                      "'' for none")
   parser.add_argument('--input', help='a .jsonl or text file; default: standard input, as text')
   parser.add_argument('--output', help='a file; default: standard output')
+  use = parser.add_mutually_exclusive_group()
+  use.add_argument('--chat', action='store_true', help='rows are messages of a user to the model')
+  use.add_argument('--fill-mask', action='store_true',
+                   help='words for the mask tokens, with their probabilities')
   parser.add_argument('--max-length', type=int, help='most tokens generated')
   parser.add_argument('--beams', type=int, help='over 1: beam search')
   parser.add_argument('--temperature', type=float, help='0: greedy')
@@ -44,10 +51,17 @@ def main(argv: list[str] | None = None) -> int:
   if args.output and not Path(args.output).absolute().parent.is_dir():
     raise UsageError(f'--output {args.output}: its folder does not exist')
   lab = labs.load(args.workdir, args.step, args.weights)
+  if args.chat or args.fill_mask:
+    texts = [_text(row, number) for number, row in enumerate(rows, start=1)]
   options = dict(length=args.max_length, beams=args.beams, temperature=args.temperature,
                  top_k=args.top_k, top_p=args.top_p, seed=args.seed)
   limit, cut = lab.config.data.lengths.inputs, 0
   with _writer(args.output) as write:
+    if args.chat or args.fill_mask:
+      for row, output in zip(rows, _use(lab, args, texts, options)):
+        write(json.dumps({**row, 'output': output}, ensure_ascii=False) + '\n' if as_json else
+              _line(output) + '\n')
+      return 0
     for first in range(0, len(rows), CHUNK):
       part = rows[first:first + CHUNK]
       texts = [row.get('inputs') if isinstance(row, dict) and 'inputs' in row else row
@@ -60,13 +74,39 @@ def main(argv: list[str] | None = None) -> int:
           row = row if isinstance(row, dict) else {'inputs': row}
           write(json.dumps({**row, 'output': output}, ensure_ascii=False) + '\n')
         else:
-          write(output.replace('\n', ' ') + '\n')          # a line in, a line out
+          write(_line(output) + '\n')
       if args.output and len(rows) > CHUNK:
         print(f'{min(first + CHUNK, len(rows))}/{len(rows)}', file=sys.stderr)
   if cut:
     print(f't5lab: {cut} of {len(rows)} inputs are longer than the {limit} tokens that the model '
           'was trained on; their outputs may be poor', file=sys.stderr)
   return 0
+
+
+def _text(row, number: int) -> str:
+  text = row if isinstance(row, str) else row.get('inputs')
+  if not isinstance(text, str):
+    raise DataError(f'row {number}: expected {{"inputs": "…"}}, found the fields '
+                    f'{", ".join(row) or "none"}')
+  return text
+
+
+def _use(lab, args, texts, options):
+  """What --chat and --fill-mask make of each text, as it comes."""
+  if args.fill_mask:
+    for text in texts:
+      yield [{'word': word, 'probability': round(p, 4)} for mask in lab.fill_mask([text])[0]
+             for word, p in mask]
+  else:
+    for text in texts:
+      yield lab.chat([{'role': 'user', 'content': text}], **options)
+
+
+def _line(output) -> str:
+  """A line in, a line out."""
+  if isinstance(output, list):
+    return ' · '.join(f'{best["word"]} {best["probability"]:.4f}' for best in output)
+  return output.replace('\n', ' ')
 
 
 def read(path: str | None) -> tuple[list, bool]:

@@ -52,13 +52,14 @@ LONGEST_SHUFFLE = 10_000  # examples in seqio's shuffle buffer: more than any em
 class SeqioVocabulary(seqio.Vocabulary):
   """A vocab.Vocab as seqio wants it; the ids are the same. The sentinels count as extra ids.
 
-  feature: 'inputs' puts the vocabulary's prefix before every text, 'targets' encodes as a target.
+  feature: 'inputs' and 'targets' put the vocabulary's prefix before every text (BART's <s>, which
+  its decoder writes too), 'targets' encodes as a target; '' is text as it is.
   """
 
   def __init__(self, spec: str, feature: str = ''):
     self.vocab = v = vocab.load(spec)
     super().__init__(extra_ids=v.num_sentinels)
-    self._prefix = list(v.prefix) if feature == 'inputs' else []
+    self._prefix = list(v.prefix) if feature else []
     self._of_targets = feature == 'targets' and v.target_encoder is not None
     self._key = (v.sha256, tuple(self._prefix), self._of_targets)
 
@@ -258,9 +259,12 @@ def _answers(decoded, example=None, is_target=False):
 _registered: str | None = None
 
 
-def _add(name, spec, source, preprocessors, features=('inputs', 'targets'), classes=0, **options):
-  """classes: where targets are one of so many, instead of tokens of the vocabulary."""
-  found = {f: seqio.Feature(SeqioVocabulary(spec, f), add_eos=True) for f in features}
+def _add(name, spec, source, preprocessors, features=('inputs', 'targets'), classes=0, framed=True,
+         **options):
+  """classes: where targets are one of so many, instead of tokens of the vocabulary. framed: each
+  feature is a whole text, and not a part of one."""
+  found = {f: seqio.Feature(SeqioVocabulary(spec, f if framed else ''), add_eos=True)
+           for f in features}
   if classes:
     found['targets'] = seqio.Feature(seqio.PassThroughVocabulary(classes), add_eos=False)
   seqio.TaskRegistry.add(name, source=source, preprocessors=preprocessors, output_features=found,
@@ -275,7 +279,7 @@ def _add_supervised(name, spec, source, target, metric_fns, first=(), **options)
 
 def _add_text(name, spec, features, preprocessors):
   _add(name, spec, _source('books', ('text',)),
-       [_only_targets, _by_batch(_tokenize), *preprocessors], features)
+       [_only_targets, _by_batch(_tokenize), *preprocessors], features, framed=False)
 
 
 def register(spec: str = vocab.DEFAULT) -> None:
@@ -298,28 +302,24 @@ def register(spec: str = vocab.DEFAULT) -> None:
   _add('docs_match', spec, _source('match', ('document', 'summary', 'match')),
        [_by_batch(_matched), seqio.preprocessors.append_eos_after_trim], classes=2)
   # A vocabulary without sentinels in a row keeps the name: opening the task says what is missing.
-  step = v.sentinel_step
-  sentinels = v.num_sentinels if step else 0
+  sentinels = v.num_sentinels if v.sentinel_step else 0
   _add_text('books_span_corruption', spec, ('inputs', 'targets'), [
       _segments('books_span_corruption', objectives.span_corruption_segment, 2,
                 sentinels=sentinels),
       NumpyObjective(objectives.span_corruption, objectives.span_corruption_sizes,
                      sentinel=v.sentinel(0) if sentinels else None, eos=v.eos_id,
-                     **({'step': step} if step > 0 else {}))])
+                     **({'step': 1} if v.sentinel_step > 0 else {}))])
   _add_text('books_prefix_lm', spec, ('inputs', 'targets'), [
       _segments('books_prefix_lm', objectives.prefix_lm_segment, 2),
       NumpyObjective(objectives.prefix_lm, objectives.prefix_lm_sizes, eos=v.eos_id)])
   _add_text('books_lm', spec, ('targets',), [
       seqio.preprocessors.append_eos, _segments('books_lm', objectives.lm_segment, 1)])
   if _registered is None:
-    seqio.MixtureRegistry.add(MIXTURE, MIXED, default_rate=_train_examples)
+    seqio.MixtureRegistry.add(
+        MIXTURE, MIXED, default_rate=lambda task: task.num_input_examples('train'))
   else:
     _rebuild_mixtures()
   _registered = spec
-
-
-def _train_examples(task) -> int:
-  return task.num_input_examples('train')
 
 
 def _rebuild_mixtures():

@@ -30,7 +30,7 @@ class Vocab:
   cls_id: int | None = None
   sep_id: int | None = None
   sentinels: Sequence[int] = ()            # ids of <extra_id_0>, <extra_id_1>, …
-  prefix: tuple[int, ...] = ()             # ids before an encoder's input
+  prefix: tuple[int, ...] = ()             # ids before an encoder's input and a decoder's target
   starts_with_bos: bool = False            # opens texts with bos_id, and does not close them
   target_encoder: Callable[[str], list[int]] | None = None   # where targets have other ids
   chat_template: str | None = None

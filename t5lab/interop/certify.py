@@ -47,7 +47,8 @@ def features(c: TransformerConfig) -> dict[str, np.ndarray]:
     out['encoder_input_tokens'] = draw()
     out['encoder_input_tokens'][1, LENGTH - 3:] = c.pad_id
     if c.types:
-      out['encoder_token_types'] = np.tile(np.arange(LENGTH) >= LENGTH // 2, (2, 1)).astype(np.int32)
+      second = np.arange(LENGTH) >= LENGTH // 2
+      out['encoder_token_types'] = np.tile(second, (2, 1)).astype(np.int32)
   if c.dec_layers:
     out['decoder_input_tokens'] = draw()
     out['decoder_input_tokens'][:, 0] = c.start_id
@@ -104,8 +105,8 @@ def compare(ours: Outputs, theirs: Outputs, what: str) -> dict:
   scale = float(np.abs(theirs.logits).max())
   off = float(np.abs(ours.logits - theirs.logits).max()) / max(scale, 1e-30)
   if not off <= TOLERANCE:
-    raise UsageError(f'not written: logits differ from those of {what} by {off:.1e} of the largest, '
-                     f'the limit is {TOLERANCE:.0e}')
+    raise UsageError(f'not written: logits differ from those of {what} by {off:.1e} of the '
+                     f'largest, the limit is {TOLERANCE:.0e}')
   report = {'positions': len(ours.logits), 'largest_relative_difference': off,
             'tolerance': TOLERANCE}
   if theirs.tokens is None:

@@ -97,10 +97,9 @@ def read_gguf(path, tick=lambda done, total: None) -> Source:
   c = TransformerConfig(**{**row('llama2/7b'), **gguf.config(reader)})
   table = gguf.rows(c)
   made = _config(c, str(path), {})
-  ignore = getattr(gguf, 'IGNORE', ())
   return Source(
       str(path), configs.model_config(made), made,
-      params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
+      params=lambda: rows.read(table, reader, abstract(c), ignore=gguf.IGNORE, what=str(path),
                                tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
 
@@ -137,8 +136,8 @@ def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
 
   folder = Path(path) / weights.VOCABULARY
   carried = [folder / n for n in CARRIED if (folder / n).is_file()]
-  source = Source(str(path), model, c, params=params, same=lambda params: len(jax.tree.leaves(params)),
-                  carried=tuple(carried))
+  source = Source(str(path), model, c, params=params, carried=tuple(carried),
+                  same=lambda params: len(jax.tree.leaves(params)))
   source.loaded = found
   return source
 

@@ -207,8 +207,8 @@ IGNORE = (r'rope_freqs\.weight',)
 def config(reader: Gguf) -> dict[str, Any]:
   """The fields of a TransformerConfig, of a file of the architecture 'llama'.
 
-  start_id and eos_id are left out where the file names no such token. UsageError for another architecture, for
-  mixtures of experts, and for each llama.* key or rope scaling that would be lost.
+  start_id and eos_id are left out where the file names no such token. UsageError for another
+  architecture, a mixture of experts, and each llama.* key or rope scaling that would be lost.
   """
   path, meta, shapes = reader.path, reader.metadata, reader.shapes()
   if (name := meta.get('general.architecture')) != 'llama':

@@ -154,8 +154,8 @@ def _bart_config(c):
       encoder_layers=c.enc_layers, decoder_layers=c.dec_layers,
       activation_function=_name_of_act(c.acts[0]), max_position_embeddings=c.max_length,
       scale_embedding=c.embed_scale, dropout=c.dropout, init_std=c.init_std, pad_token_id=c.pad_id,
-      decoder_start_token_id=c.start_id, eos_token_id=c.eos_id, bos_token_id=0, forced_eos_token_id=None,
-      tie_word_embeddings=True)
+      decoder_start_token_id=c.start_id, eos_token_id=c.eos_id, bos_token_id=0,
+      forced_eos_token_id=None, tie_word_embeddings=True)
 
 
 BART = Format(
@@ -345,7 +345,8 @@ def for_config(c: TransformerConfig) -> Format:
     shapes = {row.name: (c.classes,) for row in format_.rows(c)}
     back = TransformerConfig(**format_.fields(theirs, shapes))
     free = {'remat', 'dtype', 'init_std', 'max_length', 'capacity_factor', 'eval_capacity_factor',
-            'dropout', 'n_kv_heads', 'local_radius', 'global_block', 'start_id', 'eos_id', 'pool'}
+            'dropout', 'n_kv_heads', 'local_radius', 'global_block', 'start_id', 'eos_id',
+            'pool'}
     differ = [f'{f.name}={getattr(c, f.name)!r}' for f in dataclasses.fields(c)
               if f.name not in free and getattr(back, f.name) != getattr(c, f.name)]
     if not differ and back.kv_heads == c.kv_heads:

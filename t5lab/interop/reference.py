@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import gc
 import importlib.util
 import os
+import warnings
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def _libraries():
   import torch
   import transformers
   transformers.utils.logging.disable_progress_bar()
+  transformers.utils.logging.set_verbosity_error()
   return torch, transformers
 
 
@@ -90,8 +92,10 @@ def from_tensors(c: TransformerConfig, tensors: Mapping[str, np.ndarray],
   made._attn_implementation = 'eager'
   with torch.device('meta'):
     model = cls(made)
-  state = {name: torch.from_numpy(np.asarray(x)).to(getattr(torch, dtype))
-           for name, x in tensors.items()}
+  with warnings.catch_warnings():       # arrays of jax are not writable, and nobody writes
+    warnings.simplefilter('ignore', UserWarning)
+    state = {name: torch.from_numpy(np.asarray(x)).to(getattr(torch, dtype))
+             for name, x in tensors.items()}
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
   # told what is missing, it ties that alone: T5 1.1's softmax matrix is its own
   model.tie_weights(missing_keys=set(missing), recompute_mapping=False)

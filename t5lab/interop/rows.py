@@ -6,6 +6,7 @@ arrays tensor by tensor, writing one yields their tensors one by one: neither ho
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
+import math
 import re
 from typing import NamedTuple, Protocol
 
@@ -88,11 +89,17 @@ def read(rows: Iterable[Row], reader: Reader, abstract, *, ignore: Iterable[str]
   """
   rows, shapes = list(rows), trees.flatten(abstract)
   check(rows, reader.shapes(), shapes, ignore=ignore, what=what)
-  out = {path: aligned_empty(leaf.shape) for path, leaf in shapes.items()}
   by_name = group(rows)
+  ours = sum(math.prod(leaf.shape) for leaf in shapes.values())
+  for name in by_name:                 # before any is read: a header may promise what fits nowhere
+    if (size := math.prod(reader.shapes()[name])) > ours:
+      raise UsageError(f'{what}: {name} has {size:,} numbers, the whole model has {ours:,}')
+  out = {path: aligned_empty(leaf.shape) for path, leaf in shapes.items()}
   broken = []
   for done, (name, mine) in enumerate(by_name.items(), start=1):
     tensor = reader.read(name)
+    if tensor.dtype.kind == 'c':
+      raise UsageError(f'{what}: {name} is {tensor.dtype}; weights are real numbers')
     if not _finite(tensor):
       broken.append(name)
     for row in mine:

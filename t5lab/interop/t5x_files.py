@@ -28,9 +28,9 @@ from t5lab.errors import UsageError
 TARGET, SLOTS = 'target/', 'state/param_states/'
 PLACEHOLDER = 'PLACEHOLDER://'
 MAX_TREE = 8 << 30          # bytes of msgpack or JSON: it is read into memory whole
-MAX_HEADER = 1 << 20
 CHUNK = 64 << 20            # bytes; T5X's _DESIRED_CHUNK_SIZE_BYTES
-# gzip expands at most 1032-fold, and weights hardly at all: more is a header that asks for memory
+# gzip expands at most 1032-fold, weights hardly at all. A header that asks for more than memory
+# has would not raise but end the process, in tensorstore.
 MAX_EXPANSION = 2000
 CONTEXT = ts.Context({'file_io_sync': False})   # the caller flushes and renames the whole folder
 
@@ -50,7 +50,8 @@ class Leaves:
     self._leaves, self._where = leaves, where
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: _header(leaf, name)[0] if isinstance(leaf, Zarr) else leaf.shape
+    """From the tree where it says them, else from the header of each array."""
+    return {name: (leaf.shape if leaf.shape is not None else tuple(_open(leaf, name).shape))
             for name, leaf in self._leaves.items()}
 
   def read(self, name: str) -> np.ndarray:
@@ -228,47 +229,31 @@ def _shape(shape, name) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def _header(leaf, name) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """(shape, shape of a chunk), with the tree's word for the shape where it gives one."""
-  if leaf.shape is not None:
-    return leaf.shape, ()
-  if _is_ocdbt(leaf):
-    return tuple(_open(leaf, name).shape), ()
-  return _zarray(leaf, name)
-
-
-def _zarray(leaf, name):
-  file = _real(leaf, name) / '.zarray'
-  try:
-    if file.stat().st_size > MAX_HEADER:
-      raise UsageError(f'{file} has over {MAX_HEADER} bytes')
-    header = json.loads(file.read_bytes())
-    return _shape(header['shape'], name), _shape(header['chunks'], name)
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-    raise UsageError(f'{name}: {file} is not the header of a zarr array ({_line(e)})') from e
-
-
 def _read_zarr(leaf, name) -> np.ndarray:
-  if not _is_ocdbt(leaf):
-    shape, chunks = _zarray(leaf, name)
-    if leaf.shape not in (None, shape):
-      raise UsageError(f'{name} has shape {leaf.shape} in the tree and {shape} on disk')
-    _complete(leaf, name, shape, chunks)
-  t = _open(leaf, name)
+  t, where = _open(leaf, name), leaf.folder / leaf.path
+  shape, chunks = tuple(t.shape), t.chunk_layout.read_chunk.shape or ()
+  if leaf.shape not in (None, shape):
+    raise UsageError(f'{name} has shape {leaf.shape} in the tree and {shape} on disk')
+  if _is_ocdbt(leaf):
+    size = sum(f.stat().st_size for f in leaf.folder.rglob('*') if f.is_file())
+  else:
+    size = _complete(leaf, name, shape, chunks)
+  claim = t.dtype.numpy_dtype.itemsize * max(math.prod(shape), math.prod(chunks))
+  if claim > max(CHUNK, MAX_EXPANSION * size):
+    raise UsageError(f'{name} claims {claim} bytes (shape {shape}, in chunks of {chunks}), but '
+                     f'{size} are on disk')
   try:
     out = np.asarray(t.read().result())
   except ValueError as e:
-    raise UsageError(f'{name}: {leaf.folder / leaf.path} is damaged ({_line(e)})') from e
+    raise UsageError(f'{name}: {where} is damaged ({_line(e)})') from e
   return out.view(jnp.bfloat16) if leaf.halves and out.dtype == np.uint16 else out
 
 
-def _complete(leaf, name, shape, chunks):
-  """UsageError unless every chunk is there, and there is about as much data as the header says.
+def _complete(leaf, name, shape, chunks) -> int:
+  """Bytes of all chunks; UsageError unless every one is there.
 
   zarr reads a missing chunk as zeros, so a download that broke off would go unnoticed.
   """
-  if len(chunks) != len(shape) or 0 in chunks:
-    raise UsageError(f'{name} has shape {shape} in chunks of {chunks}')
   real, root = _real(leaf, name), leaf.folder.resolve()
   count = size = 0
   for folder, _, files in os.walk(real):
@@ -281,8 +266,7 @@ def _complete(leaf, name, shape, chunks):
   want = math.prod(-(-n // c) for n, c in zip(shape, chunks))
   if count < want:
     raise UsageError(f'{name} has {count} of its {want} chunks in {real}: an incomplete copy')
-  if (bytes_ := 4 * math.prod(shape)) > max(CHUNK, MAX_EXPANSION * size):
-    raise UsageError(f'{name} claims {bytes_} bytes of shape {shape}, {real} holds {size}')
+  return size
 
 
 def _open(leaf, name) -> ts.TensorStore:

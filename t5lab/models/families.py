@@ -89,6 +89,10 @@ class TransformerConfig:
       raise UsageError('model.positions=learned needs model.max_length, the rows of its table')
     if self.positions == 'rope' and self.d_head % 2:
       raise UsageError(f'model.d_head={self.d_head} is odd: rope rotates pairs')
+    if self.enc_attention != 'full' and (self.positions != 'relative' or self.per_layer_bias
+                                         or self.kv_heads != self.n_heads):
+      raise UsageError(f'model.enc_attention={self.enc_attention} needs relative positions that '
+                       'the layers share and as many key heads as heads, or choose full')
     if self.rope_scaling and len(self.rope_scaling) != 4:
       raise UsageError(f'model.rope_scaling={self.rope_scaling}: (factor, low_freq_factor, '
                        'high_freq_factor, original length) or ()')

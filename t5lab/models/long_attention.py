@@ -40,15 +40,28 @@ def local_mask(segments, radius: int):
 
 
 def global_blocks(segments, size: int):
-  """int[B, S] -> (the global token of each position int[B, S], -1 for none; bool[B, P] which global
-  tokens exist). The tail that does not fill a block belongs to the block before it."""
-  real = segments > 0
+  """int[B, S] -> (the global token of each position int[B, S], -1 for none; int[B, P] the segment
+  of each global token, 0 where there is none).
+
+  Blocks are cut in each segment from its first token, so packed segments share none. The tail that
+  does not fill a block belongs to the block before it; a segment shorter than a block has none.
+  Example (size 2): 1 1 1 1 1 2 2 3 0 gives 0 0 1 1 1 2 2 -1 -1 and 1 1 2 0.
+  """
   length = segments.shape[1]
-  index = jnp.arange(length) // size
-  ends = jnp.arange(length) % size == size - 1
-  last = jnp.sum(real & ends, axis=1, keepdims=True) - 1       # [B, 1], the last full block
-  block = jnp.where(real, jnp.minimum(index, last), -1)
-  return block, jnp.arange(length // size)[None, :] <= last
+  at, real = jnp.arange(length), segments > 0
+  change = segments[:, 1:] != segments[:, :-1]
+  edge = jnp.ones_like(segments[:, :1], bool)
+  start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], 1), at, 0), axis=1)
+  end = jax.lax.cummin(
+      jnp.where(jnp.concatenate([change, edge], 1), at, length), axis=1, reverse=True)
+  full = real & ((at - start) % size == size - 1)              # the last token of a block
+  done = jnp.cumsum(full, axis=1)                              # blocks that end here or before
+  before = done - full
+  last = jnp.take_along_axis(done, end, axis=1) - 1            # of this segment
+  some = last >= jnp.take_along_axis(before, start, axis=1)
+  block = jnp.where(real & some, jnp.minimum(before, last), -1)
+  member = block[..., None] == jnp.arange(length // size)      # [B, S, P]
+  return block, jnp.max(jnp.where(member, segments[..., None], 0), axis=1)
 
 
 class LongAttention(Attention):
@@ -70,12 +83,13 @@ class LongAttention(Attention):
     scores = jnp.einsum('BnqNH,BnkNH->BnNqk', q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(near['mask'][:, :, None], scores + near['bias'], MASKED)
     if c.enc_attention == 'transient_global':
-      one_hot = jax.nn.one_hot(near['block'], near['exists'].shape[1], dtype=c.dtype)   # [B, S, P]
+      P = near['side_mask'].shape[-1]
+      one_hot = jax.nn.one_hot(near['block'], P, dtype=c.dtype)               # [B, S, P]
       globals_ = self.global_norm(jnp.einsum('BSD,BSP->BPD', x, one_hot))
       side = self.keys_values(globals_)                        # [B, N, P, H]
       far = jnp.einsum('BnqNH,BNPH->BnNqP', q, side['k'], preferred_element_type=jnp.float32)
       scores = jnp.concatenate([scores, jnp.where(
-          near['exists'][:, None, None, None, :], far + near['side_bias'], MASKED)], axis=-1)
+          near['side_mask'][:, :, None], far + near['side_bias'], MASKED)], axis=-1)
     probs = dropout(self, jax.nn.softmax(scores).astype(c.dtype), c.dropout, self.train)
     out = jnp.einsum('BnNqk,BnkNH->BnqNH', probs[..., :3 * b], v)
     if c.enc_attention == 'transient_global':
@@ -90,9 +104,11 @@ def share(c, segments, bias, side_bias) -> dict:
   """
   near = {'mask': local_mask(segments, c.local_radius), 'bias': bias(local_offsets(c.local_radius))}
   if c.enc_attention == 'transient_global':
-    block, exists = global_blocks(segments, c.global_block)
-    relative = jnp.arange(exists.shape[1])[None, None, :] - block[..., None]    # [B, S, P]
+    b = c.local_radius + 1
+    block, owner = global_blocks(segments, c.global_block)
+    mask = (segments[..., None] == owner[:, None, :]) & (segments > 0)[..., None]    # [B, S, P]
+    relative = jnp.arange(owner.shape[1]) - block[..., None]   # [B, S, P]
     table = side_bias(relative)                                # [B, N, S, P]
-    near.update(block=block, exists=exists,
-                side_bias=blocks(table.swapaxes(1, 2), c.local_radius + 1).swapaxes(2, 3))
+    near.update(block=block, side_mask=blocks(mask, b),
+                side_bias=blocks(table.swapaxes(1, 2), b).swapaxes(2, 3))
   return near

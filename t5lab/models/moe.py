@@ -93,17 +93,18 @@ class Moe(nn.Module):
     return jnp.einsum('BTEC,EBCD->BTD', combine.astype(c.dtype), out)
 
   def _sow(self, logits, probs, dropped, real):
-    """Scalars of this layer, means over the tokens that are not padding.
+    """float32[B] each: means over the tokens of a row, which is a group, that are not padding. A
+    batch in parts then has the statistics of the whole.
 
-    balance: E * sum over experts of (share of the tokens that chose it) * (mean probability), 1
+    balance: E * sum over experts of (share of the tokens that chose it) * (mean probability), top_k
     when even. [Fedus et al. 2022, 2.2] router_z: mean of log(sum exp logits)^2. [Zoph et al. 2022,
     3.3] dropped: share of the tokens' choices that found no place.
     """
     E, k = self.config.experts, self.config.expert_top_k
     weight = real.astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(weight), 1.)
-    mean = lambda values: jnp.einsum('BT,BT...->...', weight, values) / count
+    weight /= jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.)
+    mean = lambda values: jnp.einsum('BT,BT...->B...', weight, values)
     chose = jnp.max(jax.nn.one_hot(jax.lax.top_k(probs, k)[1], E), axis=-2)
-    self.sow('router', 'balance', E * jnp.sum(mean(chose) * mean(probs)))
+    self.sow('router', 'balance', E * jnp.sum(mean(chose) * mean(probs), axis=-1))
     self.sow('router', 'router_z', mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))))
-    self.sow('router', 'dropped', jnp.mean(mean(dropped.astype(jnp.float32))))
+    self.sow('router', 'dropped', jnp.mean(mean(dropped.astype(jnp.float32)), axis=-1))

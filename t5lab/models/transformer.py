@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5lab.errors import UsageError
 from t5lab.models import long_attention
 from t5lab.models.attention import Attention, segment_mask
 from t5lab.models.families import TransformerConfig
@@ -120,6 +121,9 @@ class Stack(nn.Module):
     """x[B, T, D]. query_index int[T] and key_index int[S] say who is how far from whom; positions
     int[B, T] or [T] where each token stands in its own segment (None: query_index)."""
     c = self.config
+    if c.positions == 'learned' and positions is None and x.shape[1] > c.max_length:
+      raise UsageError(f'{x.shape[1]} tokens: the learned positions end at model.max_length='
+                       f'{c.max_length}; shorten the input or choose a larger table')
     positions = query_index if positions is None else positions
     x = self._place(x, positions, types)
     shared = {'mask': mask, 'bias': None, 'positions': positions, 'index': index, 'memory': memory,

@@ -63,8 +63,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
   for name, size in (('data.batch_size', c.data.batch_size),
                      ('data.batch_size / optim.microbatches', micro)):
     if size % (spread := sharding.batch_devices(mesh)):
-      raise UsageError(f'{name} = {size} is not a multiple of the {spread} devices of the data axis; '
-                       f'the nearest that are: {_nearest(size, spread)}')
+      raise UsageError(f'{name} = {size} is not a multiple of the {spread} devices of the data '
+                       f'axis; the nearest that are: {_nearest(size, spread)}')
   shape = configs.model_config(c)
   sharding.check_heads(mesh, c.rules, shape.n_heads, shape.kv_heads)
 
@@ -99,7 +99,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
   restored = checkpoints.restore(abstract, quarantine=True)
   base = initial = None
   if c.init.path and (c.lora.rank or not restored):
-    initial = loading.load_base(c, loading.boxed_params(c), mesh, functools.partial(_fresh, c, mesh))
+    initial = loading.load_base(c, loading.boxed_params(c), mesh,
+                                functools.partial(_fresh, c, mesh))
     base = initial.params if c.lora.rank else None
   if restored:
     state, manifest = restored

@@ -123,7 +123,7 @@ def test_a_word_alone_is_in_no_mixture(tiny):
 
 
 def test_prefix_and_end_of_another_vocabulary(tmp_path):
-  """BERT's frame: [CLS] summary [SEP] document [SEP]; for targets, plain tokens and [SEP]."""
+  """BERT's frame: [CLS] summary [SEP] document [SEP]; targets are framed too."""
   words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz',
            *(f'##{c}' for c in 'abcdefghijklmnopqrstuvwxyz')]
   (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
@@ -132,13 +132,15 @@ def test_prefix_and_end_of_another_vocabulary(tmp_path):
   inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
   assert (inputs.eos_id, inputs.unk_id, inputs.pad_id, inputs.bos_id) == (3, 1, 0, None)
   assert inputs.encode('ab') == [2, 5, 32] == inputs.encode_tf('ab').numpy().tolist()
-  assert targets.encode('ab') == [5, 32] and inputs != targets
+  assert targets.encode('ab') == [2, 5, 32] and inputs == targets
+  plain = tasks.SeqioVocabulary(spec)
+  assert plain.encode('ab') == [5, 32] and inputs != plain
   match, = tasks.open_components('docs_match', 'validation', {'inputs': 64, 'targets': 1}, spec)
   row = corpora.load('match', 'validation')[0]
   assert match.examples[0]['inputs'].tolist() == v.frame(row['summary'], row['document'])
   pairs, = tasks.open_components('ha_ende', 'validation', LONG, spec)
   example = pairs.examples[0]
-  assert [example[f][0] for f in ('inputs', 'targets')] != [2, 2] and example['inputs'][0] == 2
+  assert example['inputs'][0] == example['targets'][0] == 2
   assert example['inputs'][-1] == example['targets'][-1] == 3
   with pytest.raises(UsageError, match='books_span_corruption. needs sentinels'):
     tasks.open_components('books_span_corruption', 'train', {'inputs': 64, 'targets': 64}, spec)
@@ -150,7 +152,7 @@ def test_two_tables_of_characters(tmp_path):
        'unk_id': 3}))
   spec = str(tmp_path / 'characters.json')
   inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
-  assert inputs.encode('ab') == [1, 4, 5] and targets.encode('AB') == [4, 5]
+  assert inputs.encode('ab') == [1, 4, 5] and targets.encode('AB') == [1, 4, 5]
   assert targets.decode([4, 7, 2, 4]) == 'AD'
 
 

@@ -59,6 +59,11 @@ def test_every_dtype_survives_writing_and_reading(tmp_path, rng):
     value = reader.read(name)
     assert same(value, array) and value.flags.owndata and value.flags.writeable
   assert os.listdir(tmp_path) == [SAFE]
+  data = (tmp_path / SAFE).read_bytes()
+  size = int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:8 + size])
+  assert header.pop('__metadata__') == {'format': 'pt'} and size % 8 == 0
+  assert all(e['data_offsets'][0] % tensors[n].dtype.itemsize == 0 for n, e in header.items())
 
 
 def test_the_library_writes_what_we_read_and_reads_what_we_write(tmp_path, rng):
@@ -83,6 +88,7 @@ def test_torch_reads_what_we_write_bfloat16_and_float8_too(tmp_path, rng):
   for name, array in tensors.items():
     bits = back[name].reshape(-1).view(torch.uint8).numpy().tobytes()
     assert bits == array.tobytes() and tuple(back[name].shape) == array.shape
+    assert str(back[name].dtype) == f'torch.{array.dtype}'
   library.save_file({n: t.contiguous() for n, t in back.items()}, tmp_path / 'theirs.safetensors')
   reader = files.open_hf(tmp_path / 'theirs.safetensors')
   assert all(same(reader.read(n), a) for n, a in tensors.items())
@@ -173,7 +179,6 @@ def test_memory_stays_at_one_tensor(tmp_path):
 HEADERS = {
     'no header': (b'abc', 'ends at byte 3, 5 short'),
     'length 2^60': (raw({}, length=1 << 60), 'a header of 1152921504606846976 bytes, and 2 after'),
-    'length over the limit': (raw({}, length=100_000_001), 'the limit is 100000000'),
     'cut header': (raw({'a': F32}, bytes(8))[:20], 'cut short'),
     'no JSON': (raw(b'{"a": '), 'not readable JSON: JSONDecodeError'),
     'no UTF-8': (raw(b'{"\xff": 1}'), 'not readable JSON: UnicodeDecodeError'),
