@@ -60,6 +60,12 @@ class Lab:
     if settings.beams > 1 and self.model.kind == 'decoder':
       raise UsageError(f'beams={settings.beams}: a decoder-only model is sampled, not searched; '
                        'use beams=1')
+    if settings.forced_first >= 0 and self.model.kind == 'decoder':
+      raise UsageError(f'forced_first={settings.forced_first}: a decoder-only model goes on after '
+                       'its prompt; put the token at the end of that')
+    if settings.forced_first >= self.model.vocab_size:
+      raise UsageError(f'forced_first={settings.forced_first}: the model has '
+                       f'{self.model.vocab_size} tokens')
     return settings
 
   def tokens(self, text: str) -> list[int]:
@@ -79,16 +85,19 @@ class Lab:
     if self.model.kind == 'decoder':
       start = [self.model.start_id]
       requests = [[*start, *r] if self.config.data.start or not len(r) else r for r in requests]
-    self._check_length(requests, settings.length)
+    return self._run(requests, settings, tick)
+
+  def _run(self, requests, settings: Decoding, tick=lambda done, total: None) -> np.ndarray:
+    longest = max(map(len, requests), default=0)
+    alone = self.model.kind == 'decoder'
+    self._check_length(longest + settings.length if alone else max(longest, settings.length))
     self._engine = self._engine or make_engine(self.config)
     return self._engine.generate(self.params, requests, settings, tick=tick)
 
-  def _check_length(self, requests, targets: int):
-    m = self.model
-    longest = max(map(len, requests), default=0) + targets * (m.kind == 'decoder')
-    if m.positions == 'learned' and max(longest, targets) > m.max_length:
-      raise UsageError(f'{max(longest, targets)} tokens: the learned positions of '
-                       f'{self.config.family} end at {m.max_length}; shorten text or length')
+  def _check_length(self, tokens: int):
+    if self.model.positions == 'learned' and tokens > self.model.max_length:
+      raise UsageError(f'{tokens} tokens: the learned positions of {self.config.family} end at '
+                       f'{self.model.max_length}; shorten text or length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
                tick=lambda done, total: None, **options) -> list[str]:
@@ -109,11 +118,14 @@ class Lab:
     return [self.vocab.decode(row) for row in out]
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> str:
-    """[{'role': 'user', 'content': '…'}, …] -> the reply, by the model's own chat template."""
+    """[{'role': 'user', 'content': '…'}, …] -> the reply, by the model's own chat template.
+
+    The template says all that the model reads, its beginning too.
+    """
     if self.model.kind != 'decoder':
       raise UsageError(f'{self.config.family} is no decoder-only model: chat has no meaning for it')
     prompt = self.vocab.encode(self.vocab.chat(list(messages)))
-    return self.vocab.decode(self.generate_tokens([prompt], **options)[0])
+    return self.vocab.decode(self._run([prompt], self.decoding(**options))[0])
 
   # -- numbers out ------------------------------------------------------------------------------
 
@@ -130,7 +142,7 @@ class Lab:
     missing = [name for name in wanted if name not in batch]
     if missing:
       raise UsageError(f'logits needs {", ".join(wanted)}; missing: {", ".join(missing)}')
-    return np.asarray(self._apply('__call__', {k: jnp.asarray(v) for k, v in batch.items()}))
+    return np.asarray(self._apply('__call__', batch))
 
   def score(self, inputs: Texts, targets: Texts, *, eos: bool | None = None) -> np.ndarray:
     """float32[n], log p(target | input) in nats, summed over the target's tokens.
@@ -139,6 +151,7 @@ class Lab:
     targets end, not of a decoder's, which goes on.
     """
     inputs, targets = _several(inputs, 'score'), _several(targets, 'score')
+    _check_texts([*inputs, *targets], 'score')
     if len(inputs) != len(targets):
       raise UsageError(f'score: {len(inputs)} inputs and {len(targets)} targets')
     if self.model.kind == 'encoder':
@@ -151,7 +164,7 @@ class Lab:
             for text, target in zip(inputs, targets)]
     if empty := [i for i, target in enumerate(targets) if not target and not end]:
       raise UsageError(f'score: target {empty[0]} is empty')
-    return self._map(rows, self._log_p)
+    return self._map(rows, self._log_p) if rows else np.zeros(0, np.float32)
 
   def _log_p(self, batch):
     """Sums of the log-probabilities of the loss tokens, row by row."""
@@ -164,7 +177,10 @@ class Lab:
 
   def embed(self, texts: Texts) -> np.ndarray:
     """float32[n, D], a vector of length 1 for each text, pooled as model.pool says."""
-    rows = [self._row(text) for text in _several(texts, 'embed')]
+    texts = _check_texts(_several(texts, 'embed'), 'embed')
+    if not texts:
+      return np.zeros((0, self.model.d_model), np.float32)
+    rows = [self._row(text) for text in texts]
     x = self._map(rows, lambda batch: self._apply('pooled', batch).astype(jnp.float32))
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -172,8 +188,14 @@ class Lab:
     """float32[n, classes], the probability of each class; texts are strings or pairs of them."""
     if not self.model.classes:
       raise UsageError(f'{self.config.family} has no classifier (model.classes=0)')
-    rows = [self._row(*([text] if isinstance(text, str) else text))
+    rows = [[text] if isinstance(text, str) else list(text)
             for text in _several(texts, 'classify')]
+    if wrong := [row for row in rows if not 1 <= len(row) <= 2]:
+      raise UsageError(f'classify takes a text or two of them, not {len(wrong[0])}')
+    _check_texts([text for row in rows for text in row], 'classify')
+    if not rows:
+      return np.zeros((0, self.model.classes), np.float32)
+    rows = [self._row(*row) for row in rows]
     return self._map(rows, lambda batch: jax.nn.softmax(self._apply('__call__', batch)[:, 0]))
 
   def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
@@ -181,15 +203,20 @@ class Lab:
 
     A mask is the vocabulary's own token, as '[MASK]'.
     """
-    mask = self.vocab.mask_id
-    if mask is None or not self.model.mlm_head:
+    mask, m = self.vocab.mask_id, self.model
+    if mask is None or not m.mlm_head or m.classes:
       raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
                        'with its MLM head and a vocabulary with a mask')
-    rows = [self._row(text) for text in _several(texts, 'fill_mask')]
+    if not 1 <= k <= m.vocab_size:
+      raise UsageError(f'fill_mask: k={k} of the {m.vocab_size} words of the vocabulary')
+    texts = _check_texts(_several(texts, 'fill_mask'), 'fill_mask')
+    rows = [self._row(text) for text in texts]
     at = [np.flatnonzero(row['inputs'] == mask) for row in rows]
     if unmasked := [i for i, found in enumerate(at) if not len(found)]:
-      raise UsageError(f'text {unmasked[0]} has no {self.vocab.pieces([mask])[0]}: '
-                       f'{texts[unmasked[0]]!r}')
+      raise UsageError(f'text {unmasked[0] + 1} of {len(texts)} has no '
+                       f'{self.vocab.pieces([mask])[0]}: {texts[unmasked[0]]!r}')
+    if not rows:
+      return []
     best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
     probs, ids = self._map(rows, best)
     return [[list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j]))) for j in found]
@@ -204,7 +231,8 @@ class Lab:
             'targets': np.array([self.vocab.eos_id], np.int32)}     # read by no position
 
   def _map(self, rows, f):
-    """f(model features of a batch) for rows of any length, in order; few shapes, as the engine."""
+    """f(model features of a batch) for one row or more of any length, in order; few shapes, as the
+    engine."""
     size = lambda row: max(map(len, row.values()))
     order = sorted(range(len(rows)), key=lambda i: size(rows[i]))
     out = [None] * len(rows)
@@ -212,15 +240,12 @@ class Lab:
       chosen = order[first:first + self.config.eval.batch_size]
       widths = {name: buckets(max(len(rows[i][name]) for i in chosen), SHORTEST)
                 for name in rows[chosen[0]]}
-      self._check_length([rows[i].get('inputs', ()) for i in chosen], 0)
       made = [self._build(rows[i], widths) for i in chosen]
       made += made[:1] * (min(buckets(len(made), 1, 4), self.config.eval.batch_size) - len(made))
-      batch = {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
+      batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
       result = jax.tree.map(np.asarray, f(batch))
       for place, i in enumerate(chosen):
         out[i] = jax.tree.map(lambda x, place=place: x[place], result)
-    if not out:
-      return np.zeros((0,), np.float32)
     pad = lambda *xs: np.stack([np.pad(x, [(0, max(y.shape[0] for y in xs) - x.shape[0])]
                                        + [(0, 0)] * (x.ndim - 1)) if x.ndim else x for x in xs])
     return jax.tree.map(pad, *out)
@@ -235,6 +260,9 @@ class Lab:
     if method not in self._jitted:
       self._jitted[method] = jax.jit(functools.partial(
           Transformer(self.model).apply, method=method))
+    self._check_length(max((int(np.max(x, initial=-1)) + 1 for name, x in batch.items()
+                            if name.endswith('_positions')), default=0))
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}
     return self._jitted[method]({'params': self.params}, batch)
 
 
@@ -242,6 +270,13 @@ def _several(texts, use: str) -> list:
   if isinstance(texts, str):
     raise UsageError(f"{use} takes a list of texts: {use}(['…'])")
   return list(texts)
+
+
+def _check_texts(texts: list, use: str) -> list:
+  for text in texts:
+    if not isinstance(text, str):
+      raise UsageError(f'{use} takes texts, not a {type(text).__name__} as {str(text)[:60]}')
+  return texts
 
 
 def make_engine(config) -> Engine:

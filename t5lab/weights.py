@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
+import re
 
 import flax.linen as nn
 import jax
@@ -36,8 +37,10 @@ def read_config(path):
 
 def own_vocabulary(path, spec: str) -> str:
   """The spec of the copy in path/vocabulary/, or `spec` where there is none."""
-  mine = Path(path) / VOCABULARY / Path(spec).name
-  return str(mine) if spec and mine.is_file() else spec
+  # of a .gguf its tokenizer alone was copied, as the file that it amounts to
+  names = ('tokenizer.json', 'tokenizer.model') if spec.endswith('.gguf') else (Path(spec).name,)
+  found = [mine for name in names if (mine := Path(path) / VOCABULARY / name).is_file()]
+  return str(found[0]) if spec and found else spec
 
 
 def batch_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -132,10 +135,20 @@ def lora_scale(config) -> float:
 def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   """The weights of init.path for the parameters `boxed`.
 
-  Leaves that init.fresh names and path lacks come from fresh(paths) -> {path: array}; leaves of
-  path that init.ignore names are left. Any other difference is a CheckpointError that lists it.
+  Leaves that init.fresh names, and path lacks or has in another shape, come from fresh(paths) ->
+  {path: array}; leaves of path that init.ignore names are left. Any other difference is a
+  CheckpointError that lists it.
   """
   path = Path(config.init.path)
+  for name, patterns in (('fresh', config.init.fresh), ('ignore', config.init.ignore)):
+    for pattern in patterns:
+      try:
+        re.compile(pattern)
+      except re.error as e:
+        raise UsageError(f'init.{name} has {pattern!r}, not a regular expression: {e}') from e
+  if config.lora.rank and config.init.fresh:
+    raise UsageError(f'init.fresh={tuple(config.init.fresh)} with lora.rank={config.lora.rank}: '
+                     'new weights would stay as the seed made them, for adapters alone are trained')
   theirs = read_config(path)
   if theirs.lora.rank:
     raise UsageError(f'init.path={config.init.path} is a run of adapters: export it with `t5lab '
@@ -153,13 +166,14 @@ def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   saved = {name.partition('/')[2]: shape for name, (shape, _) in
            checkpoints.manifest(step).leaves.items() if name.startswith(f'{part}/')}
   ours = trees.flatten(placed(boxed, mesh, config.rules))
-  new = [p for p in ours if p not in saved and trees.fits(p, config.init.fresh)]
-  dropped = [p for p in saved if p not in ours and trees.fits(p, config.init.ignore)]
+  new = [p for p, leaf in ours.items()
+         if saved.get(p) != leaf.shape and trees.fits(p, config.init.fresh)]
+  dropped = [p for p in saved if p in new or p not in ours and trees.fits(p, config.init.ignore)]
   abstract = {p: leaf for p, leaf in ours.items() if p not in new}
   abstract.update({p: jax.ShapeDtypeStruct(saved[p], 'float32') for p in dropped})
   state, found = checkpoints.restore({part: trees.unflatten(abstract)}, step, only=(part,))
   params = trees.flatten(state[part])
-  params = {p: x for p, x in params.items() if p in ours}
+  params = {p: x for p, x in params.items() if p in ours and p not in new}
   if new:
     params.update(fresh(new))
   return Loaded(trees.unflatten(params, like=nn.unbox(boxed)), found.step, weights,

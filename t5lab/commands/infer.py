@@ -1,7 +1,8 @@
 """t5lab infer --workdir DIR [--task NAME] < lines > lines
 t5lab infer --workdir DIR --input x.jsonl --output y.jsonl
 t5lab infer --workdir DIR --chat < lines          each line a user's message, by the chat template
-t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for each [MASK]
+t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for each [MASK]; a '|', or
+                                                  in JSONL a list, between one mask and the next
 
 DIR is a run, or what `t5lab convert` wrote. A line in, a line out, in order. JSONL rows are objects
 with the fields of the task (translation: en; question answering: question and context) or
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--top-p', type=float)
   parser.add_argument('--seed', type=int)
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  if args.task is not None and (args.chat or args.fill_mask):
+    raise UsageError(f'--task {args.task} puts a prompt around texts, --chat and --fill-mask take '
+                     'them as they are')
 
   from t5lab import lab as labs
   use_compilation_cache()
@@ -86,17 +90,16 @@ def main(argv: list[str] | None = None) -> int:
 def _text(row, number: int) -> str:
   text = row if isinstance(row, str) else row.get('inputs')
   if not isinstance(text, str):
-    raise DataError(f'row {number}: expected {{"inputs": "…"}}, found the fields '
-                    f'{", ".join(row) or "none"}')
+    raise DataError(f'row {number}: expected {{"inputs": "…"}}, a text; found '
+                    f'{json.dumps(row, ensure_ascii=False)[:80]}')
   return text
 
 
 def _use(lab, args, texts, options):
   """What --chat and --fill-mask make of each text, as it comes."""
   if args.fill_mask:
-    for text in texts:
-      yield [{'word': word, 'probability': round(p, 4)} for mask in lab.fill_mask([text])[0]
-             for word, p in mask]
+    for masks in lab.fill_mask(texts):
+      yield [[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
   else:
     for text in texts:
       yield lab.chat([{'role': 'user', 'content': text}], **options)
@@ -105,7 +108,8 @@ def _use(lab, args, texts, options):
 def _line(output) -> str:
   """A line in, a line out."""
   if isinstance(output, list):
-    return ' · '.join(f'{best["word"]} {best["probability"]:.4f}' for best in output)
+    return ' | '.join(' · '.join(f'{best["word"]} {best["probability"]:.4f}' for best in mask)
+                      for mask in output)
   return output.replace('\n', ' ')
 
 

@@ -40,8 +40,12 @@ def summary(c, workdir, result) -> None:
   from t5lab.data import prompts
   show(result, f'{workdir} · step {c.total_steps} · {c.eval.split}', c.eval.samples)
   command = f'{os.path.relpath(sys.argv[0])} infer --workdir {workdir}'
-  if c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
-    print(f"Try your own:  echo 'Turn on the light' | {command}")
+  if not c.model.dec_layers:
+    use = 'classify' if c.model.classes else 'embed'
+    print(f"Try your own:  t5lab.load('{workdir}').{use}(['Turn on the light'])  in Python")
+  elif c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
+    example = 'lighthouse' if c.data.mixture == 'g2p_en_us' else 'Turn on the light'
+    print(f"Try your own:  echo '{example}' | {command}")
   else:
     print(f'Try your own:  {command} --input rows.jsonl --output out.jsonl')
   for what, where in (('checkpoints', 'checkpoints/'), ('metrics', 'metrics.jsonl'),

@@ -32,6 +32,11 @@ KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   
 MOST_SENTINELS = 100_000
 
 
+def embedded_model(spec: str) -> bytes:
+  """The sentencepiece model file of an embedded vocabulary other than 'byte'."""
+  return resources.files('t5lab.data').joinpath('files', f'{spec}.model').read_bytes()
+
+
 def embedded() -> list[str]:
   """Specs of the vocabularies inside the package, 'byte' first."""
   inside = resources.files('t5lab.data').joinpath('files')
@@ -53,8 +58,7 @@ def load(spec: str = DEFAULT) -> Vocab:
       raise UsageError(f'vocabulary {spec!r}: at most {MOST_SENTINELS:,} sentinels')
     return vocab_tables.byte(spec, int(match[1]))
   if spec in embedded():
-    path = resources.files('t5lab.data').joinpath('files', f'{spec}.model')
-    return sentencepiece_model(spec, path.read_bytes())
+    return sentencepiece_model(spec, embedded_model(spec))
   path = _path(spec)
   try:
     if spec.endswith('.gguf'):

@@ -12,7 +12,6 @@ import json
 import platform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from t5lab import __version__, trees
@@ -84,7 +83,8 @@ def of_ours(c: TransformerConfig, params) -> Outputs:
   c = dataclasses.replace(c, dtype='float32')
   batch, model = features(c), Transformer(c)
   headless = c.kind == 'encoder' and not (c.mlm_head or c.classes)
-  params = jax.tree.map(jnp.asarray, params)
+  # aligned numpy arrays become jax's without a copy: jnp.asarray would make one
+  params = jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
   with jax.default_matmul_precision('highest'):
     run = jax.jit(model.apply, static_argnames='method')
     logits = run({'params': params}, batch, method='hidden' if headless else '__call__')

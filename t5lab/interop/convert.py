@@ -20,7 +20,17 @@ from t5lab import config as configs
 from t5lab import trees, weights
 from t5lab.data import vocab
 from t5lab.errors import UsageError
-from t5lab.interop import certify, files, gguf, hf, reference, rows, sanotts, t5x
+from t5lab.interop import (
+    certify,
+    files,
+    gguf,
+    hf,
+    hf_tokenizer,
+    reference,
+    rows,
+    sanotts,
+    t5x,
+)
 from t5lab.models.families import TransformerConfig, row
 from t5lab.training import optim, rundir
 from t5lab.training.checkpoint import Checkpoints
@@ -82,11 +92,10 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
   generation = read_json(path / 'generation_config.json') if any(
       p.name == 'generation_config.json' for p in carried) else {}
   made = _config(c, spec, generation)
-  before = None
-  if path.is_dir() and not files_are_pickled(path):
-    before = lambda: reference.from_directory(path, c, config)
+  raw = lambda: ((name, reader.read(name)) for name in reader.shapes())
   return Source(
-      str(path), configs.model_config(made), made, carried=tuple(carried), before=before,
+      str(path), configs.model_config(made), made, carried=tuple(carried),
+      before=lambda: reference.from_tensors(c, config, raw()),
       params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
                                tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
@@ -165,10 +174,6 @@ def abstract(c: TransformerConfig):
   return nn.unbox(weights.boxed_params(configs.of_model(c)))
 
 
-def files_are_pickled(path) -> bool:
-  return not any(p.suffix == '.safetensors' for p in Path(path).iterdir())
-
-
 def read_json(path) -> dict:
   """A small JSON object from a stranger; UsageError of one line."""
   try:
@@ -215,7 +220,7 @@ def write_t5lab(folder: Path, source: Source, params, say) -> None:
       shutil.copyfile(path, folder / weights.VOCABULARY / path.name)
   made['lora']['rank'], made['init']['path'], made['optim']['ema'] = 0, '', 0.
   rundir.write_config(folder, made)
-  checkpoints = Checkpoints(folder / 'checkpoints', keep=0, log=say)
+  checkpoints = Checkpoints(folder / 'checkpoints', keep=0, copy=False, log=say)
   checkpoints.save(source.step, state, meta={'source': source.what})
   checkpoints.wait()
 
@@ -248,17 +253,13 @@ def _write_tokenizer(folder, source):
     (folder / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')
   if not spec or any(p.name in VOCABULARIES for p in source.carried):
     return
-  words = vocab.load(spec)
   if spec.startswith('byte'):
-    made = dict(tokenizer_class='ByT5Tokenizer', extra_ids=words.num_sentinels)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+        tokenizer_class='ByT5Tokenizer', extra_ids=vocab.load(spec).num_sentinels)) + '\n')
   elif spec in vocab.embedded():
-    made = dict(tokenizer_class='T5Tokenizer', extra_ids=words.num_sentinels, eos_token='</s>',
-                unk_token='<unk>', pad_token='<pad>')
-    (folder / 'spiece.model').write_bytes(vocab.embedded_file(spec).read_bytes())
+    hf_tokenizer.write(folder, spec)
   else:
     vocab.export(spec, folder)
-    return
-  (folder / 'tokenizer_config.json').write_text(json.dumps(made, indent=2) + '\n')
 
 
 def write_t5x(folder: Path, source: Source, params, say, *, scanned: bool, form: str) -> None:
@@ -285,14 +286,20 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
   if not dst.parent.is_dir():
     raise UsageError(f'{dst.parent} is not a directory; make it first')
   c = source.model
+  fold = to != 't5lab' and c.positions == 'relative' and c.scale_attn
+  if fold:                               # T5 elsewhere has the scale inside its query kernels
+    source.model = c = dataclasses.replace(c, scale_attn=False)
   if to == 'hf':
     hf.for_config(c)                     # says at once what Hugging Face cannot
   use_reference = use_reference and reference.available()
   theirs = name = None
   if use_reference and source.before:
-    say('reference: reading the source as Hugging Face does')
+    say("reference: the source in Hugging Face's implementation")
     theirs, name = _reference(source.before(), c)
   params = source.params()
+  if fold:
+    params = fold_scale(c, params)
+    say('1 / sqrt(d_head) is folded into the query kernels, where T5 has it')
   if getattr(source, 'loaded', None):
     source.step = source.loaded['loaded'].step
   count = sum(int(x.size) for x in jax.tree.leaves(params))
@@ -334,6 +341,14 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
   return body
 
 
+def fold_scale(c: TransformerConfig, params):
+  """The weights from which a model without scale_attn computes what one with it does; exact where
+  d_head is a power of 4."""
+  return trees.map_paths(
+      lambda path, x: x * np.float32(c.d_head ** -0.5)
+      if path.endswith(('attn/q/kernel', 'cross/q/kernel')) else x, params)
+
+
 def _reference(model, c) -> tuple[certify.Outputs, str]:
   try:
     return certify.of_reference(c, model), model.name
@@ -343,6 +358,5 @@ def _reference(model, c) -> tuple[certify.Outputs, str]:
 
 def _from_arrays(c, params):
   """Hugging Face's model on our arrays, which it shares: float32, no copy."""
-  table = hf.for_config(c).rows(c)
-  return reference.from_tensors(c, dict(rows.write(table, trees.map_paths(
-      lambda _, x: np.asarray(x), params))))
+  format_ = hf.for_config(c)
+  return reference.from_tensors(c, format_.config(c), rows.write(format_.rows(c), params))

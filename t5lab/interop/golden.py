@@ -165,7 +165,8 @@ def main():
   from t5lab.interop import reference
   for name in CONFIGS:
     c = config(name)
-    logits = reference.from_tensors(c, tensors(c), dtype='float64').logits(features(c))
+    logits = reference.from_tensors(
+        c, hf.for_config(c).config(c), tensors(c).items(), 'float64').logits(features(c))
     print(f'    {name!r}: {measure(c, logits)},')
 
 

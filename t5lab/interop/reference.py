@@ -3,7 +3,9 @@
 Nothing else of t5lab imports torch or transformers (files.py does to read a pickle).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import contextlib
+import ctypes
 import gc
 import importlib.util
 import os
@@ -12,14 +14,13 @@ import warnings
 import numpy as np
 
 from t5lab.errors import UsageError
-from t5lab.interop import hf
 from t5lab.models.families import TransformerConfig
 
-CLASSES = ('T5ForConditionalGeneration', 'UMT5ForConditionalGeneration',
-           'LongT5ForConditionalGeneration', 'BartForConditionalGeneration', 'GPT2LMHeadModel',
-           'LlamaForCausalLM', 'BertForPreTraining', 'BertForMaskedLM', 'BertModel',
-           'BertForSequenceClassification', 'SwitchTransformersForConditionalGeneration',
-           'MT5ForConditionalGeneration')
+CLASSES = {'t5': 'T5ForConditionalGeneration', 'mt5': 'MT5ForConditionalGeneration',
+           'umt5': 'UMT5ForConditionalGeneration', 'longt5': 'LongT5ForConditionalGeneration',
+           'switch_transformers': 'SwitchTransformersForConditionalGeneration',
+           'bart': 'BartForConditionalGeneration', 'gpt2': 'GPT2LMHeadModel',
+           'llama': 'LlamaForCausalLM'}
 
 
 def available() -> bool:
@@ -27,7 +28,7 @@ def available() -> bool:
 
 
 def _libraries():
-  os.environ.setdefault('HF_HUB_OFFLINE', '1')      # what we are given is all that is read
+  os.environ.setdefault('HF_HUB_OFFLINE', '1')      # what we give it is all that it reads
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   import torch
   import transformers
@@ -65,42 +66,50 @@ class Reference:
     raise UsageError(f'{self.name} returned no logits')
 
   def close(self) -> None:
+    """Gives the memory back: to the system too, so that the peak stays that of one model."""
     self._model = None
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):       # glibc's, elsewhere absent
+      ctypes.CDLL(None).malloc_trim(0)
 
 
-def from_directory(path, c: TransformerConfig, config: Mapping) -> Reference:
-  """The checkpoint in `path` as transformers itself reads it, in float32."""
-  torch, transformers = _libraries()
-  name = (config.get('architectures') or [''])[0]
-  if name not in CLASSES or c.kind == 'encoder' and not (c.mlm_head or c.classes):
-    name = 'BertModel' if c.kind == 'encoder' and not (c.mlm_head or c.classes) else (
-        hf.for_config(c).config(c)['architectures'][0])
-  model = getattr(transformers, name).from_pretrained(
-      str(path), dtype=torch.float32, local_files_only=True, attn_implementation='eager')
-  return Reference(model, c)
+NOT_OURS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
+            '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')
 
 
-def from_tensors(c: TransformerConfig, tensors: Mapping[str, np.ndarray],
+def _class(c: TransformerConfig, config: Mapping) -> str:
+  """The class of the architecture that has just the heads of c."""
+  if c.kind == 'encoder':
+    return ('BertForSequenceClassification' if c.classes else 'BertModel' if not c.mlm_head else
+            'BertForPreTraining' if c.nsp else 'BertForMaskedLM')
+  return CLASSES[config['model_type']]
+
+
+def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[str, np.ndarray]],
                  dtype: str = 'float32') -> Reference:
-  """The architecture of c on given tensors, under Hugging Face's names; float32 shares memory."""
+  """The architecture that config.json names on tensors under Hugging Face's names.
+
+  Each tensor is let go of before the next is read, and float32 is not copied: memory is one model.
+  """
   torch, transformers = _libraries()
-  config = dict(hf.for_config(c).config(c))
-  cls = getattr(transformers, config['architectures'][0])
-  made = cls.config_class(**{k: v for k, v in config.items()
-                             if k not in ('model_type', 'architectures')})
+  cls = getattr(transformers, _class(c, config))
+  made = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_OURS})
   made._attn_implementation = 'eager'
   with torch.device('meta'):
     model = cls(made)
+  prefix = 'bert.' if cls.__name__ == 'BertModel' else ''       # alone it has no name for itself
+  state = {}
   with warnings.catch_warnings():       # arrays of jax are not writable, and nobody writes
     warnings.simplefilter('ignore', UserWarning)
-    state = {name: torch.from_numpy(np.asarray(x)).to(getattr(torch, dtype))
-             for name, x in tensors.items()}
+    for name, x in tensors:
+      x = np.asarray(x) if np.asarray(x).dtype == np.float32 else np.asarray(x, np.float32)
+      state[name.removeprefix(prefix)] = torch.from_numpy(x).to(getattr(torch, dtype))
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+  del state
   # told what is missing, it ties that alone: T5 1.1's softmax matrix is its own
   model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
   unset = [name for name, x in model.named_parameters() if x.is_meta]
-  if unexpected or unset:
+  if unset:
     raise UsageError(f'{cls.__name__} does not fit: unexpected {unexpected[:4]}, unset {unset[:4]}')
   # buffers that no checkpoint holds (rotations, position ids): those of a model of one layer
   if left := [name for name, x in model.named_buffers() if x.is_meta]:

@@ -275,9 +275,10 @@ _OTHERS = {
 
 def _gpt3() -> dict:
   """Brown et al. 2020 (2005.14165, table 2.1): layers, D, N, H. Dense attention in every layer,
-  where the paper alternates it with a banded one."""
+  where the paper alternates it with a banded one. Its XL has 24 heads of 128, which are neither its
+  D of 2048 nor its 1.3B parameters: 16 are."""
   sizes = {'small': (12, 768, 12, 64), 'medium': (24, 1024, 16, 64), 'large': (24, 1536, 16, 96),
-           'xl': (24, 2048, 24, 128), '2.7b': (32, 2560, 32, 80), '6.7b': (32, 4096, 32, 128),
+           'xl': (24, 2048, 16, 128), '2.7b': (32, 2560, 32, 80), '6.7b': (32, 4096, 32, 128),
            '13b': (40, 5140, 40, 128), '175b': (96, 12288, 96, 128)}
   return {f'gpt3/{name}': ('gpt2/small', dict(dec_layers=layers, d_model=d, d_ff=4 * d, n_heads=n,
                                               d_head=h, max_length=2048))

@@ -15,7 +15,7 @@ from t5lab.models.layers import Norm, dropout
 def blocks(x, size: int):
   """[B, S, ...] -> [B, n, size, ...], padded with 0."""
   x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-  return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+  return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])   # -1 fails where P is 0
 
 
 def with_neighbours(x):

@@ -356,3 +356,34 @@ def test_what_hugging_face_cannot_say(ours, tmp_path, capsys):
   code, _, err = run('--from', 't5lab', '--to', 'hf', folder, tmp_path / 'dst', capsys=capsys)
   assert code == 2 and "cannot say acts=('silu', 'linear')" in err
   assert reference.available()
+
+
+def test_a_run_of_ours_goes_to_hugging_face_with_its_tokenizer(tmp_path_factory, capsys):
+  """The quickstart scales its attention, as Adam wants; elsewhere T5's kernels hold the scale."""
+  import pathlib
+
+  import transformers
+
+  from t5lab import config
+  from t5lab.training import loop
+  folder = tmp_path_factory.mktemp('run')
+  quickstart = pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py'
+  loop.train(config.load(f'{quickstart}:tiny', {'eval.examples': '2', 'total_steps': '2'}),
+             folder / 'run')
+  code, out, err = run('--from', 't5lab', '--to', 'hf', folder / 'run', folder / 'hf',
+                       capsys=capsys)
+  assert code == 0, err
+  assert 'folded into the query kernels' in out and '16 of 16 greedy tokens equal' in out
+  lab = t5lab.load(folder / 'run')
+  words = transformers.AutoTokenizer.from_pretrained(folder / 'hf')
+  for text in ('Turn on the light', 'größe ☃\n{x}  y', 'a<extra_id_3>b <extra_id_99>', 'tab\tend '):
+    ids = words(text).input_ids
+    assert ids == lab.tokens(text)
+    assert '<' in text or words.decode(ids, skip_special_tokens=True) == text
+  theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / 'hf')
+  ids, start = lab.tokens('Turn on the light'), [0, 5, 6]
+  with torch.no_grad():
+    want = theirs(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([start])).logits
+  got = lab.logits({'encoder_input_tokens': np.array([ids]),
+                    'decoder_input_tokens': np.array([start])})
+  np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
