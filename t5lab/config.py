@@ -249,6 +249,9 @@ def check_trainable(c: ConfigDict) -> None:
   check(c)
   if not c.data.mixture:
     raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende')
+  if not (c.model.dec_layers or c.model.classes):
+    raise UsageError('an encoder-only model is trained as a classifier: set model.classes (and '
+                     'data.lengths.targets=1), as configs/minilm_match.py does')
 
 
 def keys(c: ConfigDict) -> dict:

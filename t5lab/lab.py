@@ -254,7 +254,8 @@ class Lab:
     start, m = self.model.start_id, self.model
     if m.kind == 'decoder' and not self.config.data.start and len(row['inputs']):
       start, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # begins as its text
-    return features.build_row([row], widths, kind=m.kind, start=start, eos=self.vocab.eos_id)
+    kind = m.kind if 'targets' in row else 'encoder'          # embedding, the encoder reads alone
+    return features.build_row([row], widths, kind=kind, start=start, eos=self.vocab.eos_id)
 
   def _apply(self, method: str, batch):
     if method not in self._jitted:

@@ -120,12 +120,20 @@ def load(path, step: str | int = 'latest', weights: str | None = None, *, config
   state, saved = found
   params = state[part]
   if base is not None:
-    made_with = saved.meta.get('init', {}).get('sha256')
-    if made_with != base.sha256:
-      raise CheckpointError(f'{path} holds adapters of other weights than {config.init.path} has '
-                            f'now (manifest {str(made_with)[:12]}, now {base.sha256[:12]})')
+    check_base(base, saved.meta, config, path)
     params = lora.merge(base.params, params, lora_scale(config))
   return Loaded(params, saved.step, weights, _digest(checkpoints, saved.step))
+
+
+def check_base(base: Loaded, meta: dict, config, path) -> None:
+  """CheckpointError if the adapters of a checkpoint in path were made for other weights.
+
+  meta: that checkpoint's.
+  """
+  made_with = meta.get('init', {}).get('sha256')
+  if made_with != base.sha256:
+    raise CheckpointError(f'{path} holds adapters of other weights than {config.init.path} has '
+                          f'now (manifest {str(made_with)[:12]}, now {base.sha256[:12]})')
 
 
 def lora_scale(config) -> float:
@@ -181,14 +189,28 @@ def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
 
 
 def load_optimizer(config, abstract, step: int):
-  """The optimizer's state that lies with the weights of init.path, for the shapes `abstract`."""
+  """The optimizer's state that lies with the weights of init.path, for the shapes `abstract`.
+
+  Links of the chain that keep nothing (clipping, weight decay) may differ. The schedule begins
+  anew: its count is that of the run's own steps.
+  """
   path = config.init.path
   checkpoints = open_checkpoints(read_config(path), path)
-  if 'opt_state' not in checkpoints.manifest(step).parts:
+  saved = checkpoints.manifest(step)
+  if 'opt_state' not in saved.parts:
     raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer '
                           'state; use init.optimizer=fresh')
-  state, _ = checkpoints.restore({'opt_state': abstract}, step, only=('opt_state',))
-  return state['opt_state']
+  links = lambda paths: sorted({int(path.partition('/')[0]) for path in paths})
+  ours = trees.flatten(abstract)
+  theirs = links(p.partition('/')[2] for p in saved.leaves if p.startswith('opt_state/'))
+  number = dict(zip(links(ours), theirs))
+  rename = lambda p: f'{number.get(int(p.partition("/")[0]), "none")}/{p.partition("/")[2]}'
+  wanted = trees.unflatten({rename(p): leaf for p, leaf in ours.items()})
+  state, _ = checkpoints.restore({'opt_state': wanted}, step, only=('opt_state',))
+  found = trees.flatten(state['opt_state'])
+  inside = lambda link: [p for p in ours if p.startswith(f'{link}/')]
+  schedules = [f'{link}/count' for link in links(ours) if inside(link) == [f'{link}/count']]
+  return trees.unflatten({p: found[rename(p)] * (p not in schedules) for p in ours}, like=abstract)
 
 
 def _digest(checkpoints, step) -> str:

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   c = loading.read_config(args.workdir)
   if args.task:
     c.eval.mixture = args.task
+    c.data.mixture = c.data.mixture or args.task       # converted weights were trained on none
   for key, value in overrides.items():
     configs.override(c, key, value)
   configs.check_trainable(c)

@@ -90,7 +90,7 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
     c = dataclasses.replace(c, pool='first')
   table, ignore = format_.rows(c), format_.ignore + sanotts.IGNORE * (not path.is_dir())
   generation = read_json(path / 'generation_config.json') if any(
-      p.name == 'generation_config.json' for p in carried) else {}
+      p.name == 'generation_config.json' for p in carried) else config     # where it was before 2023
   made = _config(c, spec, generation)
   raw = lambda: ((name, reader.read(name)) for name in reader.shapes())
   return Source(
@@ -259,7 +259,9 @@ def _write_tokenizer(folder, source):
   elif spec in vocab.embedded():
     hf_tokenizer.write(folder, spec)
   else:
-    vocab.export(spec, folder)
+    made = Path(vocab.export(spec, folder))
+    if made.suffix == '.model':            # the names that transformers looks for
+      made.rename(folder / ('spiece.model' if c.enc_layers else 'tokenizer.model'))
 
 
 def write_t5x(folder: Path, source: Source, params, say, *, scanned: bool, form: str) -> None:

@@ -98,8 +98,9 @@ def read(rows: Iterable[Row], reader: Reader, abstract, *, ignore: Iterable[str]
   broken = []
   for done, (name, mine) in enumerate(by_name.items(), start=1):
     tensor = reader.read(name)
-    if tensor.dtype.kind == 'c':
-      raise UsageError(f'{what}: {name} is {tensor.dtype}; weights are real numbers')
+    if tensor.dtype.kind in 'iubcSUO':
+      raise UsageError(f'{what}: {name} is {tensor.dtype}; weights are floating-point numbers, and '
+                       'quantised ones are read from GGUF only')
     if not _finite(tensor):
       broken.append(name)
     for row in mine:
@@ -214,8 +215,6 @@ def _part(row, value):
 
 
 def _finite(tensor) -> bool:
-  if tensor.dtype.kind in 'iub':
-    return True
   # the sum is not finite if any element is not; a finite sum can overflow, so then look at each
   return bool(np.isfinite(tensor.sum(dtype=np.float64))) or bool(
       np.isfinite(tensor.astype(np.float32)).all())

@@ -78,7 +78,9 @@ def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None, 
     for name in moe.STATISTICS:
       layers = [x for path, x in trees.flatten(collected['router']).items()
                 if f'/{name}/' in path]
-      sums[name] = jnp.mean(jnp.concatenate([jnp.ravel(x) for x in layers])) * sums['weight']
+      # a row counts as its loss tokens do, so that a batch in parts is the whole batch
+      rows = jnp.mean(jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in layers]), axis=0)
+      sums[name] = jnp.sum(rows * jnp.sum(weights, axis=1))
     sums['loss'] += loss.balance * sums['balance'] + loss.router_z * sums['router_z']
   return sums
 

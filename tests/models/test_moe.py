@@ -175,6 +175,7 @@ def test_metrics_of_a_step_whose_tokens_all_want_one_expert():
 
 def test_a_batch_in_parts_is_the_whole_batch():
   params, given = random_params(STEP), batch([8, 4, 2, 6])
+  given['decoder_loss_weights'] = (np.arange(8) < np.array([[8], [3], [5], [1]])).astype(np.int32)
   whole, want = train_step(1)(params, given)
   parts, got = train_step(2)(params, given)
   for name in want:
