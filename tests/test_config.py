@@ -24,11 +24,11 @@ def test_every_config_has_the_keys_of_the_base_and_round_trips(path, arg):
 def test_every_config_lowers_its_step_at_tiny(path):
   import functools
 
-  from t5lab.weights import batch_shapes
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
   from t5lab.training import loop, optim
   from t5lab.training import step as steps
+  from t5lab.weights import batch_shapes
   c = config.load(f'{path}:tiny')
   model = Transformer(config.model_config(c), train=True)
   tx = optim.optimizer(c.optim.name, c.optim.lr)

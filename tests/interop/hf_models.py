@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of every architecture that t5lab converts, and some tokenizers."""
+"""Tiny random Hugging Face models of every architecture that t5lab converts."""
 
 import functools
 import json
