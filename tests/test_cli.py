@@ -7,9 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import small_models
+import tokenizers
 
+import t5lab
 from t5lab import cli, config
-from t5lab.training import loop
+from t5lab.commands import train
+from t5lab.training import loop, rundir
+from t5lab.training.checkpoint import Checkpoints
 
 QUICKSTART = str(pathlib.Path(__file__).parent.parent / 'configs' / 'quickstart.py')
 
@@ -33,7 +38,8 @@ def test_help_of_every_command(capsys):
   for name in cli.COMMANDS:
     done = subprocess.run([sys.executable, '-m', 't5lab.cli', name, '--help'],
                           capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and '--workdir' in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert ('SRC DST' if name == 'convert' else '--workdir') in done.stdout
   code, out, _ = call('--version', capsys=capsys)
   assert code == 0 and out.count('.') == 2
 
@@ -98,6 +104,133 @@ def test_bad_rows_are_named_and_nothing_is_written(data, message, capsys, tmp_pa
                       str(target), capsys=capsys)
   assert code == 3 and message in err and err.count('\n') == 1
   assert not target.exists()
+
+
+# -- other uses of infer ---------------------------------------------------------------------------
+
+LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+TEMPLATE = '{% for m in messages %}<s>{{ m.content }}{{ eos_token }}{% endfor %}a'
+
+
+def saved(folder, family, spec, **fields):
+  """A directory as convert makes it, of a tiny model with random parameters."""
+  model = small_models.shrink(family)
+  model = model.__class__(**{**vars(model), **fields})
+  c = config.of_model(model, spec)
+  c.eval.max_length = 5
+  rundir.write_config(folder, config.to_dict(c))
+  checkpoints = Checkpoints(folder / 'checkpoints', keep=0)
+  checkpoints.save(0, {'params': small_models.random_params(model)}, meta={})
+  checkpoints.wait()
+  return str(folder)
+
+
+@pytest.fixture(scope='module')
+def talker(tmp_path_factory):
+  """A LLaMA of one token a letter, with a chat template."""
+  folder = tmp_path_factory.mktemp('talker')
+  (folder / 'vocabulary').mkdir()
+  words = {token: i for i, token in enumerate(['<unk>', '<s>', '</s>', *LETTERS, ' '])}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '<unk>'))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex('.'), 'isolated')
+  made.decoder = tokenizers.decoders.Fuse()
+  made.add_special_tokens(['<s>', '</s>'])
+  made.save(str(folder / 'vocabulary' / 'tokenizer.json'))
+  (folder / 'vocabulary' / 'tokenizer_config.json').write_text(json.dumps(dict(
+      bos_token='<s>', eos_token='</s>', unk_token='<unk>', chat_template=TEMPLATE)))
+  return saved(folder, 'llama2/7b', 'tokenizer.json', start_id=1, eos_id=2)
+
+
+@pytest.fixture(scope='module')
+def filler(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('filler')
+  (folder / 'vocabulary').mkdir()
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS]
+  (folder / 'vocabulary' / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  return saved(folder, 'bert/base', 'vocab.txt', eos_id=3, max_length=32)
+
+
+def type_in(text, monkeypatch):
+  monkeypatch.setattr(sys, 'stdin', type('In', (), {'buffer': io.BytesIO(text.encode())}))
+
+
+def test_chat_answers_each_line_as_the_lab_does(talker, capsys, monkeypatch, tmp_path):
+  lab = t5lab.load(talker)
+  want = [lab.chat([{'role': 'user', 'content': text}]) for text in ('hi', 'a dog')]
+  assert want != lab.generate(['hi', 'a dog'])
+  type_in('hi\na dog\n', monkeypatch)
+  code, out, err = call('infer', '--workdir', talker, '--chat', capsys=capsys)
+  assert code == 0, err
+  assert out == ''.join(f'{text}\n' for text in want)
+  source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
+  source.write_text('{"inputs": "hi", "id": 7}\n{"inputs": "a dog"}\n')
+  code, _, err = call('infer', '--workdir', talker, '--chat', '--input', str(source), '--output',
+                      str(target), '--max-length', '3', capsys=capsys)
+  assert code == 0, err
+  rows = [json.loads(line) for line in target.read_text().splitlines()]
+  short = [lab.chat([{'role': 'user', 'content': text}], length=3) for text in ('hi', 'a dog')]
+  assert rows == [{'inputs': 'hi', 'id': 7, 'output': short[0]},
+                  {'inputs': 'a dog', 'output': short[1]}]
+
+
+def test_fill_mask_shows_the_best_words_of_each_mask(filler, capsys, monkeypatch, tmp_path):
+  texts = ['a [MASK] c', '[MASK] b [MASK]']
+  want = t5lab.load(filler).fill_mask(texts)
+  type_in('\n'.join(texts), monkeypatch)
+  code, out, err = call('infer', '--workdir', filler, '--fill-mask', capsys=capsys)
+  assert code == 0, err
+  shown = [' | '.join(' · '.join(f'{word} {p:.4f}' for word, p in mask) for mask in masks)
+           for masks in want]
+  assert out.splitlines() == shown and out.count('|') == 1 and out.count('·') == 12
+  source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
+  source.write_text(''.join(json.dumps({'inputs': text}) + '\n' for text in texts))
+  code, _, err = call('infer', '--workdir', filler, '--fill-mask', '--input', str(source),
+                      '--output', str(target), capsys=capsys)
+  assert code == 0, err
+  rows = [json.loads(line) for line in target.read_text().splitlines()]
+  assert [row['inputs'] for row in rows] == texts
+  assert [row['output'] for row in rows] == [
+      [[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
+      for masks in want]
+
+
+@pytest.mark.parametrize('who, flags, data, code, message', [
+    ('talker', ['--chat'], '{"text": "hi"}', 3, 'row 1: expected {"inputs": "…"}, a text; found'),
+    ('talker', ['--chat'], '{"inputs": 7}', 3, 'found {"inputs": 7}'),
+    ('talker', ['--fill-mask'], '{"inputs": "a"}', 2, 'no masked-token head'),
+    ('talker', ['--chat', '--beams', '2'], '{"inputs": "a"}', 2, 'sampled, not searched'),
+    ('talker', ['--chat', '--fill-mask'], '{"inputs": "a"}', 2, 'not allowed with argument'),
+    ('talker', ['--chat', '--task', 'ha_ende'], '{"inputs": "a"}', 2, '--task ha_ende puts a'),
+    ('filler', ['--chat'], '{"inputs": "a"}', 2, 'is no decoder-only model'),
+    ('filler', [], '{"inputs": "a"}', 2, 'has no decoder and writes no text'),
+    ('filler', ['--fill-mask'], '{"inputs": "[MASK]"}\n{"inputs": "a"}', 2,
+     "text 2 of 2 has no [MASK]: 'a'"),
+    ('workdir', ['--chat'], '{"inputs": "a"}', 2, 'is no decoder-only model'),
+    ('workdir', ['--fill-mask'], '{"inputs": "a"}', 2, 'no masked-token head'),
+])
+def test_a_wrong_use_is_one_line_and_writes_nothing(who, flags, data, code, message, request,
+                                                    capsys, tmp_path):
+  source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
+  source.write_text(data + '\n')
+  got, out, err = call('infer', '--workdir', request.getfixturevalue(who), *flags, '--input',
+                       str(source), '--output', str(target), capsys=capsys)
+  assert got == code and message in err, err
+  assert err.startswith('t5lab: ') and err.count('\n') == 1 and not out
+  assert not list(tmp_path.glob('y*'))
+
+
+@pytest.mark.parametrize('fields, mixture, shown', [
+    (dict(enc_layers=2), 'ha_ende', "echo 'Turn on the light' | "),
+    (dict(enc_layers=2), 'g2p_en_us', "echo 'lighthouse' | "),
+    (dict(enc_layers=2), 'numpydoc_qa', '--input rows.jsonl'),
+    (dict(enc_layers=2, dec_layers=0, classes=2), 'docs_match', '.classify(['),
+    (dict(enc_layers=2, dec_layers=0), 'books_lm', '.embed(['),
+])
+def test_what_to_try_next_is_what_the_model_can(fields, mixture, shown, capsys):
+  c = config.base('tiny', **fields)
+  c.data.mixture = mixture
+  train.summary(c, 'runs/x', loop.Result({}, {}))
+  assert shown in capsys.readouterr().out
 
 
 def test_rows_without_the_fields_of_the_task(workdir, capsys, tmp_path):

@@ -43,6 +43,7 @@ CARRIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
            'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
            'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
            'sentencepiece.bpe.model', 'characters.json')
+CONFIG_BYTES = 32 << 20            # of a tokenizer_config.json, which may name many tokens
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
                 'vocab.txt', 'characters.json')      # the first that is there is read
 
@@ -76,11 +77,11 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
   reader = files.open_hf(path, allow_pickle=allow_pickle)
   ignore, changes, carried, generation = (), {}, [], {}
   if path.is_dir():
-    config = read_json(path / 'config.json')
+    config = rundir.read_json(path / 'config.json')
     carried = [path / name for name in CARRIED if (path / name).is_file()]
     spec, changes = _tokenizer(path, carried), _pooling(path)
     # forced tokens stood in config.json before there was a generation_config.json
-    generation = read_json(path / GENERATION) if path / GENERATION in carried else config
+    generation = rundir.read_json(path / GENERATION) if path / GENERATION in carried else config
   else:
     config, spec, ignore = sanotts.config(path), sanotts.vocabulary(path), sanotts.IGNORE
   format_, c, reader = hf.read_config(config, reader)
@@ -102,7 +103,7 @@ def _tokenizer(path: Path, carried) -> str:
     if path / name in carried:
       return str(path / name)
   if path / 'tokenizer_config.json' in carried:
-    said = read_json(path / 'tokenizer_config.json')
+    said = rundir.read_json(path / 'tokenizer_config.json', CONFIG_BYTES)
     if str(said.get('tokenizer_class', '')).startswith('ByT5'):
       return f'byte:{said.get("extra_ids", 125)}'
   return ''
@@ -111,7 +112,7 @@ def _tokenizer(path: Path, carried) -> str:
 def _pooling(path: Path) -> dict:
   """What sentence-transformers says of pooling, where it says it."""
   said = path / '1_Pooling' / 'config.json'
-  first = said.is_file() and read_json(said).get('pooling_mode_cls_token')
+  first = said.is_file() and rundir.read_json(said).get('pooling_mode_cls_token')
   return {'pool': 'first'} if first else {}
 
 
@@ -186,21 +187,6 @@ def abstract(c: TransformerConfig):
   """Our parameters as shapes."""
   import flax.linen as nn
   return nn.unbox(weights.boxed_params(configs.of_model(c)))
-
-
-def read_json(path) -> dict:
-  """A small JSON object from a stranger; UsageError of one line."""
-  try:
-    if path.stat().st_size > rundir.CONFIG_BYTES * 32:
-      raise UsageError(f'{path}: {path.stat().st_size:,} bytes, no config is that large')
-    found = json.loads(path.read_bytes())
-  except OSError as e:
-    raise UsageError(f'cannot read {path}: {e.strerror}') from None
-  except (ValueError, RecursionError) as e:
-    raise UsageError(f'{path}: not JSON: {str(e)[:200]}') from None
-  if not isinstance(found, dict):
-    raise UsageError(f'{path}: expected an object, found {type(found).__name__}')
-  return found
 
 
 def _equal(tensors, reader, what: str) -> int:

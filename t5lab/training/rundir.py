@@ -72,21 +72,26 @@ def write_config(directory, config: Mapping) -> None:
 def read_config(directory) -> dict:
   """The config of the run in `directory`; UsageError if there is none or it is not JSON."""
   path = Path(directory) / 'config.json'
+  if not path.is_file():
+    raise UsageError(f'{directory} is not a run of t5lab: it has no config.json')
+  return read_json(path)
+
+
+def read_json(path, most: int = CONFIG_BYTES) -> dict:
+  """The JSON object in a file of at most `most` bytes; UsageError of one line for anything else."""
   try:
     with open(path, 'rb') as f:
-      data = f.read(CONFIG_BYTES + 1)
-    if len(data) > CONFIG_BYTES:
-      raise UsageError(f'{path}: over {CONFIG_BYTES} bytes, not a config of ours')
-    config = json.loads(data)
-  except (FileNotFoundError, NotADirectoryError):
-    raise UsageError(f'{directory} is not a run of t5lab: it has no config.json') from None
+      data = f.read(most + 1)
+    if len(data) > most:
+      raise UsageError(f'{path}: over {most} bytes, not a config')
+    found = json.loads(data)
   except OSError as e:
     raise UsageError(f'cannot read {path}: {e.strerror}') from None
   except (ValueError, RecursionError) as e:
     raise UsageError(f'{path}: not JSON: {str(e)[:200]}') from None
-  if not isinstance(config, dict):
-    raise UsageError(f'{path}: expected an object, found {type(config).__name__}')
-  return config
+  if not isinstance(found, dict):
+    raise UsageError(f'{path}: expected an object, found {type(found).__name__}')
+  return found
 
 
 def _leaves(tree, prefix=''):
