@@ -288,7 +288,8 @@ def make_engine(config) -> Engine:
   alone = model.kind == 'decoder'
   eos = vocab.load(config.data.vocab).eos_id if config.data.vocab else model.eos_id
   return Engine(start, step, prefill if alone else None, eos=eos,
-                begin=None if alone else model.start_id, batch_size=config.eval.batch_size)
+                begin=None if alone else model.start_id, batch_size=config.eval.batch_size,
+                widest=model.max_length if model.positions == 'learned' and not alone else 0)
 
 
 def load(path, step: str | int = 'latest', weights: str | None = None, *, config=None,

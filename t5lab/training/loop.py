@@ -104,6 +104,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
     base = initial.params if c.lora.rank else None
   if restored:
     state, manifest = restored
+    if base is not None:
+      loading.check_base(initial, manifest.meta, c, workdir)
     if not allow_data_change:
       data.check_position(manifest.meta['data'])
     start = manifest.step

@@ -1,6 +1,7 @@
 """Starting from weights: of a run, of converted ones, with new and with left-out parts, with their
 optimizer's state or without."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ from t5lab import config, trees, weights
 from t5lab.data import tasks  # noqa: F401  seqio warns where it is imported first
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.interop import convert, t5x
+from t5lab.models import families
 from t5lab.parallel import sharding
 from t5lab.training import loop, optim
 from t5lab.training.checkpoint import Checkpoints
@@ -252,3 +254,12 @@ def test_a_run_of_before_these_keys_goes_on(run, tmp_path):
   assert t5lab.load(tmp_path / 'run').step == 2
   loop.train(tiny(), tmp_path / 'run', resume='must')
   assert 'init' in json.loads((tmp_path / 'run' / 'config.json').read_text())
+
+
+def test_weights_of_another_formula_are_refused():
+  """Arrays of the same shapes that mean something else."""
+  ours = families.TransformerConfig(**families.row('llama1/7b'))
+  weights._check_formula(ours, ours, 'x')
+  for changed in (dict(rope_theta=5e5), dict(acts=('gelu', 'linear')), dict(norm_eps=1e-5)):
+    with pytest.raises(UsageError, match=f'another formula: model.{list(changed)[0]}='):
+      weights._check_formula(ours, dataclasses.replace(ours, **changed), 'x')
