@@ -34,7 +34,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.installed-test $(VENV)/.installed-weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-weights
 	$(BIN)/python -m pytest -m slow
