@@ -51,7 +51,8 @@ setup(
         # Hugging Face's own code, the reference of `t5lab convert`. Plain torch would bring CUDA.
         'parity': ['torch==2.13.0', 'transformers>=5.20,<6', 'safetensors>=0.6,<1'],
         'notebook': ['matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
-        'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18', 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6',
+        'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18',
+                 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6',
                  'matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
     },
 )
