@@ -71,7 +71,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
   # -- data ---------------------------------------------------------------------------------------
   from t5lab.data import pipeline, tasks, vocab  # seqio, and with it TensorFlow
   words = vocab.load(c.data.vocab)
-  vocab.check_rows(words, c.model.vocab_size, 'model.vocab_size')
+  vocab.check_rows(words, c.model.vocab_size, 'this config (model.vocab_size)')
   vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
   lengths = c.data.lengths.to_dict()
   components = tasks.open_components(c.data.mixture, c.data.split, lengths, c.data.vocab)

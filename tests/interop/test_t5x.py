@@ -583,7 +583,7 @@ def claim(at):
     (lambda at: edit(at / 'checkpoint', lambda t: scale(t)['scale']['metadata'].update(shape=[1.])),
      'not a list of sizes'),
     (header(compressor={'id': 'pickle'}), 'cannot open'),
-    (claim, 'claims 4000000000000 bytes'),
+    (claim, 'has 1,000,000,000,000 numbers, the whole model has'),
     (lambda at: (at / 'target.decoder.decoder_norm.scale/0').unlink(), '0 of its 1 chunks'),
     (lambda at: (at / 'target.decoder.decoder_norm.scale/0').write_bytes(b'junk'), 'is damaged'),
     (lambda at: (at / 'checkpoint').write_bytes(b'\x82\xa1'), 'not msgpack'),
@@ -606,6 +606,13 @@ def test_damage_and_malice_are_one_line(tmp_path, damage, message, rng):
   with pytest.raises(UsageError, match=message) as e:
     read(at, DECODER)
   assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_a_claim_is_refused_by_the_reader_too(tmp_path, rng):
+  t5x.write(tmp_path / 'x', DECODER, random_params(DECODER, rng), 7)
+  claim(tmp_path / 'x')
+  with pytest.raises(UsageError, match='claims 4000000000000 bytes'):
+    t5x.T5x(tmp_path / 'x').read('decoder/decoder_norm/scale')
 
 
 def test_a_tree_is_not_larger_than_memory(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def test_changed_data_is_refused_unless_allowed(reference, tmp_path, monkeypatch
     (dict(data__split='tset'), DataError, "has no split 'tset'"),
     (dict(data__batch_size='12'), UsageError, 'not a multiple of the 8 devices'),
     (dict(optim__microbatches='4'), UsageError, 'not a multiple of the 8 devices'),
-    (dict(model__vocab_size='1024'), UsageError, 'has 2048 ids .* model.vocab_size=1024'),
+    (dict(model__vocab_size='1024'), UsageError, 'sentinels = 2,048; .*model.vocab_size.* has 1,024 rows'),
     (dict(data__vocab='t5lab_999'), UsageError, "no vocabulary 't5lab_999'"),
     (dict(optim__name='adamm'), UsageError, "unknown optimizer 'adamm'. Did you mean 'adamw'"),
     (dict(optim__schedule='cosin'), UsageError, "Did you mean 'cosine'"),
