@@ -289,8 +289,6 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
   dst = Path(dst).absolute()
   if dst.exists() or dst.is_symlink():
     raise UsageError(f'{dst} exists already; name a new directory')
-  if not dst.parent.is_dir():
-    raise UsageError(f'{dst.parent} is not a directory; make it first')
   c = source.model
   fold = to != 't5lab' and c.positions == 'relative' and c.scale_attn
   if fold:                               # T5 elsewhere has the scale inside its query kernels
@@ -330,7 +328,7 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
 
   temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
   try:
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     if to == 't5lab':
       write_t5lab(temporary, source, params, say)
     elif to == 'hf':
