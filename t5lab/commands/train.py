@@ -46,6 +46,8 @@ def summary(c, workdir, result) -> None:
   elif c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
     example = 'lighthouse' if c.data.mixture == 'g2p_en_us' else 'Turn on the light'
     print(f"Try your own:  echo '{example}' | {command}")
+  elif not c.model.enc_layers:
+    print(f"Try your own:  echo 'Once upon a time' | {command}")
   else:
     print(f'Try your own:  {command} --input rows.jsonl --output out.jsonl')
   for what, where in (('checkpoints', 'checkpoints/'), ('metrics', 'metrics.jsonl'),
