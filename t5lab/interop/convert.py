@@ -36,8 +36,6 @@ from t5lab.models.families import TransformerConfig, row
 from t5lab.training import optim, rundir
 from t5lab.training.checkpoint import Checkpoints
 
-FROM, TO = ('hf', 't5x', 'gguf', 't5lab'), ('t5lab', 'hf', 't5x')
-
 # What a Hugging Face directory has beside weights and config.json, and we carry along.
 GENERATION = 'generation_config.json'
 CARRIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
@@ -54,13 +52,14 @@ class Source:
   """what: its name for a person. config: without sizes of a run; params: reads the arrays.
 
   before: a Reference that can be had before the arrays are read, or None. same(params): the number
-  of tensors, after it has proven that our arrays give each of them back, bit for bit.
+  of tensors, after it has proven that our arrays give each of them back, bit for bit; None where
+  the source is ours.
   """
   what: str
   model: TransformerConfig
   config: object
   params: Callable[[], dict]
-  same: Callable[[dict], int]
+  same: Callable[[dict], int] | None
   before: Callable[[], object] | None = None
   step: int = 0
   optimizer: Callable[[], object] | None = None     # AdafactorState, after params
@@ -79,8 +78,10 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
   reader = files.open_hf(path, allow_pickle=allow_pickle)
   ignore, changes, carried, generation, made_here = (), {}, [], {}, None
   if path.is_dir():
-    config = rundir.read_json(path / 'config.json')
     carried = [path / name for name in CARRIED if (path / name).is_file()]
+    for name in ('config.json', *(p.name for p in carried)):
+      files.inside(path, name)             # a link must not make us carry a file from elsewhere
+    config = rundir.read_json(path / 'config.json')
     spec, changes = _tokenizer(path, carried), _pooling(path)
     # forced tokens stood in config.json before there was a generation_config.json
     generation = rundir.read_json(path / GENERATION) if path / GENERATION in carried else config
@@ -156,17 +157,16 @@ def read_t5x(path, spec: str = '', tick=lambda done, total: None) -> Source:
 def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
   """A run (its averaged weights where it keeps them; adapters merged) or converted checkpoint."""
   c = weights.read_config(path)
-  model, found = configs.model_config(c), {}
 
   def params():
-    found['loaded'] = weights.load(path, step, which, config=c)
-    return found['loaded'].params
+    found = weights.load(path, step, which, config=c)
+    source.step = found.step
+    return found.params
 
   folder = Path(path) / weights.VOCABULARY
   carried = [folder / n for n in CARRIED if (folder / n).is_file()]
-  source = Source(str(path), model, c, params=params, carried=tuple(carried),
-                  same=lambda params: len(jax.tree.leaves(params)))
-  source.loaded = found
+  source = Source(str(path), configs.model_config(c), c, params=params, same=None,
+                  carried=tuple(carried))
   return source
 
 
@@ -229,7 +229,8 @@ def write_t5lab(folder: Path, source: Source, params, say) -> None:
   checkpoints.wait()
 
 
-def write_hf(folder: Path, source: Source, params, say) -> None:
+def write_hf(folder: Path, source: Source, params) -> int:
+  """-> the number of tensors that were read back from disk and are equal."""
   c = source.model
   format_ = hf.for_config(c)
   table = format_.rows(c)
@@ -239,8 +240,7 @@ def write_hf(folder: Path, source: Source, params, say) -> None:
   specs = {name: (shape, np.dtype(np.float32))
            for name, shape in rows.specs(table, params).items()}
   files.write_safetensors(folder, rows.write(table, params), specs)
-  say(f'read back: {_equal(rows.write(table, params), files.open_hf(folder), str(folder))} tensors '
-      'equal')
+  return _equal(rows.write(table, params), files.open_hf(folder), str(folder))
 
 
 def _write_tokenizer(folder, source):
@@ -268,12 +268,13 @@ def _write_tokenizer(folder, source):
       made.rename(folder / ('spiece.model' if c.enc_layers else 'tokenizer.model'))
 
 
-def write_t5x(folder: Path, source: Source, params, say, *, scanned: bool, form: str) -> None:
+def write_t5x(folder: Path, source: Source, params, *, scanned: bool, form: str) -> int:
+  """-> the number of arrays that were read back from disk and are equal."""
   optimizer = source.optimizer() if source.optimizer else None
   t5x.write(folder, source.model, params, source.step, scanned=scanned, form=form,
             optimizer=optimizer)
   table = t5x.rows(source.model, scanned)
-  say(f'read back: {_equal(rows.write(table, params), t5x.T5x(folder), str(folder))} arrays equal')
+  return _equal(rows.write(table, params), t5x.T5x(folder), str(folder))
 
 
 # -- the whole ----------------------------------------------------------------------------------
@@ -304,14 +305,13 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
   if fold:
     params = fold_scale(c, params)
     say('1 / sqrt(d_head) is folded into the query kernels, where T5 has it')
-  if getattr(source, 'loaded', None):
-    source.step = source.loaded['loaded'].step
   count = sum(int(x.size) for x in jax.tree.leaves(params))
   say(f'{source.what}: {count:,} parameters, {c.kind.replace("_", "-")}')
   if use_reference and theirs is None:
     theirs, name = _reference(_from_arrays(c, params), c)
-  body = {'source': source.what, 'to': to, 'parameters': count,
-          'round_trip': f'{source.same(params)} tensors bit-equal'}
+  body = {'source': source.what, 'to': to, 'parameters': count}
+  if source.same:
+    body['round_trip'] = f'{source.same(params)} tensors bit-equal'
   if theirs is not None:
     body['reference'] = name
     body.update(certify.compare(certify.of_ours(c, params), theirs, name))
@@ -323,7 +323,8 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
     body['reference'] = 'golden vectors and round trip'
     body['golden'] = certify.golden_vectors(c)
     say(f'certified: golden vectors of {body["golden"]["architecture"]} within '
-        f'{body["golden"]["largest_relative_difference"]:.1e}, {body["round_trip"]}')
+        f'{body["golden"]["largest_relative_difference"]:.1e}, '
+        f'{body.get("round_trip", "the destination is read back")}')
   body['sha256'] = certify.digest(params)
 
   temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
@@ -331,10 +332,11 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
     temporary.mkdir(parents=True)
     if to == 't5lab':
       write_t5lab(temporary, source, params, say)
-    elif to == 'hf':
-      write_hf(temporary, source, params, say)
     else:
-      write_t5x(temporary, source, params, say, scanned=scanned, form=form)
+      count = write_hf(temporary, source, params) if to == 'hf' else write_t5x(
+          temporary, source, params, scanned=scanned, form=form)
+      body['read_back'] = f'{count} tensors bit-equal'
+      say(f'read back: {body["read_back"]}')
     body = certify.write(temporary / certify.NAME, body)
     os.rename(temporary, dst)
     rundir.fsync_directory(dst.parent)

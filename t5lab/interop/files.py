@@ -253,7 +253,7 @@ def open_hf(path, *, allow_pickle: bool = False) -> Reader:
     return Pickled(path, allow_pickle=allow_pickle)
   arrays = [name for name in names if name.endswith('.npz')]
   if len(arrays) == 1:
-    return Npz(_inside(path, arrays[0]))
+    return Npz(inside(path, arrays[0]))
   raise UsageError(f'{path} holds no weights: looked for {SAFE}, {SAFE + INDEX}, {BIN}, '
                    f'{BIN + INDEX} and one .npz; found {show(names)}')
 
@@ -355,8 +355,8 @@ def _parts(path, single) -> tuple[dict[str, str], dict[str, str] | None]:
   if not os.path.isdir(path):
     return {os.path.basename(path): path}, None
   if os.path.lexists(os.path.join(path, single)):
-    return {single: _inside(path, single)}, None
-  index = File(_inside(path, single + INDEX))
+    return {single: inside(path, single)}, None
+  index = File(inside(path, single + INDEX))
   where = _json(index.head(0, index.size), index.path).get('weight_map')
   if not isinstance(where, dict) or not where:
     raise UsageError(f'{index.path} has no weight_map of tensors to files')
@@ -369,10 +369,10 @@ def _parts(path, single) -> tuple[dict[str, str], dict[str, str] | None]:
   if lost := [f for f in files if not os.path.lexists(os.path.join(path, f))]:
     raise UsageError(f'{path} lacks {len(lost)} of the {len(files)} files of its index: '
                      f'{", ".join(lost[:20])}{", …" * (len(lost) > 20)}')
-  return {file: _inside(path, file) for file in files}, where
+  return {file: inside(path, file) for file in files}, where
 
 
-def _inside(folder, name) -> str:
+def inside(folder, name) -> str:
   """The real path of folder/name. A link may stay in the folder, or lead to a cache's blobs.
 
   Hugging Face's cache has <model>/snapshots/<revision>/<name> -> ../../blobs/<hash>.
