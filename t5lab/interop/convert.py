@@ -161,7 +161,7 @@ def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
   def params():
     found = weights.load(path, step, which, config=c)
     source.step = found.step
-    return found.params
+    return jax.tree.map(np.asarray, found.params)      # views on a CPU: slices of jax's are copies
 
   folder = Path(path) / weights.VOCABULARY
   carried = [folder / n for n in CARRIED if (folder / n).is_file()]

@@ -54,8 +54,7 @@ class Checkpoints:
 
   def __init__(self, directory, *, keep: int = 3, best_metric: str = '', best_mode: str = 'max',
                copy: bool = True, log=print):
-    """copy: False promises that arrays stay as they are until wait(), and saves without a second
-    copy of them in memory."""
+    """copy: False promises that arrays stay as they are until wait(), and saves no copy of them."""
     if best_mode not in ('max', 'min'):
       raise ValueError(f"best_mode is 'max' or 'min', not {best_mode!r}")
     self.directory = Path(os.path.abspath(directory))  # Orbax refuses relative paths, too late
@@ -294,10 +293,13 @@ class Checkpoints:
                             f'{len(wanted.keys() | found.keys())} arrays differ' +
                             ''.join('\n  ' + line for line in lines[:10]) + more)
     values = {}
+    # the largest array's bytes at once, and not a second copy of the model
+    most = max((math.prod(shape) * 4 for shape, _ in wanted.values()), default=0) // 10 ** 9 + 1
+    reader = ocp.PyTreeCheckpointHandler(use_ocdbt=True, restore_concurrent_gb=most)
     for part, flat in _by_part(trees.flatten(abstract)).items():
       tree = trees.unflatten(flat)
       try:
-        tree = self._orbax.restore(
+        tree = reader.restore(
             epath.Path(self.path(chosen) / 'state' / part), args=ocp.args.PyTreeRestore(
                 item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
       except Exception as e:
@@ -415,10 +417,9 @@ def failpoint(name: str, step: int) -> None:
 
 
 def _without_copies() -> dict:
-  handlers = ocp.type_handlers
-  return dict(type_handler_registry=handlers.create_type_handler_registry(
-      (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
-      (jax.Array, handlers.ArrayHandler())))
+  numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+  return dict(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, numpy), (jax.Array, ocp.type_handlers.ArrayHandler())))
 
 
 @jax.jit
