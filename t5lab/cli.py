@@ -6,6 +6,7 @@ An error is one line; --debug shows the trace.
 """
 
 import importlib
+import logging
 import os
 import sys
 
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
   debug = '--debug' in argv
   argv = [a for a in argv if a != '--debug']
+  if not debug:      # what a library logs of a failed write, traces and all, we say in one line
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
     return _run(argv)
   except Failure as e:

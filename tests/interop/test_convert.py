@@ -394,3 +394,20 @@ def test_a_run_of_ours_goes_to_hugging_face_with_its_tokenizer(tmp_path_factory,
   got = lab.logits({'encoder_input_tokens': np.array([ids]),
                     'decoder_input_tokens': np.array([start])})
   np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize('to, code', [('hf', 2), ('t5lab', 4)])
+def test_a_full_disk_leaves_no_half_destination(to, code, ours, tmp_path):
+  """A limit on the size of files stands in for a disk that fills while the weights are written."""
+  import resource
+  import subprocess
+  import sys
+  (tmp_path / 'out').mkdir()
+  done = subprocess.run(
+      [sys.executable, '-m', 't5lab.cli', 'convert', '--from', 't5lab', '--to', to, '--golden',
+       str(ours('gpt2')), str(tmp_path / 'out' / 'dst')], capture_output=True, text=True,
+      timeout=120, env={**os.environ, 'XLA_FLAGS': '', 'XDG_CACHE_HOME': str(tmp_path / 'cache')},
+      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+  assert done.returncode == code, done.stderr
+  assert done.stderr.count('\n') == 1 and done.stderr.startswith('t5lab: ')
+  assert not list((tmp_path / 'out').iterdir())
