@@ -1,4 +1,4 @@
-"""t5lab <command>: train, eval, infer. `t5lab <command> --help` says the rest.
+"""t5lab <command>: train, eval, infer, convert. `t5lab <command> --help` says the rest.
 
 Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
 75 preempted: the same command goes on · 124 watchdog.
