@@ -19,7 +19,8 @@ import time
 
 import numpy as np
 
-from t5lab.interop import convert, files, hf, rows
+from t5lab import weights
+from t5lab.interop import files, hf, rows
 from t5lab.models import families
 
 
@@ -27,7 +28,7 @@ def make(folder: Path, family: str) -> tuple[float, float]:
   """A Hugging Face directory of random float32 weights -> (GB in all, GB of the largest)."""
   c = families.TransformerConfig(**families.row(family))
   format_ = hf.for_config(c)
-  shapes = rows.specs(format_.rows(c), convert.abstract(c))
+  shapes = rows.specs(format_.rows(c), weights.abstract_params(c))
   (folder / 'config.json').write_text(json.dumps(format_.config(c)))
   block = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 

@@ -169,11 +169,9 @@ class Lab:
   def _log_p(self, batch):
     """Sums of the log-probabilities of the loss tokens, row by row."""
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
-    def sums(logits):
-      log_p = jax.nn.log_softmax(logits)
-      chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-      return jnp.sum(chosen * weights, axis=-1)
-    return sums(self._apply('__call__', batch))
+    log_p = jax.nn.log_softmax(self._apply('__call__', batch))
+    chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(chosen * weights, axis=-1)
 
   def embed(self, texts: Texts) -> np.ndarray:
     """float32[n, D], a vector of length 1 for each text, pooled as model.pool says."""

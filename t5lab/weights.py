@@ -55,6 +55,11 @@ def boxed_params(config):
   return steps.abstract_params(Transformer(configs.model_config(config)), batch_shapes(config))[0]
 
 
+def abstract_params(model):
+  """Parameters of a TransformerConfig as shapes."""
+  return nn.unbox(boxed_params(configs.of_model(model)))
+
+
 def placed(boxed, mesh, rules: str):
   """Boxed abstract arrays -> the same as shapes with shardings."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -102,17 +107,13 @@ def load(path, step: str | int = 'latest', weights: str | None = None, *, config
   path = Path(path)
   config = config or read_config(path)
   mesh = mesh or sharding.make_mesh(**config.mesh.to_dict())
-  weights = weights or ('ema' if config.optim.ema else 'raw')
-  if weights not in WEIGHTS or (weights == 'ema' and not config.optim.ema):
-    raise UsageError(f'weights={weights!r}: {path} has ' +
-                     (' and '.join(WEIGHTS) if config.optim.ema else 'raw only (optim.ema=0)'))
+  weights, part = _which(weights, config, f'weights={weights!r}: {path}')
   boxed = boxed_params(config)
   base, wanted = None, boxed
   if config.lora.rank:
     base = load_base(config, boxed, mesh)
     wanted = jax.eval_shape(lambda: lora.init(boxed, config.lora.kernels, config.lora.rank, 0))
   checkpoints = open_checkpoints(config, path)
-  part = 'ema' if weights == 'ema' else 'params'
   found = checkpoints.restore({part: placed(wanted, mesh, config.rules)},
                               choose_step(checkpoints, step), only=(part,))
   if found is None:
@@ -123,6 +124,15 @@ def load(path, step: str | int = 'latest', weights: str | None = None, *, config
     check_base(base, saved.meta, config, path)
     params = lora.merge(base.params, params, lora_scale(config))
   return Loaded(params, saved.step, weights, _digest(checkpoints, saved.step))
+
+
+def _which(weights: str | None, config, what: str) -> tuple[str, str]:
+  """('ema' or 'raw', the part of a state that it is); None or '' is the average if there is one."""
+  weights = weights or ('ema' if config.optim.ema else 'raw')
+  if weights not in WEIGHTS or (weights == 'ema' and not config.optim.ema):
+    raise UsageError(f'{what} has ' + (
+        ' and '.join(WEIGHTS) if config.optim.ema else 'raw only (optim.ema=0)'))
+  return weights, 'ema' if weights == 'ema' else 'params'
 
 
 def check_base(base: Loaded, meta: dict, config, path) -> None:
@@ -162,11 +172,8 @@ def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
     raise UsageError(f'init.path={config.init.path} is a run of adapters: export it with `t5lab '
                      'convert --from t5lab --to t5lab`, which merges them')
   _check_formula(configs.model_config(config), configs.model_config(theirs), path)
-  weights = config.init.weights or ('ema' if theirs.optim.ema else 'raw')
-  if weights not in WEIGHTS or (weights == 'ema' and not theirs.optim.ema):
-    raise UsageError(f'init.weights={weights!r}: {path} has ' +
-                     (' and '.join(WEIGHTS) if theirs.optim.ema else 'raw only'))
-  part = 'ema' if weights == 'ema' else 'params'
+  weights, part = _which(config.init.weights, theirs,
+                         f'init.weights={config.init.weights!r}: {path}')
   checkpoints = open_checkpoints(theirs, path)
   step = choose_step(checkpoints, config.init.step)
   step = max(checkpoints.steps(), default=None) if step is None else step

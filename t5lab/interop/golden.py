@@ -15,6 +15,7 @@ import numpy as np
 from t5lab.interop import hf, rows
 from t5lab.models.families import TransformerConfig, row
 from t5lab.models.transformer import Transformer
+from t5lab.weights import abstract_params
 
 # Rows of families.py at a size of their own: what is left out is the family's.
 _SIZE = dict(vocab_size=40, d_model=16, d_ff=32, n_heads=2, d_head=8, dropout=0.)
@@ -129,19 +130,13 @@ class _Filled:
 
 
 def tensors(c: TransformerConfig) -> dict[str, np.ndarray]:
-  return fill(rows.specs(hf.for_config(c).rows(c), abstract(c)))
-
-
-def abstract(c: TransformerConfig):
-  import flax.linen as nn
-  batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in features(c).items()}
-  return nn.unbox(jax.eval_shape(Transformer(c).init, jax.random.key(0), batch))['params']
+  return fill(rows.specs(hf.for_config(c).rows(c), abstract_params(c)))
 
 
 def ours(name: str) -> np.ndarray:
   """float32[B, T, V] of our Transformer on the filled tensors, read through our rows."""
   c = config(name)
-  params = rows.read(hf.for_config(c).rows(c), _Filled(tensors(c)), abstract(c))
+  params = rows.read(hf.for_config(c).rows(c), _Filled(tensors(c)), abstract_params(c))
   with jax.default_matmul_precision('highest'):
     return np.asarray(jax.jit(Transformer(c).apply)({'params': params}, features(c)))
 

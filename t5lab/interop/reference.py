@@ -102,8 +102,8 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   with warnings.catch_warnings():       # arrays of jax are not writable, and nobody writes
     warnings.simplefilter('ignore', UserWarning)
     for name, x in tensors:
-      x = np.asarray(x) if np.asarray(x).dtype == np.float32 else np.asarray(x, np.float32)
-      state[name.removeprefix(prefix)] = torch.from_numpy(x).to(getattr(torch, dtype))
+      state[name.removeprefix(prefix)] = torch.from_numpy(
+          np.asarray(x, np.float32)).to(getattr(torch, dtype))
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
   del state
   # told what is missing, it ties that alone: T5 1.1's softmax matrix is its own

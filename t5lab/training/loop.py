@@ -115,8 +115,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
     if c.init.optimizer == 'restore' and initial:
       state = state.replace(opt_state=loading.load_optimizer(c, abstract.opt_state, initial.step))
     origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
-              f'weights from seed {c.seed}') + f'; optimizer state {c.init.optimizer}' + (
-                  'd' * (c.init.optimizer == 'restore'))
+              f'weights from seed {c.seed}')
+    origin += '; optimizer state ' + {'restore': 'restored'}.get(c.init.optimizer, 'fresh')
   count = sum(x.size for x in jax.tree.leaves(abstract.params))
   frozen = sum(x.size for x in jax.tree.leaves(base))
   for line in (f'{c.family}: {count:,} parameters '

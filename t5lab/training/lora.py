@@ -19,16 +19,19 @@ from t5lab.errors import UsageError
 PyTree = Any
 
 
+def _boxes(boxed: PyTree) -> dict[str, nn.LogicallyPartitioned]:
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return {trees.path_name(keys): box for keys, box in
+          jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)}
+
+
 def kernels(boxed: PyTree, patterns: Sequence[str]) -> list[str]:
   """Paths of the kernels that the regexes name (whole paths); UsageError if one names none.
 
   boxed: abstract parameters with their logical axes. Only dense layers have adapters: not the
   embedding, not experts.
   """
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  dense = [trees.path_name(path) for path, _ in
-           jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)]
-  dense = [path for path in dense if path.endswith('/kernel')]
+  dense = [path for path in _boxes(boxed) if path.endswith('/kernel')]
   for pattern in patterns:
     try:
       found = [path for path in dense if re.fullmatch(pattern, path)]
@@ -42,12 +45,9 @@ def kernels(boxed: PyTree, patterns: Sequence[str]) -> list[str]:
 
 def init(boxed: PyTree, patterns: Sequence[str], rank: int, seed: int) -> PyTree:
   """Boxed adapters for the kernels that `patterns` name; leading (layer) axes stay."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  chosen, flat = kernels(boxed, patterns), {}
-  for keys, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
-    path = trees.path_name(keys)
-    if path not in chosen:
-      continue
+  boxes, flat = _boxes(boxed), {}
+  for path in kernels(boxed, patterns):
+    box = boxes[path]
     *lead, fan_in, fan_out = box.value.shape
     *names, axis_in, axis_out = box.names
     if rank >= min(fan_in, fan_out):

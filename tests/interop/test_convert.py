@@ -409,5 +409,8 @@ def test_a_full_disk_leaves_no_half_destination(to, code, ours, tmp_path):
       timeout=120, env={**os.environ, 'XLA_FLAGS': '', 'XDG_CACHE_HOME': str(tmp_path / 'cache')},
       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
   assert done.returncode == code, done.stderr
-  assert done.stderr.count('\n') == 1 and done.stderr.startswith('t5lab: ')
+  said, = [line for line in done.stderr.splitlines() if line.startswith('t5lab: ')]
+  assert {'hf': 'cannot write', 't5lab': 'failed'}[to] in said
+  if to == 'hf':      # TensorStore's threads write their own traces of callbacks that came too late
+    assert done.stderr.count('\n') == 1
   assert not list((tmp_path / 'out').iterdir())

