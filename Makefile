@@ -33,8 +33,9 @@ weights: $(VENV)/.installed-weights
 quickstart: $(INSTALLED)
 	$(BIN)/t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
+# No restart: with loadfile, pytest-xdist waits for ever for a worker that replaced a crashed one.
 test: $(VENV)/.installed-test $(VENV)/.installed-weights
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-weights
 	$(BIN)/python -m pytest -m slow

@@ -5,8 +5,12 @@ import pathlib
 
 # Before jax is imported anywhere: the number of devices is fixed when the backend starts.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Without a thread pool each device runs its program in order. With one, XLA on CPU starts a program's
+# independent collectives in any order: two devices may then wait for each other's for ever, and XLA
+# aborts the process after 40 s (seen in one run of 30 on two cores; a larger pool does not help).
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8')
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+    ' --xla_cpu_multi_thread_eigen=false')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402
