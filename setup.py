@@ -44,15 +44,21 @@ setup(
         'tokenizers>=0.22,<0.24',
         'gguf>=0.17,<1',
         'jinja2>=3.1.6,<4',                  # chat templates, in its sandbox
+        'array-record>=0.8.6,<0.9',          # caches of tokens
+        'pyarrow>=26,<27',                   # Parquet, Arrow, zstd
+        'fsspec>=2026.9',                    # files that are not local
+        'matplotlib>=3.10,<4',               # the page of `t5lab inspect`
     ],
     extras_require={
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda12]'],
         # Hugging Face's own code, the reference of `t5lab convert`. Plain torch would bring CUDA.
         'parity': ['torch==2.13.0', 'transformers>=5.20,<6', 'safetensors>=0.6,<1'],
-        'notebook': ['matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
+        'gcs': ['gcsfs>=2026.9'],            # gs:// files
+        'data': ['datasketch>=2,<3', 'py3langid>=0.4,<0.5'],   # `t5lab data dedup` and `clean`
+        'notebook': ['ipykernel>=6,<8'],
         'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18',
-                 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6',
-                 'matplotlib>=3.10,<4', 'ipykernel>=6,<8'],
+                 'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6', 'ipykernel>=6,<8',
+                 'datasketch>=2,<3', 'py3langid>=0.4,<0.5'],
     },
 )

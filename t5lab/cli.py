@@ -1,4 +1,4 @@
-"""t5lab <command>: train, eval, infer, convert. `t5lab <command> --help` says the rest.
+"""t5lab <command>. `t5lab <command> --help` says the rest.
 
 Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
 75 preempted: the same command goes on · 124 watchdog.
@@ -17,6 +17,9 @@ COMMANDS = {
     'train': 'train a config; the same command resumes it',
     'eval': "score a run's checkpoints on a task",
     'infer': 'text in, text out',
+    'cache': 'tokenize a large training split once, on many processes',
+    'data': 'prepare files: vocab, clean, dedup, decontaminate, scrub, augment',
+    'inspect': 'what the model will see, as text and as a page with plots',
     'convert': 'weights from and to Hugging Face, T5X and GGUF, certified',
 }
 

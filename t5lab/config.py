@@ -9,9 +9,11 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 
 from ml_collections import ConfigDict
 
+from t5lab.data import own_files
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models import families
 
@@ -38,8 +40,18 @@ def base(family: str, **model) -> ConfigDict:
   r.kernels = ('.*/attn/(q|v)/kernel',)   # regexes of the kernels that get one
 
   c.data = d = ConfigDict()
-  d.mixture = ''                     # a seqio Task or Mixture
+  d.mixture = ''                     # a seqio Task or Mixture, or several with commas between
   d.split = 'train'
+  d.mixing = x = ConfigDict()        # rates of several, by their examples n: min(n, limit)^(1/T)
+  x.temperature, x.limit = 1., 0     # T: 1 is proportional, a large one equal; limit 0: none
+  d.files = ConfigDict({'train': '', 'validation': '', 'test': ''})   # own ones: the task 'files'
+  d.fields = ConfigDict({'inputs': 'inputs', 'targets': 'targets'})   # columns; inputs '': none
+  d.prompt = ''                      # as 'question: {question} context: {context}'; '': inputs
+  d.metrics = ()                     # of data/file_tasks.py, as ('squad', 'rouge')
+  d.objective = ''                   # for text without inputs, one of data/text_tasks.py
+  d.bad_rows = 0.01                  # share of rows that may be skipped; 0: none
+  d.modules = ()                     # own modules that register seqio Tasks, as ('my.tasks',)
+  d.cache = ''                       # a folder that `t5lab cache` filled; '': all in memory
   d.vocab = 't5lab_2048'             # see data/vocab.py; 'init': that of init.path
   d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
   d.batch_size = 64                  # rows a step, over all devices and microbatches
@@ -157,10 +169,26 @@ def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDi
     c = module.get_config(arg)
   except (AttributeError, KeyError) as e:      # a locked ConfigDict refuses a key it does not have
     raise UsageError(f'{path}: {" ".join(str(e).split())}') from e
-  for key, value in (overrides or {}).items():
-    override(c, key, value)
+  apply(c, overrides or {})
   check_trainable(c)
   return c
+
+
+def apply(c: ConfigDict, overrides: dict[str, str]) -> None:
+  """Sets what a command line gives. Files given there are the data, whatever mixture c names."""
+  for key, value in overrides.items():
+    override(c, key, value)
+  if any(key.startswith('data.files.') for key in overrides) and 'data.mixture' not in overrides:
+    c.data.mixture, c.eval.mixture = own_files.NAME, ''
+
+
+def files(c: ConfigDict) -> own_files.OwnFiles | None:
+  """The task 'files' of a config that names some."""
+  named = {split: patterns for split, patterns in c.data.files.items() if patterns}
+  if not named:
+    return None
+  return own_files.OwnFiles(named, c.data.fields.to_dict(), c.data.prompt, c.data.bad_rows,
+                            tuple(c.data.metrics), c.data.objective)
 
 
 def override(c: ConfigDict, key: str, text: str) -> None:
@@ -191,6 +219,8 @@ def _parse(key, text, now):
     if text.lower() not in values:
       raise wrong
     return values[text.lower()]
+  if kind is tuple and re.fullmatch(r'[\w.:-]+(,[\w.:-]+)*,?', text) and not text[0].isdigit():
+    return tuple(part for part in text.split(',') if part)              # squad,rouge
   try:
     value = ast.literal_eval(text)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -248,10 +278,22 @@ def check_trainable(c: ConfigDict) -> None:
   """`check`, and that there is something to train on."""
   check(c)
   if not c.data.mixture:
-    raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende')
-  if not (c.model.dec_layers or c.model.classes):
-    raise UsageError('an encoder-only model is trained as a classifier: set model.classes (and '
-                     'data.lengths.targets=1), as configs/minilm_match.py does')
+    raise UsageError('data.mixture is empty: name a seqio Task or Mixture, as ha_ende, or your own '
+                     'files with data.files.train')
+  if not (c.model.dec_layers or c.model.classes or c.model.mlm_head):
+    raise UsageError('an encoder-only model is trained as a classifier (set model.classes and '
+                     'data.lengths.targets=1, as configs/minilm_match.py does) or to fill masks '
+                     '(model.mlm_head, and a task such as books_bert)')
+  if own := files(c):
+    own.check()
+  if c.data.mixture == own_files.NAME:
+    evaluated = [c.eval.split] * (c.eval.mixture in ('', own_files.NAME))
+    for split in (c.data.split, *evaluated):
+      if not c.data.files.get(split):
+        raise UsageError(f'data.files.{split} is empty: name the files of the {split} split')
+  if not 0 <= c.data.bad_rows <= 1 or c.data.mixing.temperature <= 0 or c.data.mixing.limit < 0:
+    raise UsageError(f'data.bad_rows={c.data.bad_rows}, data.mixing={c.data.mixing.to_dict()}: a '
+                     'share in [0, 1], a temperature over 0, a limit of 0 or more')
 
 
 def keys(c: ConfigDict) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 
 from t5lab import config as configs
 from t5lab import weights as loading
-from t5lab.data import features, prompts, vocab
+from t5lab.data import features, own_files, prompts, vocab
 from t5lab.decoding.engine import SHORTEST, Decoding, Engine, buckets
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.cache import decoding
@@ -109,11 +109,16 @@ class Lab:
     """
     texts = _several(texts, 'generate')
     if task is None:
-      task = self.config.data.mixture if self.config.data.mixture in prompts.PROMPTS else ''
+      named = self.config.data.mixture
+      task = named if named in prompts.PROMPTS or named == own_files.NAME else ''
     if not task and any(not isinstance(text, str) for text in texts):
       raise UsageError('rows of fields need a task: pass task=, one of '
                        + ', '.join(prompts.PROMPTS))
-    asked = [prompts.prompt(task, text) if task else text for text in texts]
+    ask = functools.partial(prompts.prompt, task) if task else lambda text: text
+    if task == own_files.NAME:
+      d = self.config.data
+      ask = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).ask
+    asked = [ask(text) for text in texts]
     out = self.generate_tokens([self.tokens(text) for text in asked], tick=tick, **options)
     return [self.vocab.decode(row) for row in out]
 

@@ -45,8 +45,9 @@ def own_vocabulary(path, spec: str) -> str:
 
 def batch_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
   """The model features of one row, as shapes: enough to build parameters."""
-  row = features.build_row([], config.data.lengths.to_dict(),
-                           kind=configs.model_config(config).kind)
+  model = configs.model_config(config)
+  form = 'classes' if model.classes else 'nsp' if model.nsp else 'mlm'      # where it is an encoder
+  row = features.build_row([], config.data.lengths.to_dict(), kind=model.kind, form=form)
   return {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in row.items()}
 
 

@@ -21,6 +21,7 @@ RANK = {
     't5lab.config': 4,
     't5lab.evaluation.metrics': 1,
     't5lab.data': 2,
+    't5lab.data.prepare': 3,
     't5lab.training': 5,
     't5lab.evaluation': 6,
     't5lab.interop': 7,
@@ -95,7 +96,7 @@ def test_forbidden_imports(place):
 def test_only_one_module_imports_tensorflow():
   users = {module_name(p) for p in FILES for m, _ in imports(p)
            if m.split('.')[0] in ('tensorflow', 'seqio')}
-  assert users == {'t5lab.data.tasks'}
+  assert users == {'t5lab.data.seqio_tf'}
 
 
 @pytest.mark.parametrize('module', [
@@ -116,7 +117,7 @@ def test_the_front_door_and_configs_load_no_jax():
 
 
 def test_tensorflow_sees_no_accelerator():
-  code = ('from t5lab.data.tasks import tf; print(tf.config.get_visible_devices("GPU") == [], '
+  code = ('from t5lab.data.seqio_tf import tf; print(tf.config.get_visible_devices("GPU") == [], '
           'tf.config.get_visible_devices("TPU") == [])')
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
   assert out.stdout.split() == ['True', 'True'], out.stderr

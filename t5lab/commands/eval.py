@@ -3,7 +3,10 @@
 Loss and accuracy of the split, and the task's own metrics on decoded text, of the raw and of the
 averaged weights. Writes DIR/eval/<step>.json, the predictions as DIR/eval/<step>.<weights>.jsonl,
 and prints a table. Options that start with --config.eval. change how it decodes, as
---config.eval.beams=4.
+--config.eval.beams=4. Your own files, and what to do with them, go as in training:
+--config.data.files.validation=dev.tsv, --config.data.fields.inputs=question, --config.data.prompt,
+--config.data.metrics=squad,rouge. A module of yours that registers tasks is imported only if named
+here: --config.data.modules=my.tasks.
 """
 
 import argparse
@@ -13,6 +16,9 @@ import sys
 from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
 from t5lab.errors import CheckpointError, UsageError
+
+MAY_CHANGE = ('eval.', 'data.files.', 'data.fields.', 'data.prompt', 'data.metrics',
+              'data.bad_rows', 'data.modules')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--task', help="a Task or Mixture; default: the config's")
   args = parser.parse_args(argv)
   for key in overrides:
-    if not key.startswith('eval.'):
-      raise UsageError(f'--config.{key}: eval takes changes of eval.* only')
+    if not key.startswith(MAY_CHANGE):
+      raise UsageError(f'--config.{key}: eval takes changes of {", ".join(MAY_CHANGE)} only')
 
   import jax
 
@@ -38,18 +44,26 @@ def main(argv: list[str] | None = None) -> int:
   from t5lab.training import step as steps
   use_compilation_cache()
   c = loading.read_config(args.workdir)
+  theirs, c.data.modules = tuple(c.data.modules), ()      # what lies in a folder is not imported
   if args.task:
     c.eval.mixture = args.task
     c.data.mixture = c.data.mixture or args.task       # converted weights were trained on none
-  for key, value in overrides.items():
-    configs.override(c, key, value)
+  configs.apply(c, overrides)
+  c.eval.split = args.split or c.eval.split
+  c.data.split = c.eval.split                             # nothing is trained
   configs.check_trainable(c)
   checkpoints = loading.open_checkpoints(c, args.workdir)
   numbers = checkpoints.steps()
   if not numbers:
     raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')
   chosen = numbers if args.step == 'all' else [args.step]
-  evaluation = loop.open_evaluation(c, args.split)
+  try:
+    evaluation = loop.open_evaluation(c)
+  except UsageError as e:
+    if not theirs or c.data.modules:
+      raise
+    raise UsageError(f'{e} The run used {", ".join(theirs)}: if you trust it, add '
+                     f'--config.data.modules={",".join(theirs)}') from e
   sums = jax.jit(functools.partial(steps.eval_step, model=Transformer(configs.model_config(c))))
   engine = labs.make_engine(c)             # compiles once for all steps and weights
   mesh = sharding.make_mesh(**c.mesh.to_dict())
@@ -62,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     with sharding.use(mesh, c.rules):
       result = loop.evaluate(evaluation, found, sums, mesh)
     path = loop.write_evaluation(args.workdir, step, result, changed)
-    show(result, f'{args.workdir} · step {step} · {args.split or c.eval.split}',
+    show(result, f'{args.workdir} · step {step} · {c.eval.split}',
          c.eval.samples)
     print(path)
   return 0

@@ -1,7 +1,8 @@
-"""Self-supervised objectives over token ids: span corruption and the prefix-LM split. Numpy only.
+"""T5's objectives over token ids: span corruption, the prefix-LM split, language modeling. Numpy.
 
-Everything here equals T5's preprocessors (t5/data/preprocessors.py), which round in float32, half
-to even. [Raffel et al. 2020, 3.1.4 and 3.3]
+What T5 has equals its preprocessors (t5/data/preprocessors.py), which round in float32, half to
+even. [Raffel et al. 2020, 3.1.4 and 3.3] Beside this file: denoisers.py (i.i.d. masks, UL2),
+bert.py, gap_sentences.py (PEGASUS), infilling.py (fill in the middle).
 """
 import numpy as np
 
@@ -111,6 +112,18 @@ def prefix_lm_sizes(length: int) -> dict[str, int]:
   return {'inputs': length, 'targets': length}
 
 
+def pieces(tokens, length: int, eos: int) -> list[np.ndarray]:
+  """A document int[T], closed with EOS -> int32[<= length] each, which joined give it back.
+
+  For packing with segment ids: a row then holds whole documents, or whole pieces of long ones, that
+  do not see each other, and only the end of a document is an EOS. An empty document has no piece.
+  """
+  if not len(tokens):
+    return []
+  closed = np.append(np.asarray(tokens, np.int32), np.int32(eos))
+  return [closed[at:at + length] for at in range(0, len(closed), length)]
+
+
 # The length of the segments that a task cuts text into, from the lengths of its features.
 
 
@@ -120,23 +133,32 @@ def length_of(task: str, lengths, feature: str) -> int:
   return lengths[feature]
 
 
-def span_corruption_segment(task: str, lengths, sentinels: int) -> int:
-  """The longest that fits both lengths. UsageError if none does, or for want of sentinels."""
+def need_sentinels(task: str, sentinels: int) -> None:
   if not sentinels:
     raise UsageError(f'task {task!r} needs sentinels <extra_id_0>, <extra_id_1>, … with ids in a '
                      'row, and the vocabulary has none: use books_lm or books_prefix_lm')
+
+
+def span_corruption_segment(task: str, lengths, sentinels: int, density: float = 0.15,
+                            mean_span: float = 3.) -> int:
+  """The longest that fits both lengths. UsageError if none does, or for want of sentinels."""
+  need_sentinels(task, sentinels)
+  if not (0 < density < 1 and mean_span >= 1):
+    raise UsageError(f'task {task!r} corrupts a share of {density} in spans of {mean_span} tokens: '
+                     'the share must lie between 0 and 1, the spans have 1 token or more')
   inputs, targets = (length_of(task, lengths, f) for f in ('inputs', 'targets'))
-  tokens, needed = span_corruption_lengths(inputs)
+  tokens, needed = span_corruption_lengths(inputs, density, mean_span)
   if needed > targets:
     raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
                      f'limit is {targets}: set targets to {needed} or lower inputs')
   # The rule rounds in float64 and the mask in float32: rarely they differ, and T5 then lost tokens.
-  while any(size > lengths[f] for f, size in span_corruption_sizes(tokens).items()):
+  while any(size > lengths[f]
+            for f, size in span_corruption_sizes(tokens, density, mean_span).items()):
     tokens -= 1
     if tokens < 2:
       raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
                        'targets: the least are 3 and 3')
-  spans = span_noise_counts(tokens, 0.15, 3.)[1]
+  spans = span_noise_counts(tokens, density, mean_span)[1]
   if spans > sentinels:
     raise UsageError(f'span corruption with {inputs} inputs makes {spans} spans, the vocabulary '
                      f'has {sentinels} sentinels: lower the inputs length')

@@ -10,6 +10,7 @@ them: process i of n builds the i-th n-th of every batch.
 from collections.abc import Iterator, Sequence
 import functools
 import hashlib
+import itertools
 import json
 
 import grain
@@ -23,57 +24,140 @@ from t5lab.errors import DataError, UsageError
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 
-class _Rows:
-  """The packed rows of one component, for any epoch. row(epoch, i) -> model features."""
+BLOCK = 2**18     # examples of a cache that are packed and shuffled together
 
-  def __init__(self, component, lengths, *, seed, pack, kind, eos, start):
-    self.name, self.objective = component.name, component.objective
-    self.lengths, self.seed, self._eos = lengths, seed, eos
-    self._build = functools.partial(features.build_row, lengths=lengths, kind=kind, eos=eos,
-                                    start=start)
-    self.examples, self.tokens, self.cut = [], 0, []
-    sizes = []
-    for i, example in enumerate(component.examples):
-      if self.objective is None:
-        if kind == 'encoder' and 'targets' in lengths:
-          features.check_class(example, f'example {self.name}:{i}')
-        example, lost = features.trim(example, lengths, eos)
-        if lost:
-          self.cut.append(i)
-        size = {name: len(tokens) for name, tokens in example.items()}
-      else:
-        size = self.objective.sizes(example)
-      self.examples.append(example)
-      sizes.append(list(features.row_sizes(size, kind).values()))
-    sizes = np.array(sizes)
-    room = np.array(list(features.row_lengths(lengths, kind).values()))
+
+class _Block:
+  """Some examples of a component, packed: which rows there are, and who stands in them when."""
+
+  def __init__(self, sizes, room, members, seed, pack):
+    self.members = members                             # int[n]: their numbers in the component
     self.layout = features.pack(sizes, room) if pack else [
         np.array([i]) for i in range(len(sizes))]
-    self.fill = sizes.sum() / (len(self.layout) * room.sum())
+    self._seed = seed
     self._kind = np.unique(sizes, axis=0, return_inverse=True)[1].ravel()
     self._in_order = np.argsort(self._kind, kind='stable')
     self._dealt = functools.lru_cache(maxsize=2)(self._deal)   # a batch may span two epochs
 
   def _deal(self, epoch: int) -> np.ndarray:
     """int[n]: the example that this epoch puts where the layout has example i, of equal size."""
-    chance = np.random.default_rng([self.seed, epoch]).random(len(self.examples))
-    dealt = np.empty(len(self.examples), np.int64)
+    chance = np.random.default_rng([*self._seed, epoch]).random(len(self._kind))
+    dealt = np.empty(len(self._kind), np.int64)
     dealt[self._in_order] = np.lexsort((chance, self._kind))
     return dealt
 
   def ids(self, epoch: int, i: int) -> list[int]:
-    return [int(x) for x in self._dealt(epoch)[self.layout[i]]]
+    return [int(x) for x in self.members[self._dealt(epoch)[self.layout[i]]]]
+
+
+class _Rows:
+  """The packed rows of one component, for any epoch. row(epoch, i) -> model features.
+
+  Examples in memory are one block. A cache of more than BLOCK is cut into blocks, block b of n the
+  examples b, b + n, …: only a block or two at a time are packed and in memory, and each is a sample
+  of the whole. Every epoch goes through the blocks, and through each one's rows, in a new order.
+  """
+
+  def __init__(self, component, lengths, *, seed, pack, kind, form, eos, start):
+    self.name, self.objective = component.name, component.objective
+    self.examples, self.seed, self._eos, self._pack = component.examples, seed, eos, pack
+    self.lengths = lengths
+    self._build = functools.partial(features.build_row, lengths=lengths, kind=kind, form=form,
+                                    eos=eos, start=start)
+    found = lengths_of(self.examples)
+    self.cut = np.zeros(0, np.int64)
+    if self.objective is None:
+      if kind == 'encoder':
+        for i in self._strange(form, found):
+          features.check_example(self.examples[i], f'example {self.name}:{i}', form)
+      limits = dict.fromkeys(found, lengths['inputs']) if 'weights' in found else lengths
+      kept = {name: np.minimum(found[name], limits[name]) for name in found}
+      self.cut = np.flatnonzero(np.any([found[name] > kept[name] for name in found], axis=0))
+    else:
+      kept = {name: np.minimum(size, lengths.get(name, size))       # as trim will leave it
+              for name, size in _objective_sizes(self.objective, found).items()}
+    sizes = features.row_sizes(kept, kind)
+    self._sizes = np.stack(np.broadcast_arrays(*sizes.values(), found[next(iter(found))])[:-1],
+                           axis=1)
+    self._room = np.array(list(features.row_lengths(lengths, kind).values()))
+    count = len(self.examples)
+    memory = not hasattr(self.examples, 'fingerprint')
+    self.blocks = 1 if memory else -(-count // BLOCK)
+    self._block = functools.lru_cache(maxsize=2)(self._make_block)
+    self._order = functools.lru_cache(maxsize=2)(self._block_order)
+    self._within = functools.lru_cache(maxsize=2)(self._row_order)
+    self._counts = self._count_rows([lengths, pack, kind, form, repr(self.objective), BLOCK])
+    self.count = int(self._counts.sum())
+    self.fill = self._sizes.sum() / (self.count * self._room.sum())
+
+  def _strange(self, form, found):
+    """The examples that features.check_example has to see: of classes, the first that is none."""
+    if form == 'classes':
+      return np.flatnonzero(found['targets'] != 1)[:1]
+    return range(len(self.examples))
+
+  def _count_rows(self, key) -> np.ndarray:
+    """int[blocks]: rows of each block. Packing a large cache takes a while: it is remembered."""
+    if self.blocks == 1:
+      return np.array([len(self._block(0).layout)])
+    return np.array(self.examples.remember('rows', key, lambda: [
+        len(self._make_block(b).layout) for b in range(self.blocks)]))
+
+  def _make_block(self, b: int) -> _Block:
+    members = np.arange(b, len(self.examples), self.blocks)
+    seed = [self.seed] if self.blocks == 1 else [self.seed, b]
+    return _Block(self._sizes[members], self._room, members, seed, self._pack)
+
+  def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks in this epoch's order, the epoch's first row of each)."""
+    order = np.random.default_rng([self.seed, epoch, self.blocks]).permutation(self.blocks)
+    return order, np.cumsum(self._counts[order]) - self._counts[order]
+
+  def _row_order(self, epoch: int, b: int) -> np.ndarray:
+    return np.random.default_rng([self.seed, epoch, b, 1]).permutation(self._counts[b])
+
+  def ids(self, epoch: int, i: int) -> list[int]:
+    """The examples of the epoch's row i, which grain has shuffled if there is one block."""
+    if self.blocks == 1:
+      return self._block(0).ids(epoch, i)
+    order, starts = self._order(epoch)
+    at = int(np.searchsorted(starts, i, side='right')) - 1
+    b = int(order[at])
+    return self._block(b).ids(epoch, int(self._within(epoch, b)[i - starts[at]]))
+
+  def example(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+    """Example i as this epoch has it: what its objective draws, cut to the lengths."""
+    example = self.examples[i]
+    if self.objective is not None:
+      example = self.objective.apply(example, np.random.default_rng([self.seed, epoch, i]))
+    return features.trim(example, self.lengths, self._eos)[0]
 
   def row(self, epoch: int, i: int) -> dict[str, np.ndarray]:
-    out = []
-    for example_id in self.ids(epoch, i):
-      example = self.examples[example_id]
-      if self.objective is not None:
-        rng = np.random.default_rng([self.seed, epoch, example_id])
-        example = self.objective.apply(example, rng)
-        example, _ = features.trim(example, self.lengths, self._eos)
-      out.append(example)
-    return self._build(out)
+    return self._build([self.example(epoch, example) for example in self.ids(epoch, i)])
+
+
+def lengths_of(examples: Sequence) -> dict[str, np.ndarray]:
+  """{feature: int[n]}, of examples in memory or of a cache, which knows."""
+  if hasattr(examples, 'lengths'):
+    return examples.lengths
+  return {name: np.array([len(example[name]) for example in examples]) for name in examples[0]}
+
+
+def _objective_sizes(objective, lengths) -> dict[str, np.ndarray]:
+  """Upper bounds of each feature of all examples, asked once for each combination of lengths."""
+  table, inverse = np.unique(np.stack(list(lengths.values()), axis=1), axis=0, return_inverse=True)
+  made = [objective.sizes(dict(zip(lengths, map(int, row)))) for row in table]
+  return {name: np.array([size[name] for size in made])[inverse.ravel()] for name in made[0]}
+
+
+def form_of(component, kind: str) -> str:
+  """The form of an encoder's examples; other kinds have one only."""
+  if kind != 'encoder':
+    return 'inputs'
+  example = component.examples[0]
+  if component.objective is not None:
+    example = component.objective.apply(example, np.random.default_rng(0))
+  return features.form_of(example)
 
 
 class Pipeline:
@@ -81,14 +165,12 @@ class Pipeline:
 
   components: name, rate, examples (dicts of int32 token arrays), objective or None.
   lengths: tokens of each feature, EOS included. batch_size: rows over all processes. kind: of
-  model, one of features.KINDS; decoder_only is the older way to say 'decoder'. eos: the
-  vocabulary's; start: the decoder's first input token.
+  model, one of features.KINDS. eos: the vocabulary's; start: the decoder's first input token.
   """
 
   def __init__(self, components: Sequence, lengths: dict[str, int], *, batch_size: int, seed: int,
-               pack: bool = True, kind: str | None = None, decoder_only: bool = False,
-               eos: int = features.EOS, start: int = features.BOS, process_index: int = 0,
-               process_count: int = 1):
+               pack: bool = True, kind: str = 'encoder_decoder', eos: int = features.EOS,
+               start: int = features.BOS, process_index: int = 0, process_count: int = 1):
     if batch_size % process_count:
       raise UsageError(f'data.batch_size={batch_size} is not a multiple of the {process_count} '
                        'processes')
@@ -96,29 +178,41 @@ class Pipeline:
     self.batch_size, self.seed, self._lengths = batch_size, seed, lengths
     self._local = batch_size // process_count
     self._first = process_index * self._local
-    kind = features.kind_of(kind, decoder_only)
-    pack = pack and not (kind == 'encoder' and 'targets' in lengths)     # a row has one class
-    self.rows = [_Rows(c, lengths, seed=seed + 7919 * i, pack=pack, kind=kind, eos=eos, start=start)
-                 for i, c in enumerate(components)]
-    order = [self._epochs(i, len(r.layout)) for i, r in enumerate(self.rows)]
+    forms = {form_of(c, kind): c.name for c in components}
+    if len(forms) > 1:
+      raise UsageError('the tasks of this mixture make different rows: ' + ', '.join(
+          f'{name} is of the form {form!r}' for form, name in forms.items()))
+    form, = forms
+    pack = pack and form not in features.ALONE
+    self.rows = [_Rows(c, lengths, seed=seed + 7919 * i, pack=pack, kind=kind, form=form, eos=eos,
+                       start=start) for i, c in enumerate(components)]
+    order = [self._epochs(i, r) for i, r in enumerate(self.rows)]
     # A rate counts examples, the mixture draws rows: a task whose rows hold more examples is drawn
     # less often. Rates are kept to 1e-4 of each other: grain turns them into small integers.
-    weights = [c.rate * len(r.layout) / len(r.examples) for c, r in zip(components, self.rows)]
+    weights = [c.rate * r.count / len(r.examples) for c, r in zip(components, self.rows)]
     self._order = order[0] if len(order) == 1 else grain.MapDataset.mix(
         order, [round(w / max(weights), 4) for w in weights])
+    self._notes = [getattr(c, 'note', '') for c in components]
     self.fingerprint = self._fingerprint(components, pack, kind, eos, start)
 
-  def _epochs(self, component: int, rows: int):
+  def _epochs(self, component: int, rows: _Rows):
     """Endless (component, epoch, row): each epoch a fresh permutation of the rows."""
-    dataset = grain.MapDataset.range(rows).seed(self.seed + component).shuffle().repeat()
-    return dataset.map_with_index(lambda i, row: (component, i // rows, int(row)))
+    dataset = grain.MapDataset.range(rows.count)
+    if rows.blocks == 1:
+      dataset = dataset.seed(self.seed + component).shuffle()
+    return dataset.repeat().map_with_index(lambda i, row: (component, i // rows.count, int(row)))
 
   def _fingerprint(self, components, pack, kind, eos, start) -> str:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run can tell."""
     digest = hashlib.sha256()
-    for c, rows in zip(components, self.rows):
+    for c in components:
       digest.update(json.dumps([c.name, float(c.rate), repr(c.objective)]).encode())
-      for example in rows.examples:
+      if known := getattr(c.examples, 'fingerprint', ''):
+        digest.update(f'{known} {BLOCK}'.encode())
+        continue
+      for example in c.examples:
+        if c.objective is None:
+          example, _ = features.trim(example, self._lengths, eos)
         for name in sorted(example):
           digest.update(f'{name} {len(example[name])} '.encode())
           digest.update(np.ascontiguousarray(example[name], np.int32))
@@ -143,9 +237,9 @@ class Pipeline:
 
     The last batch is filled with empty rows, which carry no loss.
     """
-    places = [(r, i) for r in self.rows for i in range(len(r.layout))]
-    for first in range(0, len(places), self.batch_size):
-      rows = [r.row(0, i) for r, i in places[first:first + self.batch_size]]
+    places = ((r, i) for r in self.rows for i in range(r.count))
+    while part := list(itertools.islice(places, self.batch_size)):
+      rows = [r.row(0, i) for r, i in part]
       empty = {name: np.zeros_like(x) for name, x in rows[0].items()}
       rows += [empty] * (self.batch_size - len(rows))
       yield {name: np.stack([r[name] for r in rows]) for name in empty}
@@ -175,10 +269,11 @@ class Pipeline:
   def summary(self) -> list[str]:
     """A line for each task: examples, rows, fill, and how many were cut to the length limit."""
     lines = []
-    for r in self.rows:
-      line = (f'{r.name}: {len(r.examples):,} examples in {len(r.layout):,} rows an epoch, '
+    for r, note in zip(self.rows, self._notes):
+      lines += [note] if note else []
+      line = (f'{r.name}: {len(r.examples):,} examples in {r.count:,} rows an epoch, '
               f'{r.fill:.0%} of the slots filled')
-      if r.cut:
+      if len(r.cut):
         first = ', '.join(f'{r.name}:{i}' for i in r.cut[:3])
         limit = ', '.join(f'{k} {v}' for k, v in self._lengths.items())
         line += f'; {len(r.cut)} longer than the limit ({limit}) were cut, EOS kept: {first}, …'

@@ -3,15 +3,17 @@
 seqio supplies targets, postprocessors and metric functions; decoding is ours. Imports TensorFlow.
 """
 
+import collections
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 
 from absl import logging
 import numpy as np
 
-from t5lab.data import features, pipeline, prompts, tasks, vocab
-from t5lab.data.tasks import seqio, tf  # there TensorFlow is kept off the accelerators
+from t5lab.data import features, own_files, pipeline, prompts, tasks, vocab
+from t5lab.data.seqio_tf import seqio, tf  # there TensorFlow is kept off the accelerators
 from t5lab.errors import DataError
 
 
@@ -47,21 +49,22 @@ class Evaluation:
   """A split of a Task or Mixture, read once and scored as often as asked.
 
   lengths: tokens of each feature; longer inputs are cut, references never are. examples: the first
-  so many of each task, 0 for all. kind: of model, one of features.KINDS (decoder_only is the older
-  way to say 'decoder'); start: the decoder's first input token.
+  so many of each task, 0 for all. kind: of model, one of features.KINDS; start: the decoder's first
+  input token; files, modules: as tasks.register's.
   """
 
   def __init__(self, name: str, split: str, *, vocab_spec: str, lengths: dict[str, int],
-               examples: int = 0, batch_size: int = 64, kind: str | None = None,
-               decoder_only: bool = False, start: int = features.BOS):
-    self.name, self.split = name, split
+               examples: int = 0, batch_size: int = 64, kind: str = 'encoder_decoder',
+               start: int = features.BOS, files=None, modules=()):
+    self.name, self.split, self._files = name, split, files
     self._vocab = vocab.load(vocab_spec)
-    components = tasks.open_components(name, split, lengths, vocab_spec)
+    components = tasks.open_components(name, split, lengths, vocab_spec, files=files,
+                                       modules=modules)
     if examples:
       components = [dataclasses.replace(c, examples=c.examples[:examples]) for c in components]
     self._rows = pipeline.Pipeline(
         components, lengths, batch_size=batch_size, seed=0, pack=True, kind=kind,
-        decoder_only=decoder_only, eos=self._vocab.eos_id, start=start)
+        eos=self._vocab.eos_id, start=start)
     scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
     with _without_advice():
       self._evaluators = {task: self._open(task, lengths, examples) for task in scored}
@@ -78,15 +81,19 @@ class Evaluation:
   def loss(self, sums: Callable[[dict], dict]) -> dict[str, float]:
     """Mean cross-entropy and accuracy over all target tokens, or classes, of the split.
 
-    sums(batch) -> {'loss', 'correct', 'weight'} of one batch of model features.
+    Where texts are pairs, also those of 'does the second follow', which the loss then includes.
+    sums(batch) -> {'loss', 'correct', 'weight', …} of one batch of model features.
     """
-    total = dict.fromkeys(('loss', 'correct', 'weight'), 0.)
+    total = collections.Counter()
     for batch in self._rows.epoch():
-      for k, v in sums(batch).items():
-        if k in total:
-          total[k] += float(v)
+      total.update({k: float(v) for k, v in sums(batch).items()})
     tokens = max(total['weight'], 1.)
-    return {'loss': total['loss'] / tokens, 'accuracy': total['correct'] / tokens}
+    scores = {'loss': total['loss'] / tokens, 'accuracy': total['correct'] / tokens}
+    if pairs := total['nsp_weight']:
+      scores['nsp_loss'] = total['nsp_loss'] / pairs
+      scores['nsp_accuracy'] = total['nsp_correct'] / pairs
+      scores['loss'] += scores['nsp_loss']
+    return scores
 
   def decode(self, generate: Callable[[list[list[int]]], np.ndarray], step: int = 0,
              ) -> tuple[dict[str, dict[str, float]], list[Prediction]]:
@@ -107,8 +114,10 @@ class Evaluation:
       scores[task] = {k: float(v) for k, v in result.result()[task].items()}
       cached = evaluator.cached_task_datasets[task].as_numpy_iterator()
       text = lambda ex, name: ex.get(name, b'').decode('utf-8', 'replace')
+      source = (self._files.source if task == own_files.NAME else
+                functools.partial(prompts.source, task))
       predictions += [
-          Prediction(task, i, prompts.source(task, text(ex, 'inputs_pretokenized')),
+          Prediction(task, i, source(text(ex, 'inputs_pretokenized')),
                      text(ex, 'targets_pretokenized'), decoded[i])
           for i, ex in enumerate(cached)]
     return scores, predictions

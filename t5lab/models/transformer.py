@@ -299,9 +299,10 @@ class Transformer(nn.Module):
   def __call__(self, batch: dict[str, Array]) -> Array:
     """Model features -> float32 logits[B, T, V]: of the token after each decoder input, or, of an
     encoder-only model, of the token at each position."""
+    x = self.hidden(batch)
     if self.is_initializing() and self.config.pooler:     # heads that the logits do not pass
-      self.next_sentence(batch)
-    return self.unembed(self.hidden(batch))
+      self.next_logits(x)
+    return self.unembed(x)
 
   def pooled(self, batch: dict[str, Array]) -> Array:
     """Model features -> [B, D], one vector an input: see TransformerConfig.pool."""
@@ -320,9 +321,12 @@ class Transformer(nn.Module):
     return jnp.tanh(self.pooler(x[:, 0])) if c.pool == 'pooler' else x[:, 0]
 
   def next_sentence(self, batch: dict[str, Array]) -> Array:
-    """-> float32[B, 2]: logits of 'is the next sentence' and 'is a random one'; without that head
-    its input [B, D]. [Devlin et al. 2019, 3.1]"""
-    x, _ = self._encode(batch)
+    """Model features -> `next_logits` of the encoder's output."""
+    return self.next_logits(self._encode(batch)[0])
+
+  def next_logits(self, x: Array) -> Array:
+    """[B, S, D] of the encoder -> float32[B, 2]: logits of 'is the next sentence' and 'is a random
+    one'; without that head its input [B, D]. [Devlin et al. 2019, 3.1]"""
     x = jnp.tanh(self.pooler(x[:, 0]))
     return self.nsp(x) if self.config.nsp else x
 

@@ -74,7 +74,11 @@ def _train(c, workdir, signals, resume, allow_data_change):
   vocab.check_rows(words, c.model.vocab_size, 'this config (model.vocab_size)')
   vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
   lengths = c.data.lengths.to_dict()
-  components = tasks.open_components(c.data.mixture, c.data.split, lengths, c.data.vocab)
+  files, modules = configs.files(c), tuple(c.data.modules)
+  components = tasks.open_components(
+      c.data.mixture, c.data.split, lengths, c.data.vocab, files=files, modules=modules,
+      cached=c.data.cache, mixing=mixing(c))
+  tasks.select(c.eval.mixture or c.data.mixture, c.eval.split)     # there at the end, or fail now
   data = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
       kind=shape.kind, eos=words.eos_id, start=c.model.start_id, process_index=jax.process_index(),
@@ -344,7 +348,17 @@ def open_evaluation(c, split: str | None = None):
   return Evaluation(
       c.eval.mixture or c.data.mixture, split or c.eval.split, vocab_spec=c.data.vocab,
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
-      kind=configs.model_config(c).kind, start=c.model.start_id)
+      kind=configs.model_config(c).kind, start=c.model.start_id, files=configs.files(c),
+      modules=tuple(c.data.modules))
+
+
+def mixing(c):
+  """How several tasks are mixed; None where a Mixture has rates of its own."""
+  from t5lab.data import tasks
+  m = c.data.mixing
+  if ',' in c.data.mixture or m.temperature != 1 or m.limit:
+    return tasks.Mixing(m.temperature, m.limit)
+  return None
 
 
 def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,

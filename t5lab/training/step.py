@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from t5lab import trees
+from t5lab.errors import UsageError
 from t5lab.models import moe
 from t5lab.models.transformer import Transformer
 from t5lab.training import lora, losses, optim
@@ -62,12 +63,21 @@ def variables(params: PyTree, base: PyTree | None, lora_scale: float) -> PyTree:
 def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None, base=None,
               lora_scale: float = 1.) -> losses.Sums:
   """Sums over the batch's tokens: loss, z_loss, weight, correct; with experts their statistics too,
-  each times weight, so that a division by weight gives their mean."""
+  each times weight, so that a division by weight gives their mean.
+
+  Of a model with nsp and a batch with its labels, sums over the rows too: nsp_loss, nsp_weight,
+  nsp_correct, from the same pass of the encoder.
+  """
   given = variables(params, base, lora_scale)
   hidden, collected = model.apply(given, batch, rngs=rngs, method='hidden', mutable=['router'])
   unembed = lambda x: model.apply(given, x, method='unembed')
   side = 'decoder' if model.config.dec_layers else 'encoder'
   targets, weights = batch[f'{side}_target_tokens'], batch[f'{side}_loss_weights']
+  if hidden.shape[:2] != targets.shape:
+    raise UsageError(
+        f'the data has {targets.shape[1]} targets a row, the model predicts {hidden.shape[1]} with '
+        f'model.classes={model.config.classes}: a classifier takes one class an input, all else '
+        'needs model.classes=0')
   settings = dict(z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
   if loss.chunks > 1:
     sums = losses.chunked_cross_entropy(
@@ -82,19 +92,37 @@ def loss_sums(model: Transformer, params: PyTree, batch, loss: Loss, rngs=None, 
       rows = jnp.mean(jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in layers]), axis=0)
       sums[name] = jnp.sum(rows * jnp.sum(weights, axis=1))
     sums['loss'] += loss.balance * sums['balance'] + loss.router_z * sums['router_z']
+  if _has_next(model, batch):
+    logits = model.apply(given, hidden, method='next_logits')[:, None]
+    found = losses.cross_entropy(logits, batch['encoder_next_labels'],
+                                 batch['encoder_next_weights'])
+    sums |= {f'nsp_{name}': found[name] for name in ('loss', 'weight', 'correct')}
   return sums
+
+
+def _has_next(model, batch) -> bool:
+  return model.config.nsp and 'encoder_next_labels' in batch
+
+
+def _count(weights: Array) -> Array:
+  """What a sum over so many is divided by: float32, at least 1."""
+  return jnp.maximum(jnp.sum(weights.astype(jnp.float32)), 1.)
 
 
 def gradients(model, params, batch, loss: Loss, key, microbatches: int, **frozen):
   """(gradient of the summed loss, sums), over microbatches in one scan when there are several.
 
   Nothing is divided before the end, so k x B/k rows weigh each token as 1 x B does. Microbatch i
-  takes every k-th row: rows sharded over devices stay where they are.
+  takes every k-th row: rows sharded over devices stay where they are. Next-sentence losses are
+  summed times tokens / labels of the whole batch: a division by its tokens leaves their mean.
   """
+  if has_next := _has_next(model, batch):
+    scale = _count(batch['encoder_loss_weights']) / _count(batch['encoder_next_weights'])
+
   def one(batch, key):
     def f(p):
       sums = loss_sums(model, p, batch, loss, {'dropout': key}, **frozen)
-      return sums['loss'], sums
+      return sums['loss'] + scale * sums['nsp_loss'] if has_next else sums['loss'], sums
     return jax.grad(f, has_aux=True)(params)
 
   if microbatches == 1:
@@ -117,13 +145,15 @@ def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None =
                ) -> tuple[TrainState, Metrics]:
   """One update. Pure: same state and batch, same result, on any mesh. Metrics are float32 scalars.
 
-  The loss is the mean over the loss tokens of the global batch, in whatever parts it was computed.
+  The loss is the mean over the loss tokens of the global batch, in whatever parts it was computed;
+  where it has next-sentence labels, plus the mean of their loss. [Devlin et al. 2019, A.2; their
+  code divides by the tokens + 1e-5, this by at least 1]
   base: frozen weights, of which state.params are then the adapters (training/lora.py).
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   grads, sums = gradients(model, state.params, batch, loss, key, microbatches, base=base,
                           lora_scale=lora_scale)
-  tokens = jnp.maximum(sums['weight'], 1.)
+  tokens = _count(sums['weight'])
   grads = jax.tree.map(lambda g: g / tokens, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -137,11 +167,15 @@ def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None =
       'param_norm': optax.global_norm(params),
       **{name: sums[name] / tokens for name in moe.STATISTICS if name in sums},
   }
+  if 'nsp_loss' in sums:
+    rows = _count(sums['nsp_weight'])
+    metrics |= {'nsp_loss': sums['nsp_loss'] / rows, 'nsp_accuracy': sums['nsp_correct'] / rows}
+    metrics['loss'] += metrics['nsp_loss']
   return TrainState(state.step + 1, params, opt_state, average), metrics
 
 
 def eval_step(params: PyTree, batch, *, model: Transformer) -> losses.Sums:
-  """Sums of the plain cross-entropy, without dropout, smoothing or z-loss."""
+  """`loss_sums` of the plain cross-entropy, without dropout, smoothing or z-loss."""
   return loss_sums(model, params, batch, Loss())
 
 

@@ -148,3 +148,42 @@ def test_segments_want_sentinels():
     objectives.span_corruption_segment('x', {'inputs': 64, 'targets': 64}, 0)
   with pytest.raises(UsageError, match='makes 14 spans, the vocabulary has 13 sentinels'):
     objectives.span_corruption_segment('x', {'inputs': 256, 'targets': 64}, 13)
+
+
+def test_segments_of_other_spans_fill_their_lengths():
+  """ByT5's mean of 20 and UL2's rows: T5's rule, exact sizes, and one token more does not fit."""
+  lengths = {'inputs': 1024, 'targets': 189}
+  segment = lambda *spans: objectives.span_corruption_segment('x', lengths, 100, *spans)
+  assert segment(0.15, 20.) == 1193
+  assert objectives.span_corruption_sizes(1193, 0.15, 20.) == {'inputs': 1024, 'targets': 189}
+  with pytest.raises(UsageError, match='targets of 229 tokens, the limit is 189'):
+    segment()
+  lengths = {'inputs': 64, 'targets': 64}
+  assert segment(0.5, 3.) == 94
+  assert objectives.span_corruption_sizes(94, 0.5, 3.) == {'inputs': 64, 'targets': 64}
+  lengths = {'inputs': 512, 'targets': 512}
+  with pytest.raises(UsageError, match='makes 128 spans, the vocabulary has 100 sentinels'):
+    segment(0.5, 3.)
+  for spans in (0., 3.), (1., 3.), (1.5, 3.), (0.15, 0.5):
+    with pytest.raises(UsageError, match=f'share of {spans[0]} in spans of {spans[1]} tokens'):
+      segment(*spans)
+
+
+@pytest.mark.parametrize('length, sizes', [(1, (2, 2)), (0, (1, 1))])
+def test_span_corruption_of_a_token_or_none_keeps_it(rng, length, sizes):
+  made = objectives.span_corruption([7][:length], rng, sentinel=99, eos=1)
+  assert made['inputs'].tolist() == [7][:length] + [1]
+  assert made['targets'].tolist() == [99][:length] + [1]
+  assert tuple(map(len, made.values())) == sizes
+  assert all(len(made[f]) <= n for f, n in objectives.span_corruption_sizes(length).items())
+
+
+def test_pieces_are_the_document_closed():
+  pieces = lambda tokens, length: [p.tolist() for p in objectives.pieces(tokens, length, eos=1)]
+  assert pieces([5, 6, 7, 8, 9], 4) == [[5, 6, 7, 8], [9, 1]]
+  assert pieces([5, 6, 7], 4) == [[5, 6, 7, 1]]
+  assert pieces([5, 6, 7, 8], 4) == [[5, 6, 7, 8], [1]]
+  assert pieces([1, 1], 2) == [[1, 1], [1]]
+  assert pieces([5], 1) == [[5], [1]]
+  assert pieces([], 4) == []
+  assert objectives.pieces(np.array([5], np.int64), 4, eos=1)[0].dtype == np.int32

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import seqio
 
-from t5lab.data import corpora, objectives, prompts, tasks, vocab
+from t5lab.data import corpora, embedded_tasks, objectives, prompts, seqio_tf, tasks, vocab
+from t5lab.data.text_tasks import OBJECTIVES
 from t5lab.errors import DataError, UsageError
 from t5lab.evaluation import metrics
 
@@ -40,6 +41,11 @@ def tiny(monkeypatch):
   tasks.register('byte')
   yield
   tasks._registered = 'none'
+
+
+def bounds(component):
+  """Upper bounds of what the objective makes of the first example."""
+  return component.objective.sizes({'targets': len(component.examples[0]['targets'])})
 
 
 def ids(text, eos=True):
@@ -97,13 +103,13 @@ def test_answers_are_padded_lists_for_the_metric(tiny):
 
 
 def test_metric_functions_are_the_tasks_own():
-  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in tasks.OURS}
+  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in embedded_tasks.NAMES}
   assert fns == {
       'ha_ende': [metrics.bleu, metrics.chrf], 'ha_enfr': [metrics.bleu, metrics.chrf],
       'ha_enes': [metrics.bleu, metrics.chrf], 'docs_summarize': [metrics.rouge],
-      'numpydoc_qa': [metrics.squad], 'books_span_corruption': [], 'books_prefix_lm': [],
-      'books_lm': [], 'docs_match': [],
-      'g2p_en_us': [metrics.exact_match, metrics.phoneme_error_rate]}
+      'numpydoc_qa': [metrics.squad], 'docs_match': [],
+      'g2p_en_us': [metrics.exact_match, metrics.phoneme_error_rate],
+      **{f'books_{objective}': [] for objective in OBJECTIVES}}
 
 
 def test_match_is_two_closed_texts_and_a_class(tiny):
@@ -117,7 +123,7 @@ def test_match_is_two_closed_texts_and_a_class(tiny):
 
 
 def test_a_word_alone_is_in_no_mixture(tiny):
-  assert 'g2p_en_us' in tasks.SUPERVISED and 'g2p_en_us' not in tasks.MIXED
+  assert 'g2p_en_us' in embedded_tasks.SUPERVISED and 'g2p_en_us' not in embedded_tasks.MIXED
   assert prompts.prompt('g2p_en_us', 'See') == prompts.prompt('g2p_en_us', {'word': 'See'}) == 'See'
   assert prompts.source('g2p_en_us', 'See') == 'See'
 
@@ -129,11 +135,11 @@ def test_prefix_and_end_of_another_vocabulary(tmp_path):
   (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
   spec = str(tmp_path / 'vocab.txt')
   v = vocab.load(spec)
-  inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
+  inputs, targets = (seqio_tf.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
   assert (inputs.eos_id, inputs.unk_id, inputs.pad_id, inputs.bos_id) == (3, 1, 0, None)
   assert inputs.encode('ab') == [2, 5, 32] == inputs.encode_tf('ab').numpy().tolist()
   assert targets.encode('ab') == [2, 5, 32] and inputs == targets
-  plain = tasks.SeqioVocabulary(spec)
+  plain = seqio_tf.SeqioVocabulary(spec)
   assert plain.encode('ab') == [5, 32] and inputs != plain
   match, = tasks.open_components('docs_match', 'validation', {'inputs': 64, 'targets': 1}, spec)
   row = corpora.load('match', 'validation')[0]
@@ -151,7 +157,7 @@ def test_two_tables_of_characters(tmp_path):
       {'inputs': '____abc', 'targets': '____ABCD', 'pad_id': 0, 'bos_id': 1, 'eos_id': 2,
        'unk_id': 3}))
   spec = str(tmp_path / 'characters.json')
-  inputs, targets = (tasks.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
+  inputs, targets = (seqio_tf.SeqioVocabulary(spec, f) for f in ('inputs', 'targets'))
   assert inputs.encode('ab') == [1, 4, 5] and targets.encode('AB') == [1, 4, 5]
   assert targets.decode([4, 7, 2, 4]) == 'AD'
 
@@ -174,14 +180,14 @@ def test_prefix_lm_segments_and_cuts(tiny):
     for x in both:
       assert x['inputs'][-1] == x['targets'][-1] == 1
       assert x['inputs'][:-1].tolist() + x['targets'][:-1].tolist() == ids(segment, False)
-  assert component.objective.sizes(component.examples[0]) == {'inputs': 4, 'targets': 4}
+  assert bounds(component) == {'inputs': 4, 'targets': 4}
 
 
 def test_span_corruption_tokens(tiny):
   """10 bytes: 2 are noise in one span, so always the last two; the vocabulary has 359 ids."""
   plain, component = both_ways('books_span_corruption', {'inputs': 10, 'targets': 4}, seed=0)
   assert component.examples[0]['targets'].tolist() == ids('abcdefghij', eos=False)
-  assert component.objective.sizes(component.examples[0]) == {'inputs': 10, 'targets': 4}
+  assert bounds(component) == {'inputs': 10, 'targets': 4}
   made = component.objective.apply(component.examples[0], np.random.default_rng(0))
   for example in (plain[0], made):
     assert example['inputs'].tolist() == ids('abcdefgh', eos=False) + [358, 1]
@@ -213,7 +219,7 @@ def test_real_text_fills_t5s_lengths():
   tokens = [i for row in corpora.load('books', 'validation')
             for i in vocab.load().encode(row['text'])]
   assert np.concatenate([x['targets'] for x in component.examples]).tolist() == tokens
-  assert component.objective.sizes(component.examples[0]) == {'inputs': 512, 'targets': 114}
+  assert bounds(component) == {'inputs': 512, 'targets': 114}
 
 
 def test_objective_has_a_stable_name_for_the_fingerprint(tiny):
@@ -272,7 +278,7 @@ def test_register_moves_names_and_every_mixture_to_a_vocabulary():
 
 @pytest.mark.parametrize('spec', ['byte', 't5lab_2048'])
 def test_seqio_vocabulary_has_the_same_ids(spec):
-  v, s = vocab.load(spec), tasks.SeqioVocabulary(spec)
+  v, s = vocab.load(spec), seqio_tf.SeqioVocabulary(spec)
   text = 'a\n \u2581é <extra_id_3>'
   assert (s.vocab_size, s.pad_id, s.eos_id, s.unk_id) == (v.size, 0, 1, 2)
   assert s.encode(text) == s.encode_tf(text).numpy().tolist() == v.encode(text)
@@ -281,7 +287,7 @@ def test_seqio_vocabulary_has_the_same_ids(spec):
   assert s.decode(tokens + [1, 70]) == text
   assert s.decode_tf(np.array(tokens)).numpy().decode() == text
   assert [t.decode() for t in s.decode_tf(np.array([tokens, tokens])).numpy()] == [text, text]
-  assert s == tasks.SeqioVocabulary(spec) != tasks.SeqioVocabulary('t5lab_8192')
+  assert s == seqio_tf.SeqioVocabulary(spec) != seqio_tf.SeqioVocabulary('t5lab_8192')
 
 
 # Other people's tasks
@@ -289,7 +295,7 @@ def test_seqio_vocabulary_has_the_same_ids(spec):
 
 def _user_task(name, preprocessors=(), source=None, vocabulary=None):
   import tensorflow as tf
-  features = {f: seqio.Feature(vocabulary or tasks.SeqioVocabulary('byte'), add_eos=True)
+  features = {f: seqio.Feature(vocabulary or seqio_tf.SeqioVocabulary('byte'), add_eos=True)
               for f in ('inputs', 'targets')}
   source = source or seqio.FunctionDataSource(
       lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
@@ -326,13 +332,13 @@ def test_an_empty_split(user_task):
 
 
 def test_a_task_with_a_larger_vocabulary(user_task):
-  user_task(vocabulary=tasks.SeqioVocabulary('t5lab_2048'))
+  user_task(vocabulary=seqio_tf.SeqioVocabulary('t5lab_2048'))
   with pytest.raises(UsageError, match="own vocabulary of 2048 ids .* data.vocab='byte' has 359"):
     tasks.open_components('users_task', 'train', LONG, 'byte')
 
 
 def test_an_objective_that_is_not_last(user_task):
-  objective = tasks.NumpyObjective(objectives.prefix_lm, objectives.prefix_lm_sizes, eos=1)
+  objective = seqio_tf.NumpyObjective(objectives.prefix_lm, objectives.prefix_lm_sizes, eos=1)
   user_task(preprocessors=[objective, seqio.preprocessors.append_eos])
   with pytest.raises(UsageError, match='NumpyObjective must be the last preprocessor'):
     tasks.open_components('users_task', 'train', LONG, 'byte')

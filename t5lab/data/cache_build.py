@@ -1,0 +1,113 @@
+"""Fills a cache (cache.py) with the examples of a task, on many processes, each a shard at a time.
+
+Every process holds a batch of rows and 4 bytes for each feature of the rows of its shard. A process
+whose parent is gone ends within a thousand rows.
+"""
+from collections.abc import Callable
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+from pathlib import Path
+
+from t5lab.data import cache
+from t5lab.errors import DataError, Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One task and split, by what another process needs to open it itself: see tasks.register."""
+  task: str
+  split: str
+  lengths: dict[str, int]
+  vocab_spec: str
+  files: object = None
+  modules: tuple[str, ...] = ()
+
+
+def build(job: Job, root: str, *, shards: int, processes: int,
+          tick: Callable[[int], None] = lambda rows: None) -> dict:
+  """The manifest of the task's cache under `root`; nothing is done if it is there already.
+
+  tick: called with so many rows more, those of shards that were there among them.
+  Errors: DataError for rows that cannot be read, a disk that is full, a process that died; the
+  finished shards stay, and the same call goes on with the others.
+  """
+  from t5lab.data import task_identity, tasks
+  task = _open(job)
+  where = cache.folder(root, job.task, job.split)
+  identity = task_identity.identity(task, job.split, job.lengths, job.vocab_spec)
+  features = tasks.stored_features(task)
+  with cache.writing(where):
+    entries = cache.begin(where, identity, shards)
+  tick(sum(entry['rows'] for entry in entries.values()))
+  missing = [k for k in range(shards) if k not in entries]
+  if not missing and (where / cache.MANIFEST).exists():
+    return cache.read_manifest(where, '')
+  notes = []
+  for k, entry, note in _run(job, where, missing, shards, processes, tick):
+    entries[k] = entry
+    notes.append(note)
+  if not sum(entry['rows'] for entry in entries.values()):
+    raise DataError(f'task {job.task!r} has no examples in split {job.split!r} '
+                    f'(lengths {job.lengths})')
+  return cache.commit(where, identity, features, entries, [n for n in notes if n])
+
+
+def _run(job, where, missing, shards, processes, tick):
+  if processes == 1 or len(missing) < 2:
+    for k in missing:
+      yield _shard(job, where, k, shards, tick)
+    return
+  context = multiprocessing.get_context('spawn')     # TensorFlow's threads do not survive a fork
+  progress = context.Queue()
+  pool = concurrent.futures.ProcessPoolExecutor(
+      min(processes, len(missing)), context, _started, (progress, os.getpid()))
+  try:
+    running = {pool.submit(_remote, job, where, k, shards) for k in missing}
+    while running:
+      done, running = concurrent.futures.wait(running, 0.2, 'FIRST_COMPLETED')
+      while not progress.empty():
+        tick(progress.get())
+      for future in done:
+        yield future.result()
+  except concurrent.futures.process.BrokenProcessPool as e:
+    raise DataError(f'a process that was writing {where} died (out of memory?): the finished '
+                    'shards stay, the same command goes on; try fewer --processes') from e
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+      process.terminate()
+
+
+def _started(progress, parent):
+  global _progress, _parent
+  _progress, _parent = progress, parent
+
+
+def _remote(job, where, k, shards):
+  def tick(rows):
+    if os.getppid() != _parent:
+      os._exit(1)
+    _progress.put(rows)
+  return _shard(job, where, k, shards, tick)
+
+
+def _open(job):
+  from t5lab.data import tasks, vocab
+  tasks.register(job.vocab_spec, job.files, job.modules)
+  task = tasks.get(job.task)
+  tasks.check(task, vocab.load(job.vocab_spec))
+  return task
+
+
+def _shard(job: Job, where: Path, k: int, shards: int, tick) -> tuple[int, dict, str]:
+  """(k, the manifest's entry, what is to be said of bad rows)."""
+  from t5lab.data import tasks
+  task = _open(job)
+  examples = tasks.stream(task, job.split, job.lengths, (k, shards))
+  try:
+    entry = cache.write_shard(where, k, shards, examples, tasks.stored_features(task), tick)
+  except Failure as e:
+    raise type(e)(f'shard {k} of {shards}: {e}') from e
+  return k, entry, tasks.note(task, job.split)

@@ -1,0 +1,88 @@
+"""A person's own files as the seqio task 'files': nobody writes Python.
+
+What is wrong in the files is raised as one DataError, and the source's readers say how many rows
+were skipped.
+"""
+from collections.abc import Callable
+import functools
+import itertools
+
+from t5lab.data import own_files, rows, text_tasks
+from t5lab.data import task_parts as parts
+from t5lab.data.seqio_tf import seqio, tf
+from t5lab.errors import Failure, UsageError, did_you_mean
+from t5lab.evaluation import metrics
+
+SEVERAL = {f.__name__: f for f in (                  # metrics over several right answers
+    metrics.bleu, metrics.chrf, metrics.squad, metrics.trivia_qa)}
+METRICS = {**SEVERAL, **{f.__name__: f for f in (metrics.rouge, metrics.exact_match)}}
+
+
+def check(files: own_files.OwnFiles) -> None:
+  """UsageError for a metric or an objective that is none."""
+  for name in files.metrics:
+    if name not in METRICS:
+      raise UsageError(f'data.metrics names {name!r}.{did_you_mean(name, METRICS)}')
+  if files.objective and files.objective not in text_tasks.OBJECTIVES:
+    raise UsageError(f'data.objective={files.objective!r}.'
+                     + did_you_mean(files.objective, text_tasks.OBJECTIVES))
+  if not files.objective and not files.fields['inputs'] and not files.prompt:
+    raise UsageError("data.fields.inputs='' is text without inputs: say what to learn from it with "
+                     f'data.objective, one of {", ".join(text_tasks.OBJECTIVES)}')
+
+
+class FileSource(seqio.FunctionDataSource):
+  """The examples of OwnFiles as a seqio source: 'inputs', 'targets' and ragged 'answers'.
+
+  failure: what stopped the last reading, which tf.data would tell as an error of its own.
+  """
+
+  def __init__(self, files: own_files.OwnFiles):
+    self._files, self.failure = files, None
+    self.readers: dict[str, rows.Reader] = {}
+    super().__init__(lambda split, shuffle_files, seed=None: self.shard(split, 0, 1),
+                     splits=tuple(files.files))
+
+  def shard(self, split: str, k: int, n: int):
+    """A tf.data.Dataset of every n-th row, from the k-th on."""
+    def batches():
+      reader = self.readers[split] = self._files.reader(split, (k, n))
+      examples = (self._files.example(row.fields) for row in reader)
+      try:
+        while batch := list(itertools.islice(examples, parts.ROWS_A_CALL)):
+          yield {'inputs': [e['inputs'] for e in batch], 'targets': [e['targets'] for e in batch],
+                 'answers': tf.ragged.constant([e['answers'] for e in batch], tf.string)}
+      except Failure as e:
+        self.failure = e
+        raise
+
+    texts = tf.TensorSpec([None], tf.string)
+    dataset = tf.data.Dataset.from_generator(batches, output_signature={
+        'inputs': texts, 'targets': texts,
+        'answers': tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)})
+    return dataset.unbatch()
+
+  def fingerprint(self) -> str:
+    return self._files.fingerprint()
+
+
+def _of_first(metric: Callable) -> Callable:
+  """A metric of one reference, on targets that are lists of answers: the first is it."""
+  @functools.wraps(metric)
+  def of_first(targets, predictions):
+    return metric([answers[0] for answers in targets], predictions)
+  return of_first
+
+
+def add(spec: str, files: own_files.OwnFiles) -> None:
+  """Registers the task 'files' on the vocabulary `spec`."""
+  files.check()
+  check(files)
+  source = FileSource(files)
+  if files.objective:
+    text_tasks.add(own_files.NAME, spec, source, files.objective, column='targets')
+    return
+  fns = [METRICS[name] if name in SEVERAL else _of_first(METRICS[name]) for name in files.metrics]
+  parts.add(own_files.NAME, spec, source,
+            [parts.by_batch(parts.tokenize), seqio.preprocessors.append_eos_after_trim],
+            metric_fns=fns, postprocess_fn=parts.answers)

@@ -1,0 +1,184 @@
+"""BERT's two losses, from examples to the update: by hand, in parts, on meshes."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small_models import CONFIGS, jit, random_params
+
+from t5lab.data import features
+from t5lab.errors import UsageError
+from t5lab.models.transformer import Transformer
+from t5lab.parallel import sharding
+from t5lab.training import step as steps
+
+CONFIG = CONFIGS['bert']                     # two layers of 16, 48 ids
+MODEL = Transformer(CONFIG)
+CLS, SEP, MASK, LENGTH = 2, 1, 3, 14
+TX = optax.adam(5e-3)
+
+
+def example(r, pair=True):
+  """A pair of random texts: of every four predicted tokens two masked, one random, one kept."""
+  a, b = (r.randint(4, 48, r.randint(2, 6)) for _ in range(2))
+  targets = np.array([CLS, *a, SEP, *b, SEP], np.int32)
+  inputs, weights = targets.copy(), np.zeros_like(targets)
+  places = r.permutation(np.flatnonzero(targets > MASK))[:r.randint(1, 5)]
+  weights[places] = 1
+  inputs[places[:2]] = MASK
+  inputs[places[2:3]] = 40
+  out = {'inputs': inputs, 'targets': targets, 'weights': weights}
+  if pair:
+    out['types'] = np.repeat([0, 1], [len(a) + 2, len(b) + 1])
+    out['next'] = np.array([r.randint(2)])
+  return out
+
+
+def make_batch(form, rows):
+  """Model features of lists of examples, one list a row."""
+  made = [features.build_row(row, {'inputs': LENGTH}, kind='encoder', form=form, eos=SEP)
+          for row in rows]
+  return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+@pytest.fixture(scope='module')
+def examples():
+  r = np.random.RandomState(5)
+  return [example(r) for _ in range(6)]
+
+
+@pytest.fixture(scope='module')
+def batch(examples):
+  """Eight rows; 3 and 7 are empty, so that the last of four microbatches has no loss at all."""
+  a, b, c, d, e, f = ([x] for x in examples)
+  return make_batch('nsp', [a, b, c, [], d, e, f, []])
+
+
+@pytest.fixture(scope='module')
+def state():
+  return steps.new_state(random_params(CONFIG), TX, 0.)
+
+
+@functools.cache
+def stepper(microbatches=1, **loss):
+  return jit(functools.partial(steps.train_step, model=MODEL, tx=TX, loss=steps.Loss(**loss),
+                               ema=0., microbatches=microbatches))
+
+
+@pytest.fixture(scope='module')
+def stepped(state, batch):
+  return stepper()(state, batch)
+
+
+def gradient(state):
+  return jax.tree.map(lambda m: np.asarray(m) / 0.1, state.opt_state[0].mu)   # after one step
+
+
+def close(a, b, **kwargs):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kwargs), a, b)
+
+
+def by_hand(logits, targets):
+  """float64 losses [...] and hits [...] of logits [..., V]."""
+  x = np.asarray(logits, np.float64)
+  log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
+  return -np.take_along_axis(log_p, targets[..., None], -1)[..., 0], x.argmax(-1) == targets
+
+
+def test_both_losses_are_what_the_models_logits_say(state, batch, stepped):
+  apply = lambda method: jit(functools.partial(MODEL.apply, method=method))(
+      {'params': state.params}, batch)
+  loss, hit = by_hand(apply('__call__'), batch['encoder_target_tokens'])
+  next_loss, next_hit = by_hand(apply('next_sentence'), batch['encoder_next_labels'][:, 0])
+  predicted, rows = batch['encoder_loss_weights'] > 0, batch['encoder_next_weights'][:, 0] > 0
+  # tokens that no mask stands for are predicted too
+  assert predicted.sum() == 15 and (batch['encoder_input_tokens'] == MASK).sum() == 10
+  assert rows.sum() == 6 and 0 < batch['encoder_next_labels'].sum() < 6
+  want = {'loss': loss[predicted].mean() + next_loss[rows].mean(),
+          'accuracy': hit[predicted].mean(), 'tokens': 15, 'z_loss': 0,
+          'nsp_loss': next_loss[rows].mean(), 'nsp_accuracy': next_hit[rows].mean()}
+  got = dict(stepped[1])
+  assert got.pop('grad_norm') > 0 and got.pop('param_norm') > 0
+  close(got, want, rtol=1e-5)
+  sums = jit(functools.partial(steps.eval_step, model=MODEL))(state.params, batch)
+  close(dict(sums), {
+      'loss': loss[predicted].sum(), 'z_loss': 0, 'weight': 15, 'correct': hit[predicted].sum(),
+      'nsp_loss': next_loss[rows].sum(), 'nsp_weight': 6, 'nsp_correct': next_hit[rows].sum()},
+        rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_mean_plus_mean(state, batch, stepped):
+  def loss(params):
+    given = {'params': params}
+    mean = lambda logits, targets, weights: (optax.softmax_cross_entropy_with_integer_labels(
+        logits, targets) * weights).sum() / weights.sum()
+    tokens = MODEL.apply(given, batch)
+    pairs = MODEL.apply(given, batch, method='next_sentence')
+    return (mean(tokens, batch['encoder_target_tokens'], batch['encoder_loss_weights'])
+            + mean(pairs, batch['encoder_next_labels'][:, 0], batch['encoder_next_weights'][:, 0]))
+  want = jit(jax.grad(loss))(state.params)
+  assert all(np.abs(want[head]['kernel']).max() > 1e-3 for head in ('nsp', 'pooler', 'mlm_dense'))
+  close(gradient(stepped[0]), want, rtol=1e-4, atol=1e-6)
+
+
+def test_four_microbatches_equal_one_batch(state, batch, stepped):
+  parts, metrics = stepper(microbatches=4)(state, batch)
+  close(metrics, stepped[1], rtol=2e-5)
+  close(gradient(parts), gradient(stepped[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_empty_rows_change_nothing(state, examples, stepped):
+  full, metrics = stepper()(state, make_batch('nsp', [[x] for x in examples]))
+  close(metrics, stepped[1], rtol=1e-5)
+  close(gradient(full), gradient(stepped[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_change_nothing(state, batch, stepped):
+  chunked, metrics = stepper(chunks=4)(state, batch)
+  close(metrics, stepped[1], rtol=1e-5)
+  close(gradient(chunked), gradient(stepped[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_thirty_steps_bring_both_losses_down(state, batch, stepped):
+  s, first = stepped
+  for _ in range(30):
+    s, last = stepper()(s, batch)
+  assert first['loss'] - first['nsp_loss'] > 4 and first['nsp_loss'] > 0.6
+  assert last['loss'] - last['nsp_loss'] < 2.5 and last['nsp_loss'] < 0.1
+  assert last['accuracy'] > first['accuracy'] and last['nsp_accuracy'] == 1
+
+
+def test_eight_devices_equal_one(state, batch, stepped):
+  mesh = sharding.make_mesh(8, 1)
+  boxed, _ = steps.abstract_params(MODEL, batch)
+  params = jax.tree.map(jax.device_put, state.params, sharding.shardings(boxed, mesh, 'fsdp'))
+  with sharding.use(mesh, 'fsdp'):
+    spread, metrics = stepper(z_loss=0.)(
+        steps.new_state(params, TX, 0.), sharding.put(batch, mesh))
+  assert spread.params['pooler']['kernel'].sharding.num_devices == 8
+  close(metrics, stepped[1], rtol=1e-5)
+  close(gradient(spread), gradient(stepped[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_without_pairs_texts_are_packed_and_only_tokens_count(state):
+  r = np.random.RandomState(1)
+  texts = [x for x in (example(r, pair=False) for _ in range(40)) if len(x['inputs']) == 7][:2]
+  sums = jit(functools.partial(steps.eval_step, model=MODEL))
+  packed = sums(state.params, make_batch('mlm', [texts, []]))
+  assert sorted(packed) == ['correct', 'loss', 'weight', 'z_loss'] and packed['weight'] > 2
+  close(sums(state.params, make_batch('mlm', [[x] for x in texts])), packed, rtol=1e-5)
+
+
+def test_targets_that_do_not_fit_the_model_are_an_error(batch):
+  params = jax.eval_shape(functools.partial(steps.init_params, MODEL, 0), batch)
+  one = dict(batch, encoder_target_tokens=batch['encoder_target_tokens'][:, :1])
+  with pytest.raises(UsageError, match='1 targets a row, the model predicts 14 with model.classes'):
+    jax.eval_shape(functools.partial(steps.eval_step, model=MODEL), params, one)
+
+
+def test_both_losses_read_one_pass_of_the_encoder(batch):
+  params = jax.eval_shape(functools.partial(steps.init_params, MODEL, 0), batch)
+  program = str(jax.make_jaxpr(functools.partial(steps.eval_step, model=MODEL))(params, batch))
+  assert program.count('scan[') == 1
