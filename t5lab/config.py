@@ -178,8 +178,11 @@ def apply(c: ConfigDict, overrides: dict[str, str]) -> None:
   """Sets what a command line gives. Files given there are the data, whatever mixture c names."""
   for key, value in overrides.items():
     override(c, key, value)
-  if any(key.startswith('data.files.') for key in overrides) and 'data.mixture' not in overrides:
-    c.data.mixture, c.eval.mixture = own_files.NAME, ''
+  if any(key.startswith('data.files.') for key in overrides):
+    if 'data.mixture' not in overrides:
+      c.data.mixture = own_files.NAME
+    if 'eval.mixture' not in overrides:
+      c.eval.mixture = ''
 
 
 def files(c: ConfigDict) -> own_files.OwnFiles | None:

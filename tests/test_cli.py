@@ -35,11 +35,12 @@ def call(*argv, capsys):
 def test_help_of_every_command(capsys):
   code, out, _ = call('--help', capsys=capsys)
   assert code == 0 and all(name in out for name in cli.COMMANDS)
+  needs = {'convert': 'SRC DST', 'cache': '--config', 'inspect': '--config', 'data': 'dedup'}
   for name in cli.COMMANDS:
     done = subprocess.run([sys.executable, '-m', 't5lab.cli', name, '--help'],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert ('SRC DST' if name == 'convert' else '--workdir') in done.stdout
+    assert needs.get(name, '--workdir') in done.stdout
   code, out, _ = call('--version', capsys=capsys)
   assert code == 0 and out.count('.') == 2
 
@@ -52,8 +53,9 @@ def test_help_of_every_command(capsys):
      "unknown config key 'optim.lrr'. Did you mean 'lr'"),
     (['train', '--config', QUICKSTART, '--workdir', 'x', '--config.optim.lr'], 2, 'needs a value'),
     (['eval', '--workdir', 'nowhere'], 2, 'nowhere'),
-    (['infer', '--workdir', 'nowhere', '--input', 'no.jsonl'], 3, 'cannot read no.jsonl'),
-    (['eval', '--workdir', 'x', '--config.optim.lr=1'], 2, 'eval takes changes of eval.* only'),
+    (['infer', '--workdir', 'nowhere', '--input', 'no.jsonl'], 3, "no file matches 'no.jsonl'"),
+    (['eval', '--workdir', 'x', '--config.optim.lr=1'], 2,
+     'eval takes changes of eval.* and of what the data is: data.files'),
 ])
 def test_a_mistake_is_one_line_with_its_code(argv, code, message, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -92,10 +94,10 @@ def test_infer_jsonl(workdir, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('data, message', [
-    (b'{"en": "a"}\n{"en": "b\xff"}\n', ':2: byte 9 (0xff) is not UTF-8'),
+    (b'{"en": "a"}\n{"en": "b\xff"}\n', ':2: not UTF-8: byte 0xff at byte 9'),
     (b'{"en": "a"}\nnot json\n', ':2: not JSON'),
-    (b'[1]\n', ':1: expected a JSON object, found list'),
-    (b'', 'is empty'),
+    (b'[1]\n', ':1: a JSON list, not an object'),
+    (b'', 'holds no rows'),
 ])
 def test_bad_rows_are_named_and_nothing_is_written(data, message, capsys, tmp_path):
   source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   for key in overrides:
     if not key.startswith(MAY_CHANGE):
-      raise UsageError(f'--config.{key}: eval takes changes of {", ".join(MAY_CHANGE)} only')
+      raise UsageError(f'--config.{key}: eval takes changes of eval.* and of what the data is: '
+                       f'{", ".join(k.rstrip(".") for k in MAY_CHANGE[1:])}')
 
   import jax
 

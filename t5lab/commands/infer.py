@@ -4,10 +4,11 @@ t5lab infer --workdir DIR --chat < lines          each line a user's message, by
 t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for each [MASK]; a '|', or
                                                   in JSONL a list, between one mask and the next
 
-DIR is a run, or what `t5lab convert` wrote. A line in, a line out, in order. JSONL rows are objects
-with the fields of the task (translation: en; question answering: question and context) or
-{"inputs": the model's input as it is}; each comes back with "output" added. Plain lines fill a
-task's only field.
+DIR is a run, or what `t5lab convert` wrote. A line in, a line out, in order. Rows of JSONL, CSV,
+TSV or Parquet are objects with the fields of the task (translation: en; question answering:
+question and context; your own files: your columns) or {"inputs": the model's input as it is}; each
+comes back as JSON with "output" added. Plain lines fill a task's only field. To make the inputs of
+other columns than in training: --config.data.prompt='ask: {q}' or --config.data.fields.inputs=q.
 """
 
 import argparse
@@ -17,10 +18,13 @@ import os
 from pathlib import Path
 import sys
 
-from t5lab.commands import Parser, use_compilation_cache
+from t5lab.commands import Parser, split_overrides, use_compilation_cache
+from t5lab.data import own_files, row_formats
+from t5lab.data import rows as reading
 from t5lab.errors import DataError, UsageError
 
 CHUNK = 1024     # rows decoded before their output is written
+MAY_CHANGE = ('data.prompt', 'data.fields.inputs')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
                       help='default: the average where the run keeps one')
   parser.add_argument('--task', help="whose prompt to put around each row; default: the run's own; "
                                      "'' for none")
-  parser.add_argument('--input', help='a .jsonl or text file; default: standard input, as text')
+  parser.add_argument('--input', help='.jsonl, .csv, .tsv or .parquet, or else text; default: '
+                                      'standard input, as text')
   parser.add_argument('--output', help='a file; default: standard output')
   use = parser.add_mutually_exclusive_group()
   use.add_argument('--chat', action='store_true', help='rows are messages of a user to the model')
@@ -44,17 +49,25 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--top-k', type=int)
   parser.add_argument('--top-p', type=float)
   parser.add_argument('--seed', type=int)
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(argv)
+  for key in overrides:
+    if key not in MAY_CHANGE:
+      raise UsageError(f'--config.{key}: infer takes changes of {", ".join(MAY_CHANGE)} only')
   if args.task is not None and (args.chat or args.fill_mask):
     raise UsageError(f'--task {args.task} puts a prompt around texts, --chat and --fill-mask take '
                      'them as they are')
 
+  from t5lab import config as configs
   from t5lab import lab as labs
   use_compilation_cache()
   rows, as_json = read(args.input)
   if args.output and not Path(args.output).absolute().parent.is_dir():
     raise UsageError(f'--output {args.output}: its folder does not exist')
   lab = labs.load(args.workdir, args.step, args.weights)
+  for key, value in overrides.items():
+    configs.override(lab.config, key, value)
+    lab.config.data.mixture = own_files.NAME
   if args.chat or args.fill_mask:
     texts = [_text(row, number) for number, row in enumerate(rows, start=1)]
   options = dict(length=args.max_length, beams=args.beams, temperature=args.temperature,
@@ -114,36 +127,27 @@ def _line(output) -> str:
 
 
 def read(path: str | None) -> tuple[list, bool]:
-  """(rows, whether they are JSON). A DataError names the file, the line and what is wrong."""
+  """(rows, whether they are objects). A DataError names the file, the line and what is wrong."""
+  if path and row_formats.is_table(path):
+    return [row.fields for row in reading.Reader([path], bad_rows=0, flag='')], True
   name = path or 'standard input'
   try:
     data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
   except OSError as e:
     raise DataError(f'cannot read {name}: {e.strerror}') from e
-  as_json = bool(path) and path.endswith(('.jsonl', '.json'))
   rows = []
   lines = data.removeprefix(b'\xef\xbb\xbf').split(b'\n')
   if lines and not lines[-1]:
     lines.pop()
   for number, line in enumerate(lines, start=1):
     try:
-      text = line.rstrip(b'\r').decode('utf-8')
+      rows.append(line.rstrip(b'\r').decode('utf-8'))
     except UnicodeDecodeError as e:
       raise DataError(f'{name}:{number}: byte {e.start} (0x{line[e.start]:02x}) is not UTF-8; '
                       'convert the file, as with iconv -f latin1 -t utf-8') from e
-    if not as_json:
-      rows.append(text)
-      continue
-    try:
-      row = json.loads(text)
-    except ValueError as e:
-      raise DataError(f'{name}:{number}: not JSON: {e}') from e
-    if not isinstance(row, dict):
-      raise DataError(f'{name}:{number}: expected a JSON object, found {type(row).__name__}')
-    rows.append(row)
   if not rows:
     raise DataError(f'{name} is empty')
-  return rows, as_json
+  return rows, False
 
 
 @contextlib.contextmanager

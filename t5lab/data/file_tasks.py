@@ -46,9 +46,9 @@ class FileSource(seqio.FunctionDataSource):
   def shard(self, split: str, k: int, n: int):
     """A tf.data.Dataset of every n-th row, from the k-th on."""
     def batches():
-      reader = self.readers[split] = self._files.reader(split, (k, n))
-      examples = (self._files.example(row.fields) for row in reader)
       try:
+        reader = self.readers[split] = self._files.reader(split, (k, n))
+        examples = (self._files.example(row.fields) for row in reader)
         while batch := list(itertools.islice(examples, parts.ROWS_A_CALL)):
           yield {'inputs': [e['inputs'] for e in batch], 'targets': [e['targets'] for e in batch],
                  'answers': tf.ragged.constant([e['answers'] for e in batch], tf.string)}

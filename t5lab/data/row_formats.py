@@ -41,6 +41,14 @@ def format_of(file: str) -> tuple[str, str]:
   return format, packing
 
 
+def is_table(file: str) -> bool:
+  """Do its rows have named fields, by the name of the file? Text of other names has lines."""
+  try:
+    return format_of(file)[0] != 'txt'
+  except UsageError:
+    return False
+
+
 class Turns:
   """Which rows are those of shard k of n, by their running number over all files."""
 

@@ -120,7 +120,7 @@ class Reader:
   shard (k, n): only rows whose running number over all files (bad ones included) is k modulo n,
     so that n shards share the rows out exactly; counts and share are of the shard.
   required: fields that must hold text; those that `lists` names too may hold a list of texts.
-  flag: of the command line, that messages name as the way to another limit.
+  flag: of the command line, that messages name as the way to another limit; '': there is none.
   Raises DataError for files with nothing in them, broken files and too many bad rows.
   """
 
@@ -189,8 +189,8 @@ class Reader:
     if len(self.problems) < SHOWN:
       self.problems.append((file, line, reason))
     if self.bad_rows == 0:
-      raise DataError(f'{file}:{line}: {reason} (no bad row is allowed; '
-                      f'{self._flag}=0.01 skips up to 1 %)')
+      how = f' (no bad row is allowed; {self._flag}=0.01 skips up to 1 %)' if self._flag else ''
+      raise DataError(f'{file}:{line}: {reason}{how}')
     if self.bad > PATIENCE:
       self._check_share()
 

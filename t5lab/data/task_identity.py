@@ -49,7 +49,7 @@ def _source(source) -> str:
   if hasattr(source, 'fingerprint'):
     return source.fingerprint()
   if hasattr(source, 'tfds_dataset'):
-    return source.tfds_dataset.name
+    return repr([source.tfds_dataset.name, source.tfds_dataset._split_map])
   return _digest([type(source).__name__, describe(getattr(source, '_dataset_fn', None)),
                   repr(getattr(source, '_split_to_filepattern', ''))])
 

@@ -63,10 +63,7 @@ def _column(row, path: str):
 
 
 def _python(column: np.ndarray) -> list:
-  """Text as str, whole numbers as int; float32 stays numpy's, to be rounded as TensorFlow does."""
-  if column.dtype == object:
-    return [tf.compat.as_text(value) for value in column]
-  return list(column) if column.dtype.kind == 'f' else column.tolist()
+  return list(map(tf.compat.as_text, column)) if column.dtype == object else column.tolist()
 
 
 def _text_array(values) -> np.ndarray:
@@ -77,7 +74,7 @@ def from_rows(columns, fn: Callable[[dict], list[dict]], extra=()):
   """Preprocessor: rows of a data set -> tokenized examples, any number for each row.
 
   columns: what fn reads, 'a/b' for a field b inside a. A row that fn gets is {column: str, int,
-  numpy float or a list of one of them}; it makes 'inputs' and 'targets', str, and what `extra`
+  float or a list of one of them}; it makes 'inputs' and 'targets', str, and what `extra`
   names, pairs of a name and int or list (of str).
   """
   kinds = {'inputs': str, 'targets': str, **dict(extra)}

@@ -12,12 +12,23 @@ import sys
 
 import numpy as np
 
-from t5lab.data import cache, embedded_tasks, file_tasks, own_files, task_identity, vocab
+from t5lab.data import (
+  cache,
+  embedded_tasks,
+  file_tasks,
+  hub_files,
+  own_files,
+  paper_mixtures,
+  paper_tasks,
+  task_identity,
+  vocab,
+)
 from t5lab.data.seqio_tf import NumpyObjective, seqio, tf
 from t5lab.data.task_parts import ROWS_A_CALL
+from t5lab.data.tfds_data import splits
 from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 
-OURS = embedded_tasks.NAMES
+OURS = (*embedded_tasks.NAMES, *paper_tasks.NAMES, *hub_files.NAMES)
 _registered: tuple = ()
 
 
@@ -37,10 +48,13 @@ def register(spec: str = vocab.DEFAULT, files: own_files.OwnFiles | None = None,
   for name in (*OURS, own_files.NAME):
     seqio.TaskRegistry.remove(name)
   embedded_tasks.register(spec)
+  paper_tasks.register(spec)
+  hub_files.register(spec)
   if files:
     file_tasks.add(spec, files)
   if not _registered:
     embedded_tasks.register_mixtures()
+    paper_mixtures.register_mixtures()
   else:
     _rebuild_mixtures()
   _registered = spec, files
@@ -89,28 +103,6 @@ def get(name: str):
   if name not in known:
     raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, known)}')
   return seqio.get_mixture_or_task(name)
-
-
-def splits(task) -> list[str]:
-  """Splits of a Task that are on this machine; DataError saying how to get them if none is."""
-  loader = getattr(task.source, 'tfds_dataset', None)
-  if loader is None:
-    return list(task.source.splits)
-  # A builder without data has no splits and says nothing: seqio would then evaluate nothing.
-  try:
-    parts = loader.tfds_splits or {None: loader}
-    missing = [loader.get_split_params(part)[0] for part in parts
-               if not loader._get_builder(part).info.splits]
-  except Exception as e:
-    raise DataError(f'task {task.name!r}: TFDS cannot open {loader.name}: '
-                    f'{str(e).strip().splitlines()[0]}') from e
-  if missing:
-    folder = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-    raise DataError(
-        f'task {task.name!r}: the data of {missing[0]} is not on this machine (looked in '
-        f'{loader.data_dir or folder}): where there is a network run `tfds build {missing[0]} '
-        f'--data_dir DIR`, then set TFDS_DATA_DIR=DIR')
-  return list(task.source.splits)
 
 
 def _arrays(column) -> list[np.ndarray]:
@@ -226,7 +218,7 @@ def open_components(name: str, split: str, lengths: dict[str, int],
                               't5lab cache --config …')
     if not examples:
       raise DataError(f'task {task.name!r} has no examples in split {split!r} '
-                      f'(lengths {lengths})')
+                      f'(lengths {lengths}) {note(task, split)}')
     components.append(Component(task.name, rate, examples, objective(task), note(task, split)))
   if mixing:
     components = [dataclasses.replace(c, rate=mixing.rate(len(c.examples))) for c in components]
@@ -263,7 +255,7 @@ class Mixing:
   limit: int = 0
 
   def rate(self, examples: int) -> float:
-    return float(min(examples, self.limit or examples)) ** (1 / self.temperature)
+    return paper_mixtures.rate(examples, self.limit or None, self.temperature)
 
 
 def _by_seqio(root, task, split) -> str:

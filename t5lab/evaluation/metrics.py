@@ -1,7 +1,8 @@
 """Scores of text against references, as T5 computed them. Plain Python and numpy.
 
 Every function takes seqio's (targets, predictions), one entry an example, and returns a dict of
-floats in 0..100 (an error rate may pass 100). [Raffel et al. 2020, 2.3; t5/evaluation/metrics.py]
+floats in 0..100 (an error rate may pass 100, a correlation be negative).
+[Raffel et al. 2020, 2.3; t5/evaluation/metrics.py]
 """
 import collections
 import re
@@ -13,6 +14,7 @@ import sacrebleu
 
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_SPACED_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + '‘’´`', ' '))
 
 
 def _check(targets, predictions):
@@ -60,9 +62,12 @@ def rouge(targets, predictions) -> dict[str, float]:
   return {key: 100 * float(np.mean([score[key].fmeasure for score in scores])) for key in keys}
 
 
-def normalize_answer(text: str) -> str:
+# Answers to questions
+
+
+def normalize_answer(text: str, punctuation=_NO_PUNCTUATION) -> str:
   """Lower case, no ASCII punctuation, no articles, single spaces. [Rajpurkar et al. 2016]"""
-  return ' '.join(_ARTICLES.sub(' ', text.lower().translate(_NO_PUNCTUATION)).split())
+  return ' '.join(_ARTICLES.sub(' ', text.lower().translate(punctuation)).split())
 
 
 def _token_f1(target: str, prediction: str) -> float:
@@ -71,20 +76,150 @@ def _token_f1(target: str, prediction: str) -> float:
   return 2 * same / (len(target) + len(prediction)) if same else 0.
 
 
+def _best_answers(targets, predictions, punctuation=_NO_PUNCTUATION):
+  _check(targets, predictions)
+  em, f1 = [], []
+  for answers, prediction in zip(targets, predictions):
+    answers = [answers] if isinstance(answers, str) else answers
+    prediction = normalize_answer(prediction, punctuation)
+    answers = [normalize_answer(answer, punctuation) for answer in answers]
+    em.append(max(answer == prediction for answer in answers))
+    f1.append(max(_token_f1(answer, prediction) for answer in answers))
+  return {'em': 100 * float(np.mean(em)), 'f1': 100 * float(np.mean(f1))}
+
+
 def squad(targets, predictions) -> dict[str, float]:
   """Exact match and token F1, the best over each example's answers (a list of str, or one str).
 
   F1 of an empty prediction and an empty answer is 0, as in SQuAD 1.1's script.
   """
+  return _best_answers(targets, predictions)
+
+
+def squad_v2(targets, predictions) -> dict[str, float]:
+  """As squad, by SQuAD 2.0's script: a question without an answer wants the empty prediction.
+
+  Answers that normalise to nothing are left out, unless all do: then both scores are 1 for a
+  prediction that does too, else 0. [Rajpurkar et al. 2018; evaluate-v2.0.py]
+  """
   _check(targets, predictions)
   em, f1 = [], []
   for answers, prediction in zip(targets, predictions):
-    answers = [answers] if isinstance(answers, str) else answers
     prediction = normalize_answer(prediction)
-    answers = [normalize_answer(answer) for answer in answers]
-    em.append(max(answer == prediction for answer in answers))
-    f1.append(max(_token_f1(answer, prediction) for answer in answers))
+    answers = [answers] if isinstance(answers, str) else answers
+    answers = [a for a in map(normalize_answer, answers) if a] or ['']
+    em.append(prediction in answers)
+    f1.append(max(_token_f1(a, prediction) if a else float(not prediction) for a in answers))
   return {'em': 100 * float(np.mean(em)), 'f1': 100 * float(np.mean(f1))}
+
+
+def trivia_qa(targets, predictions) -> dict[str, float]:
+  """As squad, by TriviaQA's script: punctuation, quotes included, becomes a space. [Joshi 2017]"""
+  return _best_answers(targets, predictions, _SPACED_PUNCTUATION)
+
+
+def record(targets, predictions) -> dict[str, float]:
+  """squad over the first example of each group: ReCoRD's rows come once for each right answer.
+
+  targets: {'value': answers, 'group': of a query}; predictions: {'value': str}.
+  """
+  _check(targets, predictions)
+  first = {}
+  for target, prediction in zip(targets, predictions):
+    first.setdefault(target['group'], (target['value'], prediction['value']))
+  return squad(*zip(*first.values()))
+
+
+# Classes and scores: a prediction that is no class is -1
+
+
+def accuracy(targets, predictions) -> dict[str, float]:
+  """Share of predictions equal to their target, which may be of any kind."""
+  _check(targets, predictions)
+  return {'accuracy': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+
+
+def matthews_corrcoef(targets, predictions) -> dict[str, float]:
+  """Matthews correlation; an invalid prediction is one more class. 0 where all are of one class.
+
+  [Gorodkin 2004, R_K; as scikit-learn's, which T5 uses]
+  """
+  _check(targets, predictions)
+  targets, predictions = np.asarray(targets), np.asarray(predictions)
+  classes = np.union1d(targets, predictions)
+  t, p = (np.array([np.sum(x == c) for c in classes], float) for x in (targets, predictions))
+  n, right = len(targets), np.sum(targets == predictions)
+  spread = (n**2 - p @ p) * (n**2 - t @ t)
+  return {'matthews_corrcoef': 100 * float((right * n - t @ p) / np.sqrt(spread)) if spread else 0.}
+
+
+def _class_f1(targets, predictions, label) -> float:
+  """F1 of one class in 0..1, 0 where it is neither a target nor predicted."""
+  targets, predictions = (np.asarray(x) == label for x in (targets, predictions))
+  return 2 * float(np.sum(targets & predictions)) / max(1, int(np.sum(targets) +
+                                                               np.sum(predictions)))
+
+
+def f1_score_with_invalid(targets, predictions) -> dict[str, float]:
+  """F1 of class 1 of 0 and 1; an invalid prediction counts as the class that it should not be."""
+  _check(targets, predictions)
+  valid = [p if p in (0, 1) else 1 - t for t, p in zip(targets, predictions)]
+  return {'f1': 100 * _class_f1(targets, valid, 1)}
+
+
+def mean_3class_f1(targets, predictions) -> dict[str, float]:
+  """Mean of the F1 of classes 0, 1 and 2, for CommitmentBank."""
+  _check(targets, predictions)
+  return {'mean_3class_f1': 100 * float(np.mean([_class_f1(targets, predictions, label)
+                                                 for label in range(3)]))}
+
+
+def multirc_f1_over_all_answers(targets, predictions) -> dict[str, float]:
+  """f1_score_with_invalid over {'value': class}: MultiRC's F1a. [Khashabi et al. 2018]"""
+  return f1_score_with_invalid([t['value'] for t in targets], [p['value'] for p in predictions])
+
+
+def multirc_exact_match(targets, predictions) -> dict[str, float]:
+  """Share of questions, which are groups of answers, with every answer judged right.
+
+  targets: {'value': class, 'group': of a question}; predictions: {'value': class}.
+  """
+  _check(targets, predictions)
+  right = {}
+  for target, prediction in zip(targets, predictions):
+    group = target['group']
+    right[group] = right.get(group, True) and target['value'] == prediction['value']
+  return {'exact_match': 100 * float(np.mean(list(right.values())))}
+
+
+def _correlation(x, y) -> float:
+  """Pearson's, in -100..100; 0 where one is constant and none is defined (scipy has nan)."""
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  if not (np.ptp(x) and np.ptp(y)):
+    return 0.
+  x, y = x - x.mean(), y - y.mean()
+  return 100 * float((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)))
+
+
+def _ranks(x) -> np.ndarray:
+  """float[n], 1 for the least; equal values share the mean of their ranks."""
+  _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+  return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def pearson_corrcoef(targets, predictions) -> dict[str, float]:
+  """Linear correlation, in -100..100."""
+  _check(targets, predictions)
+  return {'pearson_corrcoef': _correlation(targets, predictions)}
+
+
+def spearman_corrcoef(targets, predictions) -> dict[str, float]:
+  """Correlation of ranks, in -100..100."""
+  _check(targets, predictions)
+  return {'spearman_corrcoef': _correlation(_ranks(targets), _ranks(predictions))}
+
+
+# Tokens and phonemes
 
 
 def exact_match(targets, predictions) -> dict[str, float]:

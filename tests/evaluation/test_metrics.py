@@ -88,8 +88,11 @@ def test_exact_match_and_token_accuracy():
   assert metrics.token_accuracy([[5, 6, 7], [8]], [[5, 0, 7, 9], []]) == {'token_accuracy': 50.}
 
 
-@pytest.mark.parametrize('metric', [metrics.bleu, metrics.chrf, metrics.rouge, metrics.squad,
-                                    metrics.exact_match, metrics.token_accuracy])
+@pytest.mark.parametrize('metric', [
+    metrics.bleu, metrics.chrf, metrics.rouge, metrics.squad, metrics.exact_match,
+    metrics.token_accuracy, metrics.squad_v2, metrics.trivia_qa, metrics.record, metrics.accuracy,
+    metrics.matthews_corrcoef, metrics.f1_score_with_invalid, metrics.mean_3class_f1,
+    metrics.multirc_exact_match, metrics.pearson_corrcoef, metrics.spearman_corrcoef])
 def test_seqios_argument_names_and_a_lost_prediction(metric):
   assert list(inspect.signature(metric).parameters) == ['targets', 'predictions']
   with pytest.raises(ValueError, match='2 targets and 1 predictions'):
@@ -105,3 +108,103 @@ def test_phoneme_error_rate_by_hand():
   assert metrics.phoneme_error_rate(['sˈi'], ['sˈi']) == {'per': 0}
   assert metrics.phoneme_error_rate(['a'], ['bcd']) == {'per': 300}
   assert metrics.phoneme_error_rate([''], ['a']) == {'per': 100}
+
+
+# Answers
+
+
+@pytest.mark.parametrize('answers, prediction, em, f1', [
+    ([], '', 100., 100.),              # SQuAD 1.1's script has no such question
+    ([], 'the', 100., 100.),           # normalises to nothing
+    ([], 'Ada', 0., 0.),
+    (['Ada Lovelace'], '', 0., 0.),
+    (['Ada Lovelace', 'Ada'], 'the Ada.', 100., 100.),
+    (['red dog'], 'the big red dog', 0., 80.),
+    (['the', 'dog'], '', 0., 0.),      # 'the' normalises to nothing, 'dog' does not
+    (['the'], '', 100., 100.)])
+def test_squad_v2_by_hand(answers, prediction, em, f1):
+  assert metrics.squad_v2([answers], [prediction]) == pytest.approx({'em': em, 'f1': f1})
+
+
+def test_squad_v2_is_a_mean():
+  assert metrics.squad_v2([[], 'Ada', ['b']], ['', 'ada', '']) == pytest.approx(
+      {'em': 200 / 3, 'f1': 200 / 3})
+
+
+def test_trivia_qa_puts_spaces_for_punctuation():
+  """'1961-63' is two words here and one in SQuAD; quotes are punctuation here alone."""
+  assert metrics.trivia_qa([['x', '1961-63']], ['1961 63']) == {'em': 100., 'f1': 100.}
+  assert metrics.trivia_qa([['‘The’ Who´s_`A’']], ['who s']) == {'em': 100., 'f1': 100.}
+  assert metrics.squad([['1961-63']], ['1961 63'])['em'] == 0.
+  assert metrics.trivia_qa([['red dog']], ['a big-red dog']) == pytest.approx({'em': 0., 'f1': 80.})
+
+
+def test_record_takes_the_first_of_each_group():
+  targets = [{'value': ['a1', 'b1'], 'group': (0, 0)}, {'value': ['a1', 'b1'], 'group': (0, 0)},
+             {'value': ['c1'], 'group': (0, 1)}, {'value': ['d1'], 'group': (1, 0)}]
+  predictions = [{'value': x} for x in ('b1', 'zz', 'c1', 'zz')]
+  assert metrics.record(targets, predictions) == pytest.approx({'em': 200 / 3, 'f1': 200 / 3})
+
+
+# Classes and scores
+
+
+def test_accuracy():
+  assert metrics.accuracy([0, 1, 2, 0], [0, 1, -1, 0]) == {'accuracy': 75.}
+  assert metrics.accuracy(['Ada', 'Bo'], ['Ada', 'bo']) == {'accuracy': 50.}
+
+
+@pytest.mark.parametrize('targets, predictions, expected', [
+    ([1, 1, 1, 0, 0], [1, 1, 0, 0, 1], 1 / 6),    # (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2)
+    ([1, 0, 1], [1, 0, 1], 1.), ([1, 0], [0, 1], -1.),
+    ([1, 1, 0, 0], [1, -1, 0, 0], 6 / 80 ** .5),  # 3 * 4 - 6, (16 - 1 - 1 - 4) * (16 - 4 - 4)
+    ([1, 0, 1], [1, 1, 1], 0.), ([1, 1], [1, 0], 0.), ([1, 1], [1, 1], 0.)])
+def test_matthews_by_hand(targets, predictions, expected):
+  found = metrics.matthews_corrcoef(targets, predictions)['matthews_corrcoef']
+  assert found == pytest.approx(100 * expected, rel=1e-12)
+
+
+def test_f1_counts_an_invalid_prediction_as_wrong():
+  """[1, -1, -1, 0] for [1, 1, 0, 0] is [1, 0, 1, 0]: 1 right of 2 predicted and 2 there are."""
+  assert metrics.f1_score_with_invalid([1, 1, 0, 0], [1, -1, -1, 0]) == {'f1': 50.}
+  assert metrics.f1_score_with_invalid([1, 0, 1], [1, 0, 0]) == pytest.approx({'f1': 200 / 3})
+  assert metrics.f1_score_with_invalid([0, 0], [0, 0]) == {'f1': 0.}
+  assert metrics.f1_score_with_invalid([0, 0], [7, 7]) == {'f1': 0.}
+
+
+def test_mean_of_the_f1_of_three_classes():
+  """Class 0: 1 right of 1 and 2; class 1: 1 of 2 and 1; class 2: none of 0 and 1."""
+  assert metrics.mean_3class_f1([0, 0, 1, 2], [0, 1, 1, -1]) == pytest.approx(
+      {'mean_3class_f1': 100 * (2 / 3 + 2 / 3 + 0) / 3})
+  assert metrics.mean_3class_f1([0, 0], [0, 0]) == pytest.approx({'mean_3class_f1': 100 / 3})
+
+
+def test_multirc_by_hand():
+  """Question 0 of paragraph 0 is right in both answers, its namesake of paragraph 1 in one."""
+  targets = [{'value': v, 'group': g} for v, g in
+             [(1, (0, 0)), (0, (0, 0)), (1, (1, 0)), (1, (1, 0)), (0, (1, 1))]]
+  predictions = [{'value': v} for v in (1, 0, -1, 1, -1)]
+  assert metrics.multirc_exact_match(targets, predictions) == pytest.approx(
+      {'exact_match': 100 / 3})
+  # 1 0 0 1 1 for 1 0 1 1 0
+  assert metrics.multirc_f1_over_all_answers(targets, predictions) == pytest.approx(
+      {'f1': 100 * 2 * 2 / (3 + 3)})
+
+
+def test_correlations_by_hand():
+  """1 2 2 3 has ranks 1 2.5 2.5 4."""
+  assert metrics.pearson_corrcoef([1, 2, 3], [1, 2, 4]) == pytest.approx(
+      {'pearson_corrcoef': 900 / 84 ** .5}, rel=1e-12)
+  assert metrics.pearson_corrcoef([1., 2.], [7., -7.]) == pytest.approx(
+      {'pearson_corrcoef': -100.})
+  assert metrics.spearman_corrcoef([1, 2, 2, 3], [10, 20, 30, 400]) == pytest.approx(
+      {'spearman_corrcoef': 100 * 4.5 / 22.5 ** .5}, rel=1e-12)
+  assert metrics.spearman_corrcoef([3, 1, 2], [1, 9, 8]) == pytest.approx(
+      {'spearman_corrcoef': -100.})
+
+
+def test_a_constant_has_no_correlation():
+  """A model that has not learnt to write numbers answers -1 always: 0, where scipy has nan."""
+  for metric in (metrics.pearson_corrcoef, metrics.spearman_corrcoef):
+    assert list(metric([1., 2., 4.], [-1., -1., -1.]).values()) == [0.]
+    assert list(metric([.1, .1, .1], [1., 2., 4.]).values()) == [0.]
