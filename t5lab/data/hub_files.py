@@ -1,4 +1,4 @@
-"""Text of the Hugging Face hub that TFDS does not have, read from files that a person downloaded."""
+"""Text of the Hugging Face hub that TFDS does not have, read from files that were downloaded."""
 import os
 import pathlib
 
