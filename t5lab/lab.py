@@ -204,9 +204,11 @@ class Lab:
   def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
     """For each text, for each mask in it, the k most probable (piece, probability), best first.
 
-    A mask is the vocabulary's own token, as '[MASK]'.
+    A mask is the vocabulary's own token, as '[MASK]', or else '<extra_id_0>'.
     """
     mask, m = self.vocab.mask_id, self.model
+    if mask is None and self.vocab.num_sentinels:
+      mask = self.vocab.sentinel(0)
     if mask is None or not m.mlm_head or m.classes:
       raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
                        'with its MLM head and a vocabulary with a mask')

@@ -108,11 +108,11 @@ def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: 
   return masked, weights
 
 
-def mlm(example, rng, *, cls: int, sep: int, mask: int, vocab_size: int, density: float = 0.15,
-        max_predictions: int | None = None) -> dict[str, np.ndarray]:
+def mlm(example, rng, *, cls: int | None, sep: int, mask: int, vocab_size: int,
+        density: float = 0.15, max_predictions: int | None = None) -> dict[str, np.ndarray]:
   """{'first': int[A], 'second': int[B], 'next': int[1]}, or {'targets': int[A]} alone -> int32:
 
-  inputs [T]   cls A sep B sep (of one text: cls A sep), masked
+  inputs [T]   cls A sep B sep (of one text: cls A sep), masked; cls None: a vocabulary without one
   targets [T]  the same, not masked
   weights [T]  1 where a word is to be predicted
   types [T]    0 up to the first sep, then 1
@@ -121,10 +121,12 @@ def mlm(example, rng, *, cls: int, sep: int, mask: int, vocab_size: int, density
   """
   texts = [example[f] for f in ('first', 'second', 'targets') if f in example]
   framed = [np.append(np.asarray(text, np.int32), np.int32(sep)) for text in texts]
-  framed[0] = np.insert(framed[0], 0, cls)
+  opened = [] if cls is None else [cls]
+  framed[0] = np.insert(framed[0], 0, opened)
   targets = np.concatenate(framed)
-  inputs, weights = mask_words(targets, rng, mask=mask, vocab_size=vocab_size, special=(cls, sep),
-                               density=density, max_predictions=max_predictions)
+  inputs, weights = mask_words(targets, rng, mask=mask, vocab_size=vocab_size,
+                               special=(*opened, sep), density=density,
+                               max_predictions=max_predictions)
   made = {'inputs': inputs, 'targets': targets, 'weights': weights,
           'types': np.repeat(np.arange(len(framed), dtype=np.int32), [len(t) for t in framed])}
   return {**made, 'next': np.array(example['next'], np.int32)} if 'next' in example else made

@@ -11,9 +11,9 @@
   gap_sentences       PEGASUS [Zhang et al. 2020, 3.1]
   fill_in_the_middle  half of the segments moved [Bavarian et al. 2022, 3]
 
-What they draw, they draw anew each epoch, but for bert's pairs of texts. Ids that a vocabulary has
-no token for are sentinels: the mask <extra_id_0>, what opens BERT's input <extra_id_1>, and the
-three marks of fill-in-the-middle <extra_id_0> to <extra_id_2>.
+What they draw, they draw anew each epoch, but for bert's pairs of texts. Where a vocabulary has no
+mask token, it is <extra_id_0>; the three marks of fill-in-the-middle are <extra_id_0> to
+<extra_id_2>. A vocabulary without a token that opens BERT's input opens it with none, as in use.
 """
 from collections.abc import Callable
 import functools
@@ -78,13 +78,14 @@ def _of(objective, task, v, options):
                   NumpyObjective(denoisers.ul2, functools.partial(denoisers.ul2_sizes, modes=modes),
                                  sentinel=sentinel, eos=v.eos_id, modes=modes, **step, **options)]
   if objective in ('mlm', 'bert'):
-    ids = dict(cls=_or_sentinel(v, v.cls_id, 1), sep=v.eos_id if v.sep_id is None else v.sep_id,
+    ids = dict(cls=v.cls_id, sep=v.eos_id if v.sep_id is None else v.sep_id,
                mask=_or_sentinel(v, v.mask_id, 0), vocab_size=v.size)
+    needed = _needs(task, {'mask': ids['mask']})
     if objective == 'mlm':
-      return MASKED, [_needs(task, ids), tokens, segments(task, bert.mlm_segment, 1),
+      return MASKED, [needed, tokens, segments(task, bert.mlm_segment, 1),
                       NumpyObjective(_mask_alone, _masked_sizes, ('targets',), **ids, **options)]
     pair = ('first', 'second', 'next')
-    return (*MASKED, 'next'), [_needs(task, ids), _text_pairs(task, v),
+    return (*MASKED, 'next'), [needed, _text_pairs(task, v),
                                NumpyObjective(bert.mlm, _pair_sizes, pair, **ids, **options)]
   if objective == 'gap_sentences':
     ids = dict(mask=_or_sentinel(v, v.mask_id, 0), eos=v.eos_id)

@@ -169,3 +169,10 @@ def test_segments():
   assert bert.mlm_sizes({'targets': range(126)})['inputs'] == 128
   with pytest.raises(UsageError, match="task 'x' cannot mask text in 2 inputs: the least are 3"):
     bert.mlm_segment('x', {'inputs': 2})
+
+
+def test_a_vocabulary_without_an_opening_token_opens_with_none():
+  pair = {'first': np.array([5, 6]), 'second': np.array([7]), 'next': np.array([1])}
+  made = bert.mlm(pair, np.random.default_rng(0), cls=None, sep=2, mask=3, vocab_size=50)
+  assert made['targets'].tolist() == [5, 6, 2, 7, 2]
+  assert made['types'].tolist() == [0, 0, 0, 1, 1] and made['next'].tolist() == [1]
