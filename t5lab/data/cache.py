@@ -224,22 +224,28 @@ class Cached(Sequence):
   def __len__(self):
     return len(self._records)
 
-  def remember(self, what: str, key, make):
-    """make(), which depends on the cache and `key` alone, kept in the cache's folder if it can be.
-    """
-    digest = hashlib.sha256(json.dumps([self.fingerprint, key], sort_keys=True).encode())
-    path = self._where / f'{what}-{digest.hexdigest()[:16]}.json'
-    with contextlib.suppress(OSError, ValueError):
-      return json.loads(path.read_text())
-    value = make()
-    with contextlib.suppress(OSError):               # a read-only cache is made anew each time
-      _write_json(path, value)
-    return value
-
   def __getitem__(self, i):
     if not 0 <= i < len(self):
       raise IndexError(f'example {i} of {len(self)}')
     return _decode(self._records[i], self.features)
+
+  def many(self, wanted: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The examples of these numbers, in order; several times as fast as one by one."""
+    return [_decode(record, self.features) for record in self._records.__getitems__(wanted)]
+
+  def remember(self, what: str, key: str, make) -> np.ndarray:
+    """make(), an array that depends on the cache and on `key` alone, kept in the cache's folder."""
+    digest = hashlib.sha256(f'{self.fingerprint} {key}'.encode()).hexdigest()[:16]
+    path = self._where / f'{what}-{digest}.npy'
+    with contextlib.suppress(OSError, ValueError):
+      return np.load(path, allow_pickle=False)
+    value = make()
+    part = path.with_suffix(f'.{os.getpid()}.part')
+    with contextlib.suppress(OSError):               # a read-only cache is packed anew each time
+      with open(part, 'wb') as f:
+        np.save(f, value)
+      os.replace(part, path)
+    return value
 
 
 def _check_identity(where, cached, wanted, command):

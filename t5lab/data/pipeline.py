@@ -24,19 +24,17 @@ from t5lab.errors import DataError, UsageError
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 
-BLOCK = 2**18     # examples of a cache that are packed and shuffled together
+BLOCK = 2**16     # examples of a cache that are packed and shuffled together
 
 
 class _Block:
   """Some examples of a component, packed: which rows there are, and who stands in them when."""
 
-  def __init__(self, sizes, room, members, seed, pack):
+  def __init__(self, layout, kind, members, seed):
+    self.layout = layout                               # int[…] for each row: places in members
     self.members = members                             # int[n]: their numbers in the component
-    self.layout = features.pack(sizes, room) if pack else [
-        np.array([i]) for i in range(len(sizes))]
-    self._seed = seed
-    self._kind = np.unique(sizes, axis=0, return_inverse=True)[1].ravel()
-    self._in_order = np.argsort(self._kind, kind='stable')
+    self._seed, self._kind = seed, kind                # kind int[n]: equal where the sizes are
+    self._in_order = np.argsort(kind, kind='stable')
     self._dealt = functools.lru_cache(maxsize=2)(self._deal)   # a batch may span two epochs
 
   def _deal(self, epoch: int) -> np.ndarray:
@@ -86,7 +84,10 @@ class _Rows:
     self._block = functools.lru_cache(maxsize=2)(self._make_block)
     self._order = functools.lru_cache(maxsize=2)(self._block_order)
     self._within = functools.lru_cache(maxsize=2)(self._row_order)
-    self._counts = self._count_rows([lengths, pack, kind, form, repr(self.objective), BLOCK])
+    self._key = json.dumps([lengths, pack, kind, form, repr(self.objective), BLOCK])
+    self._counts = np.array([len(self._block(0).layout)]) if self.blocks == 1 else (
+        self.examples.remember('rows', self._key, lambda: np.array(
+            [len(self._layout(b)) for b in range(self.blocks)])))
     self.count = int(self._counts.sum())
     self.fill = self._sizes.sum() / (self.count * self._room.sum())
 
@@ -96,17 +97,27 @@ class _Rows:
       return np.flatnonzero(found['targets'] != 1)[:1]
     return range(len(self.examples))
 
-  def _count_rows(self, key) -> np.ndarray:
-    """int[blocks]: rows of each block. Packing a large cache takes a while: it is remembered."""
+  def _layout(self, b: int) -> list[np.ndarray]:
+    """For each row of a block, the places of its examples. Packing takes a second a block, so the
+    folder of a cache keeps it."""
+    sizes = self._sizes[b::self.blocks]
+    if not self._pack:
+      return [np.array([i]) for i in range(len(sizes))]
     if self.blocks == 1:
-      return np.array([len(self._block(0).layout)])
-    return np.array(self.examples.remember('rows', key, lambda: [
-        len(self._make_block(b).layout) for b in range(self.blocks)]))
+      return features.pack(sizes, self._room)
+
+    def make():
+      layout = features.pack(sizes, self._room)
+      return np.concatenate([[len(layout)], list(map(len, layout)), *layout]).astype(np.int32)
+    kept = self.examples.remember(f'layout{b}', self._key, make)
+    rows = int(kept[0])
+    return np.split(kept[rows + 1:], np.cumsum(kept[1:rows + 1])[:-1])
 
   def _make_block(self, b: int) -> _Block:
     members = np.arange(b, len(self.examples), self.blocks)
+    kind = np.unique(self._sizes[members], axis=0, return_inverse=True)[1].ravel()
     seed = [self.seed] if self.blocks == 1 else [self.seed, b]
-    return _Block(self._sizes[members], self._room, members, seed, self._pack)
+    return _Block(self._layout(b), kind, members, seed)
 
   def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(blocks in this epoch's order, the epoch's first row of each)."""
@@ -127,13 +138,24 @@ class _Rows:
 
   def example(self, epoch: int, i: int) -> dict[str, np.ndarray]:
     """Example i as this epoch has it: what its objective draws, cut to the lengths."""
-    example = self.examples[i]
+    return self._drawn(epoch, i, self.examples[i])
+
+  def _drawn(self, epoch, i, example):
     if self.objective is not None:
       example = self.objective.apply(example, np.random.default_rng([self.seed, epoch, i]))
     return features.trim(example, self.lengths, self._eos)[0]
 
+  def build(self, places: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+    """Model features of each (epoch, row). A cache reads their examples in one go."""
+    ids = [self.ids(*place) for place in places]
+    wanted = [i for row in ids for i in row]
+    read = getattr(self.examples, 'many', lambda wanted: [self.examples[i] for i in wanted])
+    stored = iter(read(wanted))
+    return [self._build([self._drawn(epoch, i, next(stored)) for i in row])
+            for (epoch, _), row in zip(places, ids)]
+
   def row(self, epoch: int, i: int) -> dict[str, np.ndarray]:
-    return self._build([self.example(epoch, example) for example in self.ids(epoch, i)])
+    return self.build([(epoch, i)])[0]
 
 
 def lengths_of(examples: Sequence) -> dict[str, np.ndarray]:
@@ -228,8 +250,10 @@ class Pipeline:
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows of the batch of `step`: int32[rows, length] for each model feature."""
-    rows = [self.rows[c].row(epoch, r) for c, epoch, r in
-            self._places(step, self._first, self._local)]
+    places = self._places(step, self._first, self._local)
+    made = {c: iter(self.rows[c].build([place for k, *place in places if k == c]))
+            for c in {c for c, _, _ in places}}
+    rows = [next(made[c]) for c, _, _ in places]
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
   def epoch(self) -> Iterator[dict[str, np.ndarray]]:

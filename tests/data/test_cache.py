@@ -289,7 +289,7 @@ def test_a_far_step_packs_two_blocks_at_most(tmp_path, files, monkeypatch):
   build(tmp_path, files)
   monkeypatch.setattr(pipeline, 'BLOCK', 6)
   pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=2, seed=3)
-  assert list(cache.folder(str(tmp_path), 'files', 'train').glob('rows-*.json'))
+  assert list(cache.folder(str(tmp_path), 'files', 'train').glob('rows-*.npy'))
   p = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=2, seed=3)
   assert p.rows[0]._block.cache_info().misses == 0         # the counts are remembered
   p.batch(1_000_000)

@@ -143,7 +143,7 @@ def test_options_reach_the_objective(small):
 def test_rows_are_full(name, lengths, least):
   rows, = pipeline.Pipeline(tasks.open_components(name, 'train', lengths), lengths, batch_size=8,
                             seed=0).rows
-  real = [rows.row(0, i) for i in range(0, rows.count, 7)]
+  real = rows.build([(0, i) for i in range(0, rows.count, 7)])
   used = np.mean([np.mean(np.concatenate([row['encoder_segment_ids'] > 0,
                                           row['decoder_segment_ids'] > 0])) for row in real])
   assert rows.fill >= least and used >= least, (rows.fill, used)
