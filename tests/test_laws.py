@@ -27,6 +27,7 @@ RANK = {
     't5lab.interop': 7,
     't5lab.weights': 6,
     't5lab.lab': 7,
+    't5lab.streams': 7,
     't5lab.training.loop': 8,
     't5lab.commands': 10,
     't5lab.cli': 9,

@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
   if not c.data.cache:
     raise UsageError('say where the cache goes: --config.data.cache=DIR')
 
-  from t5lab import weights as loading
+  from t5lab import streams
   from t5lab.data import cache_build, tasks
   from t5lab.training import rundir
-  spec = loading.read_config(c.init.path).data.vocab if c.data.vocab == 'init' else c.data.vocab
+  spec = streams.settle_vocabulary(c)
   files = configs.files(c)
   tasks.register(spec, files, c.data.modules)
   lengths = {name: length for name, length in c.data.lengths.items() if length}
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             f'{len(manifest["shards"])} shards of {c.data.cache}', flush=True)
       for note in manifest['notes'][:5]:
         print(f'  {note}')
+    for line in streams.open_stream(c).batches.summary():      # packed once, and remembered
+      print(line)
   return 0
 
 

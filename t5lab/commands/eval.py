@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
   import jax
 
   from t5lab import lab as labs
+  from t5lab import streams
   from t5lab import weights as loading
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')
   chosen = numbers if args.step == 'all' else [args.step]
   try:
-    evaluation = loop.open_evaluation(c)
+    evaluation = streams.open_evaluation(c)
   except UsageError as e:
     if not theirs or c.data.modules:
       raise

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from t5lab import config as configs
-from t5lab import trees
+from t5lab import streams, trees
 from t5lab import weights as loading
+from t5lab.data import vocab
 from t5lab.errors import NumericalError, Preempted, UsageError
 from t5lab.lab import Lab, make_engine
 from t5lab.models.transformer import Transformer
@@ -32,8 +33,9 @@ from t5lab.training import step as steps
 from t5lab.training.report import Report
 
 # What the command that resumes a run may change: nothing that the weights depend on, but how long.
+# Where the tokens are cached is checked by what they are.
 MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss.chunks',
-              'model.remat')
+              'model.remat', 'data.cache')
 RESUME = ('auto', 'never', 'must')
 
 
@@ -53,8 +55,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
   # -- the run's directory ------------------------------------------------------------------------
   checkpoints = loading.open_checkpoints(c, workdir)
   checkpoints.clean()
-  if c.data.vocab == 'init':
-    c.data.vocab = loading.read_config(c.init.path).data.vocab
+  streams.settle_vocabulary(c)
   _settle_config(c, workdir, resume, bool(checkpoints.steps()))
 
   # -- devices ------------------------------------------------------------------------------------
@@ -69,20 +70,9 @@ def _train(c, workdir, signals, resume, allow_data_change):
   sharding.check_heads(mesh, c.rules, shape.n_heads, shape.kv_heads)
 
   # -- data ---------------------------------------------------------------------------------------
-  from t5lab.data import pipeline, tasks, vocab  # seqio, and with it TensorFlow
-  words = vocab.load(c.data.vocab)
-  vocab.check_rows(words, c.model.vocab_size, 'this config (model.vocab_size)')
+  stream = streams.open_stream(c, jax.process_index(), jax.process_count())
+  words, data = stream.vocabulary, stream.batches
   vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
-  lengths = c.data.lengths.to_dict()
-  files, modules = configs.files(c), tuple(c.data.modules)
-  components = tasks.open_components(
-      c.data.mixture, c.data.split, lengths, c.data.vocab, files=files, modules=modules,
-      cached=c.data.cache, mixing=mixing(c))
-  tasks.select(c.eval.mixture or c.data.mixture, c.eval.split)     # there at the end, or fail now
-  data = pipeline.Pipeline(
-      components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
-      kind=shape.kind, eos=words.eos_id, start=c.model.start_id, process_index=jax.process_index(),
-      process_count=jax.process_count())
 
   # -- model and optimizer: shapes first, then straight onto their devices ------------------------
   schedule = optim.schedule(c.optim.schedule, lr=c.optim.lr, warmup=c.optim.warmup,
@@ -312,7 +302,7 @@ class _Evaluator:
 
   @functools.cached_property
   def _evaluation(self):
-    return open_evaluation(self._c)
+    return streams.open_evaluation(self._c)
 
   def __call__(self, step, state, report) -> 'Result':
     weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
@@ -340,25 +330,6 @@ class Result:
   """scores: {'task/weights/metric': value}; predictions: {weights: list of Prediction}."""
   scores: dict[str, float]
   predictions: dict[str, list]
-
-
-def open_evaluation(c, split: str | None = None):
-  """The evaluation that a config describes."""
-  from t5lab.evaluation.evaluators import Evaluation
-  return Evaluation(
-      c.eval.mixture or c.data.mixture, split or c.eval.split, vocab_spec=c.data.vocab,
-      lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
-      kind=configs.model_config(c).kind, start=c.model.start_id, files=configs.files(c),
-      modules=tuple(c.data.modules))
-
-
-def mixing(c):
-  """How several tasks are mixed; None where a Mixture has rates of its own."""
-  from t5lab.data import tasks
-  m = c.data.mixing
-  if ',' in c.data.mixture or m.temperature != 1 or m.limit:
-    return tasks.Mixing(m.temperature, m.limit)
-  return None
 
 
 def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
