@@ -70,7 +70,7 @@ class _Progress:
       self._shown = time.monotonic()
       rate = self._done / max(self._shown - self._start, 1e-9)
       left = (self._total or 0) - self._done
-      eta = f' · ETA {left / max(rate, 1e-9):,.0f} s' if left > 0 else ''
+      eta = f' · ETA {left / rate:,.0f} s' if left > 0 and self._done else ''
       print(f'\r{self._name}: {self._done:,} examples · {rate:,.0f}/s{eta}   ', end='',
             file=sys.stderr, flush=True)
 

@@ -63,6 +63,9 @@ class _Rows:
     self._build = functools.partial(features.build_row, lengths=lengths, kind=kind, form=form,
                                     eos=eos, start=start)
     found = lengths_of(self.examples)
+    if self.objective is None and (unlimited := set(found) & {'inputs', 'targets'} - set(lengths)):
+      raise UsageError(f'task {self.name!r} makes {", ".join(sorted(unlimited))}, which have no '
+                       f'length: set data.lengths.{sorted(unlimited)[0]}')
     self.cut = np.zeros(0, np.int64)
     if self.objective is None:
       if kind == 'encoder':
@@ -146,13 +149,19 @@ class _Rows:
     b = int(order[at])
     return self._block(b).ids(epoch, int(self._within(epoch, b)[i - starts[at]]))
 
-  def example(self, epoch: int, i: int) -> dict[str, np.ndarray]:
-    """Example i as this epoch has it: what its objective draws, cut to the lengths."""
+  def uncut(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+    """Example i as this epoch has it: what its objective draws, not yet cut to the lengths."""
     return self._drawn(epoch, i, self.examples[i])
 
-  def _drawn(self, epoch, i, example):
-    if self.objective is not None:
-      example = self.objective.apply(example, np.random.default_rng([self.seed, epoch, i]))
+  def example(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+    return self._trim(self.uncut(epoch, i))
+
+  def _drawn(self, epoch, i, stored):
+    if self.objective is None:
+      return stored
+    return self.objective.apply(stored, np.random.default_rng([self.seed, epoch, i]))
+
+  def _trim(self, example):
     return features.trim(example, self.lengths, self._eos)[0]
 
   def build(self, places: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
@@ -161,7 +170,7 @@ class _Rows:
     wanted = [i for row in ids for i in row]
     read = getattr(self.examples, 'many', lambda wanted: [self.examples[i] for i in wanted])
     stored = iter(read(wanted))
-    return [self._build([self._drawn(epoch, i, next(stored)) for i in row])
+    return [self._build([self._trim(self._drawn(epoch, i, next(stored))) for i in row])
             for (epoch, _), row in zip(places, ids)]
 
   def row(self, epoch: int, i: int) -> dict[str, np.ndarray]:

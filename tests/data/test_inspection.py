@@ -141,7 +141,7 @@ def test_what_an_objective_makes_is_measured():
   real = sum(len(x) for i in range(4) for x in rows.example(0, i).values())
   assert found['slots']['tokens'] == real / rows.count
   for i in range(4):                       # uncut is what the pipeline cuts
-    cut = features.trim(inspection.uncut(rows, i), LENGTHS)[0]
+    cut = features.trim(rows.uncut(0, i), LENGTHS)[0]
     for name, tokens in rows.example(0, i).items():
       assert cut[name].tolist() == tokens.tolist()
 

@@ -199,3 +199,9 @@ def test_a_far_step_costs_what_a_near_one_does():
 def test_batch_that_the_processes_do_not_divide():
   with pytest.raises(UsageError, match='batch_size=4 is not a multiple of the 3 processes'):
     pipeline(process_count=3)
+
+
+def test_a_feature_without_a_length_is_told():
+  with pytest.raises(UsageError, match="'a' makes inputs, which have no length: set data.lengths.in"):
+    Pipeline([component('a', 5)], {'inputs': 0, 'targets': 16}, batch_size=4, seed=3,
+             kind='decoder')
