@@ -202,6 +202,6 @@ def test_batch_that_the_processes_do_not_divide():
 
 
 def test_a_feature_without_a_length_is_told():
-  with pytest.raises(UsageError, match="'a' makes inputs, which have no length: set data.lengths.in"):
+  with pytest.raises(UsageError, match='which have no length: set data.lengths.inputs'):
     Pipeline([component('a', 5)], {'inputs': 0, 'targets': 16}, batch_size=4, seed=3,
              kind='decoder')
