@@ -44,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     for task, _ in tasks.select(c.data.mixture, c.data.split):
       total = task.num_input_examples(c.data.split)
       show = _Progress(task.name, total)
-      manifest = cache_build.build(
-          cache_build.Job(task.name, c.data.split, lengths, spec, files, tuple(c.data.modules)),
-          c.data.cache, shards=args.shards, processes=args.processes, tick=show)
-      show.end()
+      try:
+        manifest = cache_build.build(
+            cache_build.Job(task.name, c.data.split, lengths, spec, files, tuple(c.data.modules)),
+            c.data.cache, shards=args.shards, processes=args.processes, tick=show)
+      finally:
+        show.end()
       print(f'{task.name}: {manifest["rows"]:,} examples of {manifest["tokens"]:,} tokens in '
             f'{len(manifest["shards"])} shards of {c.data.cache}', flush=True)
       for note in manifest['notes'][:5]:

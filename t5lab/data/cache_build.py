@@ -1,7 +1,7 @@
 """Fills a cache (cache.py) with the examples of a task, on many processes, each a shard at a time.
 
 Every process holds a batch of rows and 4 bytes for each feature of the rows of its shard. A process
-whose parent is gone ends within a thousand rows.
+whose parent is gone ends within a second.
 """
 from collections.abc import Callable
 import concurrent.futures
@@ -9,6 +9,8 @@ import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
+import threading
+import time
 
 from t5lab.data import cache
 from t5lab.errors import DataError, Failure
@@ -81,16 +83,19 @@ def _run(job, where, missing, shards, processes, tick):
 
 
 def _started(progress, parent):
-  global _progress, _parent
-  _progress, _parent = progress, parent
+  global _progress
+  _progress = progress
+  threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent):
+  while os.getppid() == parent:
+    time.sleep(0.5)
+  os._exit(1)
 
 
 def _remote(job, where, k, shards):
-  def tick(rows):
-    if os.getppid() != _parent:
-      os._exit(1)
-    _progress.put(rows)
-  return _shard(job, where, k, shards, tick)
+  return _shard(job, where, k, shards, _progress.put)
 
 
 def _open(job):
@@ -103,9 +108,10 @@ def _open(job):
 
 def _shard(job: Job, where: Path, k: int, shards: int, tick) -> tuple[int, dict, str]:
   """(k, the manifest's entry, what is to be said of bad rows)."""
-  from t5lab.data import tasks
+  from t5lab.data import tasks, vocab
   task = _open(job)
-  examples = tasks.stream(task, job.split, job.lengths, (k, shards))
+  examples = tasks.stream(task, job.split, job.lengths, vocab.load(job.vocab_spec).size,
+                          (k, shards))
   try:
     entry = cache.write_shard(where, k, shards, examples, tasks.stored_features(task), tick)
   except Failure as e:

@@ -138,12 +138,13 @@ def stored_features(task) -> tuple[str, ...]:
   return found.wants if found else tuple(task.output_features)
 
 
-def stream(task, split: str, lengths: dict[str, int], shard: tuple[int, int] = (0, 1),
+def stream(task, split: str, lengths: dict[str, int], ids: int, shard: tuple[int, int] = (0, 1),
            by_seqio: str = '') -> Iterator[dict[str, np.ndarray]]:
   """The task's examples, {feature: int32[length]}, untrimmed and before its objective.
 
-  shard: (k, n): of the source's rows the k-th, the k+n-th, …. by_seqio: a folder with what seqio's
-  own caching made of the source. Holds ROWS_A_CALL rows at a time.
+  ids: as many as the vocabulary has. shard: (k, n): of the source's rows the k-th, the k+n-th, ….
+  by_seqio: a folder with what seqio's own caching made of the source. Holds ROWS_A_CALL rows at a
+  time. DataError for an id that is none, which an embedding would clamp without a word.
   """
   preprocessors = [p for p in task.preprocessors if not isinstance(p, NumpyObjective)]
   at = [i for i, p in enumerate(preprocessors) if isinstance(p, seqio.CacheDatasetPlaceholder)]
@@ -167,14 +168,28 @@ def stream(task, split: str, lengths: dict[str, int], shard: tuple[int, int] = (
           preprocessor, sequence_length=None if trims else lengths,
           output_features=task.output_features)(dataset)
     dataset = dataset.map(lambda row: {name: row[name] for name in wanted if name in row})
+    count = 0
     try:
       # Ragged batches, since crossing from TensorFlow to numpy costs 0.2 ms each time.
       for rows in dataset.ragged_batch(ROWS_A_CALL):
         columns = {name: _arrays(column) for name, column in rows.items()}
+        for name, feature in task.output_features.items():
+          if name in columns:
+            _check_ids(task, name, columns[name], min(ids, feature.vocabulary.vocab_size), count)
         yield from (dict(zip(columns, row)) for row in zip(*columns.values()))
+        count += len(next(iter(columns.values())))
     except tf.errors.OpError as e:
       raise getattr(task.source, 'failure', None) or DataError(
           f'task {task.name!r}, split {split!r}: {str(e).strip().splitlines()[-1][:300]}') from e
+
+
+def _check_ids(task, name, column, size, first):
+  found = np.concatenate(column)
+  if len(found) and not 0 <= found.min() <= found.max() < size:
+    i = next(i for i, x in enumerate(column) if len(x) and not 0 <= x.min() <= x.max() < size)
+    wrong = column[i][(column[i] < 0) | (column[i] >= size)][0]
+    raise DataError(f'task {task.name!r}, example {first + i}: {name} holds the id {wrong}; the '
+                    f'ids of its vocabulary are 0 to {size - 1}')
 
 
 def note(task, split: str) -> str:
@@ -205,14 +220,14 @@ def open_components(name: str, split: str, lengths: dict[str, int],
   """
   register(vocab_spec, files, modules)
   lengths = {feature: length for feature, length in lengths.items() if length}
-  components = []
+  components, size = [], vocab.load(vocab_spec).size
   for task, rate in select(name, split):
     check(task, vocab.load(vocab_spec))
     where = cache.folder(cached, task.name, split) if cached else None
     if where is None:
-      examples = list(stream(task, split, lengths))
+      examples = list(stream(task, split, lengths, size))
     elif by_seqio := _by_seqio(cached, task, split):
-      examples = list(stream(task, split, lengths, by_seqio=by_seqio))
+      examples = list(stream(task, split, lengths, size, by_seqio=by_seqio))
     else:
       examples = cache.Cached(where, task_identity.identity(task, split, lengths, vocab_spec),
                               't5lab cache --config …')

@@ -331,6 +331,17 @@ def test_an_empty_split(user_task):
     tasks.open_components('users_task', 'empty', LONG, 'byte')
 
 
+@pytest.mark.parametrize('wrong', [BYTE.size, -1])
+def test_an_id_that_is_none_is_refused_where_it_stands(user_task, wrong):
+  import tensorflow as tf
+  spoil = lambda dataset: dataset.map(lambda row: {
+      **row, 'targets': tf.where(row['targets'] == 3 + ord('f'), wrong, row['targets'])})
+  user_task([spoil])
+  with pytest.raises(DataError, match=f"'users_task', example 1: targets holds the id {wrong}; the "
+                                      f'ids of its vocabulary are 0 to {BYTE.size - 1}'):
+    tasks.open_components('users_task', 'train', LONG, 'byte')
+
+
 def test_a_task_with_a_larger_vocabulary(user_task):
   user_task(vocabulary=seqio_tf.SeqioVocabulary('t5lab_2048'))
   with pytest.raises(UsageError, match="own vocabulary of 2048 ids .* data.vocab='byte' has 359"):
