@@ -73,7 +73,8 @@ def test_each_kind_of_bad_row_is_counted_and_named(planted):
 
 
 @pytest.mark.parametrize('limit, message', [
-    ('0', ":4: no field 'a'"), ('0.1', f'{len(BAD)} of {97 + len(BAD)} rows are bad, 11 %')], ids=['strict', 'share'])
+    ('0', ":4: no field 'a'"), ('0.1', f'{len(BAD)} of {97 + len(BAD)} rows are bad, 11 %')],
+    ids=['strict', 'share'])
 def test_past_the_limit_nothing_is_trained(planted, tmp_path, capsys, limit, message):
   code, out, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL,
                         f'--config.data.files.train={planted}', '--config.data.bad_rows=' + limit,
