@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 import stat
+import warnings
 
 from t5lab.errors import UsageError
 
@@ -48,5 +49,7 @@ def use_compilation_cache() -> None:
     status = folder.stat()
   except OSError:
     return
+  # Where it cannot be written, the next start compiles again; there is nothing to say of that.
+  warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
   if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -52,8 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         show.end()
       print(f'{task.name}: {manifest["rows"]:,} examples of {manifest["tokens"]:,} tokens in '
             f'{len(manifest["shards"])} shards of {c.data.cache}', flush=True)
-      for note in manifest['notes'][:5]:
-        print(f'  {note}')
     for line in streams.open_stream(c).batches.summary():      # packed once, and remembered
       print(line)
   return 0

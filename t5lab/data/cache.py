@@ -66,9 +66,10 @@ def _sha256(path: Path) -> str:
 
 
 def write_shard(where: Path, k: int, n: int, examples: Iterable[dict[str, np.ndarray]],
-                features: Sequence[str], tick=lambda rows: None) -> dict:
+                features: Sequence[str], tick=lambda rows: None, read=dict) -> dict:
   """Writes shard k of n -> its entry of the manifest. Holds 4 bytes a feature of each row.
 
+  read: called at the end -> what the entry is to say of the rows that the examples were made of.
   Errors: DataError if the disk does not take it; what was written of the shard is removed.
   """
   target = where / f'{_stem(k, n)}.array_record'
@@ -100,7 +101,7 @@ def write_shard(where: Path, k: int, n: int, examples: Iterable[dict[str, np.nda
       status = target.stat()
       entry = dict(file=target.name, rows=rows, bytes=status.st_size, mtime=status.st_mtime_ns,
                    sha256=_sha256(target), lengths=_sha256(target.with_suffix('.npy')),
-                   tokens=int(table.sum()))
+                   tokens=int(table.sum()), read=read())
       _write_json(target.with_suffix('.json'), entry)
     return entry
   except BaseException:
@@ -151,14 +152,15 @@ def finished(where: Path, n: int) -> dict[int, dict]:
   return found
 
 
-def begin(where: Path, identity: dict, n: int) -> dict[int, dict]:
+def begin(where: Path, identity: dict, n: int, files: dict) -> dict[int, dict]:
   """Makes the folder ready for a build -> the shards that are there already.
 
-  A build that another vocabulary, task or number of shards began is started over.
+  A build that another vocabulary, task or number of shards began is started over, and so is one of
+  other `files`, as `stamps` has them: shards of the old and of the new would share no row out.
   """
   where.mkdir(parents=True, exist_ok=True)
   plan = where / 'PLAN.json'
-  new = dict(identity=identity, shards=n)
+  new = dict(identity=identity, shards=n, files=files)
   try:
     same = json.loads(plan.read_text()) == new
   except (OSError, ValueError):
@@ -170,12 +172,24 @@ def begin(where: Path, identity: dict, n: int) -> dict[int, dict]:
   return finished(where, n)
 
 
+def stamps(files: Sequence[str]) -> dict[str, list[int]]:
+  """{file: [bytes, nanoseconds of its last change]} of those on a local disk."""
+  found = {}
+  for file in files:
+    with contextlib.suppress(OSError):
+      status = os.stat(file)
+      found[file] = [status.st_size, status.st_mtime_ns]
+  return found
+
+
 def commit(where: Path, identity: dict, features: Sequence[str], entries: dict[int, dict],
-           notes: Sequence[str]) -> dict:
-  """Writes the manifest: from now on the cache is there. notes: what else is worth knowing."""
+           files: dict, note: str) -> dict:
+  """Writes the manifest: from now on the cache is there. files: as `stamps` has those that it was
+  made of; note: what is to be said of their rows."""
   shards = [entries[k] for k in sorted(entries)]
   manifest = dict(identity=identity, features=list(features), rows=sum(s['rows'] for s in shards),
-                  tokens=sum(s['tokens'] for s in shards), shards=shards, notes=notes)
+                  tokens=sum(s['tokens'] for s in shards), shards=shards, files=files,
+                  note=note)
   with writing(where):
     _write_json(where / MANIFEST, manifest)
   return manifest
@@ -184,27 +198,34 @@ def commit(where: Path, identity: dict, features: Sequence[str], entries: dict[i
 def read_manifest(where: Path, command: str) -> dict:
   """DataError, naming the command that makes it, if there is no finished cache."""
   try:
-    return json.loads((where / MANIFEST).read_text())
+    manifest = json.loads((where / MANIFEST).read_text())
+    lacking = {'identity', 'features', 'rows', 'tokens', 'shards', 'files', 'note'} - set(manifest)
+    if lacking:
+      raise ValueError(f'it has no {min(lacking)!r}')
+    return manifest
   except FileNotFoundError as e:
     begun = (where / 'PLAN.json').exists()
     raise DataError(f'no cache in {where}' + ' (a build began and did not finish)' * begun
                     + f': run `{command}`') from e
-  except ValueError as e:
+  except (TypeError, ValueError) as e:
     raise DataError(f'{where / MANIFEST} is damaged ({e}): run `{command}`') from e
 
 
 class Cached(Sequence):
   """The examples of a cache: dicts of int32[length], read from disk one at a time.
 
-  lengths: {feature: int32[rows]}, in memory. fingerprint: of identity and contents.
+  lengths: {feature: int32[rows]}, in memory. fingerprint: of identity and contents. note: what is
+  to be said of the rows that it was made of.
   """
 
   def __init__(self, where: Path, identity: dict, command: str):
-    """Errors: DataError for a cache that is missing, of another identity, or whose shards are not
-    those of the manifest. Shards whose time of change is another are read and hashed."""
+    """Errors: DataError for a cache that is missing, of another identity, of files that are another
+    size now, or whose shards are not those of the manifest. Shards whose time of change is another
+    are read and hashed."""
     manifest = read_manifest(where, command)
     _check_identity(where, manifest['identity'], identity, command)
-    self.features = manifest['features']
+    _check_files(where, manifest['files'], command)
+    self.features, self.note = manifest['features'], manifest['note']
     paths, tables = [], []
     for shard in manifest['shards']:
       path = where / shard['file']
@@ -256,6 +277,14 @@ def _check_identity(where, cached, wanted, command):
                      for key in differ)
     raise DataError(f'the cache in {where} is of other data than this run asks for: {what}. Build '
                     f'it anew with `{command}`, or set data.cache to another folder')
+
+
+def _check_files(where, cached, command):
+  """Those that are not here, where the cache was taken, are passed over."""
+  for file, (size, _) in stamps(cached).items():
+    if size != cached[file][0]:
+      raise DataError(f'{file} has {size:,} bytes now, and {cached[file][0]:,} when the cache in '
+                      f'{where} was made of it: run `{command}`, or restore the file')
 
 
 def _check_shard(path, shard, command):

@@ -33,27 +33,39 @@ def build(job: Job, root: str, *, shards: int, processes: int,
 
   tick: called with so many rows more, those of shards that were there among them.
   Errors: DataError for rows that cannot be read, a disk that is full, a process that died; the
-  finished shards stay, and the same call goes on with the others.
+  finished shards stay, and the same call goes on with the others. One for too many bad rows too,
+  which only all shards together can tell.
   """
   from t5lab.data import task_identity, tasks
   task = _open(job)
   where = cache.folder(root, job.task, job.split)
   identity = task_identity.identity(task, job.split, job.lengths, job.vocab_spec)
   features = tasks.stored_features(task)
+  files = cache.stamps(task.source.files(job.split)) if hasattr(task.source, 'files') else {}
   with cache.writing(where):
-    entries = cache.begin(where, identity, shards)
+    entries = cache.begin(where, identity, shards, files)
   tick(sum(entry['rows'] for entry in entries.values()))
   missing = [k for k in range(shards) if k not in entries]
   if not missing and (where / cache.MANIFEST).exists():
     return cache.read_manifest(where, '')
-  notes = []
-  for k, entry, note in _run(job, where, missing, shards, processes, tick):
-    entries[k] = entry
-    notes.append(note)
+  entries.update(_run(job, where, missing, shards, processes, tick))
+  read = _read(job, entries)
   if not sum(entry['rows'] for entry in entries.values()):
     raise DataError(f'task {job.task!r} has no examples in split {job.split!r} '
                     f'(lengths {job.lengths})')
-  return cache.commit(where, identity, features, entries, [n for n in notes if n])
+  return cache.commit(where, identity, features, entries, files, tasks.note(task, job.split, read))
+
+
+def _read(job, entries):
+  """A Reader with the counts of all shards, if they are of a person's own files."""
+  counts = [entry['read'] for entry in entries.values() if entry['read']]
+  if not counts:
+    return None
+  read = job.files.reader(job.split)
+  for found in counts:
+    read.add(found)
+  read.check_share()
+  return read
 
 
 def _run(job, where, missing, shards, processes, tick):
@@ -106,14 +118,14 @@ def _open(job):
   return task
 
 
-def _shard(job: Job, where: Path, k: int, shards: int, tick) -> tuple[int, dict, str]:
-  """(k, the manifest's entry, what is to be said of bad rows)."""
+def _shard(job: Job, where: Path, k: int, shards: int, tick) -> tuple[int, dict]:
+  """(k, the manifest's entry)."""
   from t5lab.data import tasks, vocab
   task = _open(job)
   examples = tasks.stream(task, job.split, job.lengths, vocab.load(job.vocab_spec).size,
                           (k, shards))
   try:
-    entry = cache.write_shard(where, k, shards, examples, tasks.stored_features(task), tick)
+    read = lambda: found.counts() if (found := tasks.reader(task, job.split)) else {}
+    return k, cache.write_shard(where, k, shards, examples, tasks.stored_features(task), tick, read)
   except Failure as e:
     raise type(e)(f'shard {k} of {shards}: {e}') from e
-  return k, entry, tasks.note(task, job.split)

@@ -62,6 +62,9 @@ class FileSource(seqio.FunctionDataSource):
         'answers': tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)})
     return dataset.unbatch()
 
+  def files(self, split: str) -> list[str]:
+    return self._files.reader(split).files
+
   def fingerprint(self) -> str:
     return self._files.fingerprint()
 

@@ -319,6 +319,7 @@ class Pipeline:
       if len(r.cut):
         first = ', '.join(f'{r.name}:{i}' for i in r.cut[:3])
         limit = ', '.join(f'{k} {v}' for k, v in self._lengths.items())
-        line += f'; {len(r.cut)} longer than the limit ({limit}) were cut, EOS kept: {first}, …'
+        line += f'; {len(r.cut):,} longer than the limit ({limit}) were cut, EOS kept: {first}'
+        line += ', …' * (len(r.cut) > 3)
       lines.append(line)
     return lines

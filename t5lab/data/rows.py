@@ -118,7 +118,8 @@ class Reader:
   bad_rows: the share of bad rows from which reading fails: at the end, or once PATIENCE of them
     are found. 0 fails at the first.
   shard (k, n): only rows whose running number over all files (bad ones included) is k modulo n,
-    so that n shards share the rows out exactly; counts and share are of the shard.
+    so that n shards share the rows out exactly. Counts are of the shard; the share at the end is
+    for the Reader that `add`s the counts of all to judge.
   required: fields that must hold text; those that `lists` names too may hold a list of texts.
   flag: of the command line, that messages name as the way to another limit; '': there is none.
   Raises DataError for files with nothing in them, broken files and too many bad rows.
@@ -159,7 +160,8 @@ class Reader:
           yield Row(file, line, fields)
       if turns.seen == before:
         raise DataError(f'{file} holds no rows')
-    self._check_share()
+    if self.shard[1] == 1:
+      self.check_share()
 
   def _fault(self, fields: dict) -> str:
     """Why a row is bad, or ''."""
@@ -192,9 +194,21 @@ class Reader:
       how = f' (no bad row is allowed; {self._flag}=0.01 skips up to 1 %)' if self._flag else ''
       raise DataError(f'{file}:{line}: {reason}{how}')
     if self.bad > PATIENCE:
-      self._check_share()
+      self.check_share()
 
-  def _check_share(self):
+  def counts(self) -> dict:
+    """What was read so far, as plain JSON."""
+    return {'good': self.good, 'bad': self.bad, 'problems': self.problems}
+
+  def add(self, counts: dict) -> None:
+    """Takes in what a Reader of another shard counted."""
+    self.good, self.bad = self.good + counts['good'], self.bad + counts['bad']
+    problems = self.problems + [tuple(problem) for problem in counts['problems']]
+    place = {file: i for i, file in enumerate(self.files)}
+    self.problems = sorted(problems, key=lambda p: (place[p[0]], p[1]))[:SHOWN]
+
+  def check_share(self) -> None:
+    """DataError if more of the rows read are bad than may be."""
     total = self.good + self.bad
     if self.bad > self.bad_rows * total:
       raise DataError(

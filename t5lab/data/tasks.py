@@ -106,10 +106,10 @@ def get(name: str):
 
 
 def _arrays(column) -> list[np.ndarray]:
-  """A batch of a feature -> int32[length] of each row; one of a fixed length is not ragged."""
+  """A batch of a feature -> int[length] of each row; one of a fixed length is not ragged."""
   if not isinstance(column, tf.RaggedTensor):
-    return list(column.numpy().astype(np.int32))
-  return np.split(column.flat_values.numpy().astype(np.int32), column.row_splits.numpy()[1:-1])
+    return list(column.numpy())
+  return np.split(column.flat_values.numpy(), column.row_splits.numpy()[1:-1])
 
 
 def check(task, vocabulary) -> None:
@@ -176,7 +176,8 @@ def stream(task, split: str, lengths: dict[str, int], ids: int, shard: tuple[int
         for name, feature in task.output_features.items():
           if name in columns:
             _check_ids(task, name, columns[name], min(ids, feature.vocabulary.vocab_size), count)
-        yield from (dict(zip(columns, row)) for row in zip(*columns.values()))
+        yield from ({name: x.astype(np.int32, copy=False) for name, x in zip(columns, row)}
+                    for row in zip(*columns.values()))
         count += len(next(iter(columns.values())))
     except tf.errors.OpError as e:
       raise getattr(task.source, 'failure', None) or DataError(
@@ -192,10 +193,16 @@ def _check_ids(task, name, column, size, first):
                     f'ids of its vocabulary are 0 to {size - 1}')
 
 
-def note(task, split: str) -> str:
-  """What is to be said of the rows that were read last: how many of a person's own were bad."""
-  reader = getattr(task.source, 'readers', {}).get(split)
-  return f'{task.name}, {split}: {reader.summary()}' if reader and reader.bad else ''
+def reader(task, split: str):
+  """The rows.Reader that read a person's own files last; None for other tasks."""
+  return getattr(task.source, 'readers', {}).get(split)
+
+
+def note(task, split: str, read=None) -> str:
+  """What is to be said of the rows that `read`, or else the last reader, read: those that were bad.
+  """
+  read = read or reader(task, split)
+  return f'{task.name}, {split}: {read.summary()}' if read and read.bad else ''
 
 
 def _rows(task, split, shard):
@@ -231,10 +238,11 @@ def open_components(name: str, split: str, lengths: dict[str, int],
     else:
       examples = cache.Cached(where, task_identity.identity(task, split, lengths, vocab_spec),
                               't5lab cache --config …')
+    said = examples.note if isinstance(examples, cache.Cached) else note(task, split)
     if not examples:
       raise DataError(f'task {task.name!r} has no examples in split {split!r} '
-                      f'(lengths {lengths}) {note(task, split)}')
-    components.append(Component(task.name, rate, examples, objective(task), note(task, split)))
+                      f'(lengths {lengths}) {said}')
+    components.append(Component(task.name, rate, examples, objective(task), said))
   if mixing:
     components = [dataclasses.replace(c, rate=mixing.rate(len(c.examples))) for c in components]
   return components

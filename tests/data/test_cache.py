@@ -248,7 +248,7 @@ def test_memory_stays_bounded_on_a_larger_file(tmp_path):
   row = json.dumps({'text': 'a few words ' * 40}) + '\n'
   path = tmp_path / 'large.jsonl'
   with open(path, 'w') as f:
-    for _ in range(64_000):
+    for _ in range(80_000):
       f.write(row)
   size = path.stat().st_size / 2**20
   large = own_files.OwnFiles({'train': str(path)}, {'inputs': '', 'targets': 'text'},
@@ -260,7 +260,7 @@ def test_memory_stays_bounded_on_a_larger_file(tmp_path):
   cache_build.build(job(warm, lengths=lengths), str(tmp_path / 'w'), shards=1, processes=1)
   growth = peak_growth(lambda: cache_build.build(
       job(large, lengths=lengths), str(tmp_path / 'c'), shards=1, processes=1))
-  assert growth < 24 < 29 < size, (size, growth)
+  assert growth < 32 < 37 < size, (size, growth)
 
 
 # -- what the pipeline makes of a cache ------------------------------------------------------------
