@@ -173,8 +173,8 @@ def begin(where: Path, identity: dict, n: int, files: dict) -> dict[int, dict]:
 
 
 def stamps(files: Sequence[str]) -> dict[str, list[int]]:
-  """{file: [bytes, nanoseconds of its last change]} of those on a local disk."""
-  found = {}
+  """{file: [bytes, nanoseconds of its last change]}; [-1, 0] of one that is not on a local disk."""
+  found = dict.fromkeys(files, [-1, 0])
   for file in files:
     with contextlib.suppress(OSError):
       status = os.stat(file)
@@ -208,7 +208,7 @@ def read_manifest(where: Path, command: str) -> dict:
     raise DataError(f'no cache in {where}' + ' (a build began and did not finish)' * begun
                     + f': run `{command}`') from e
   except (TypeError, ValueError) as e:
-    raise DataError(f'{where / MANIFEST} is damaged ({e}): run `{command}`') from e
+    raise DataError(f'{where / MANIFEST} is damaged or of another version ({e}): run `{command}`') from e
 
 
 class Cached(Sequence):
@@ -280,9 +280,9 @@ def _check_identity(where, cached, wanted, command):
 
 
 def _check_files(where, cached, command):
-  """Those that are not here, where the cache was taken, are passed over."""
-  for file, (size, _) in stamps(cached).items():
-    if size != cached[file][0]:
+  """Files that are not where the cache was taken to are passed over."""
+  for file, (size, _) in stamps(list(cached)).items():
+    if size >= 0 and size != cached[file][0]:
       raise DataError(f'{file} has {size:,} bytes now, and {cached[file][0]:,} when the cache in '
                       f'{where} was made of it: run `{command}`, or restore the file')
 

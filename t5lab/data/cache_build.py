@@ -46,10 +46,10 @@ def build(job: Job, root: str, *, shards: int, processes: int,
     entries = cache.begin(where, identity, shards, files)
   tick(sum(entry['rows'] for entry in entries.values()))
   missing = [k for k in range(shards) if k not in entries]
-  if not missing and (where / cache.MANIFEST).exists():
-    return cache.read_manifest(where, '')
   entries.update(_run(job, where, missing, shards, processes, tick))
   read = _read(job, entries)
+  if not missing and (where / cache.MANIFEST).exists():
+    return cache.read_manifest(where, '')
   if not sum(entry['rows'] for entry in entries.values()):
     raise DataError(f'task {job.task!r} has no examples in split {job.split!r} '
                     f'(lengths {job.lengths})')

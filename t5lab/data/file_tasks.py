@@ -46,6 +46,7 @@ class FileSource(seqio.FunctionDataSource):
   def shard(self, split: str, k: int, n: int):
     """A tf.data.Dataset of every n-th row, from the k-th on."""
     def batches():
+      self.failure = None
       try:
         reader = self.readers[split] = self._files.reader(split, (k, n))
         examples = (self._files.example(row.fields) for row in reader)
