@@ -5,8 +5,8 @@ saves and exits 75. A workdir that holds another model or data is refused, namin
 
 Your own files: --config.data.files.train=x.jsonl --config.data.files.validation=y.tsv
 --config.data.fields.inputs=COLUMN --config.data.fields.targets=COLUMN, and if you like
---config.data.prompt='ask: {COLUMN}' --config.data.metrics=squad,rouge. `t5lab inspect` with the same
-options shows what the model will see.
+--config.data.prompt='ask: {COLUMN}' --config.data.metrics=squad,rouge. `t5lab inspect` with the
+same options shows what the model will see.
 """
 
 import argparse
