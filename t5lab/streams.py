@@ -27,7 +27,8 @@ def settle_vocabulary(c) -> str:
 def open_stream(c, process_index: int = 0, process_count: int = 1) -> Stream:
   """What `c` trains on, of this process. UsageError or DataError for data that it cannot be.
 
-  That the evaluation's split exists is found out here too, and not after the training.
+  That the evaluation's split exists, and that a person's own files of it can be read, is found out
+  here too, and not after the training.
   """
   from t5lab.data import pipeline, tasks, vocab
   shape, lengths = configs.model_config(c), c.data.lengths.to_dict()
@@ -36,7 +37,9 @@ def open_stream(c, process_index: int = 0, process_count: int = 1) -> Stream:
   components = tasks.open_components(
       c.data.mixture, c.data.split, lengths, c.data.vocab, files=configs.files(c),
       modules=tuple(c.data.modules), cached=c.data.cache, mixing=_mixing(c))
-  tasks.select(c.eval.mixture or c.data.mixture, c.eval.split)
+  for task, _ in tasks.select(c.eval.mixture or c.data.mixture, c.eval.split):
+    if hasattr(task.source, 'read_through'):
+      task.source.read_through(c.eval.split)
   batches = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
       kind=shape.kind, eos=words.eos_id, start=c.model.start_id, process_index=process_index,

@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
   (where / 'train-1.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in ROWS[12:]))
   with open(where / 'dev.tsv', 'w') as f:
     f.write('q\tc\ta\n' + ''.join(f'{i}?\tin {i}\t{i}\n' for i in range(5)))
+  (where / 'none.tsv').write_text('q\tc\ta\nonly one\n')
   with open(where / 'ask.csv', 'w', newline='') as f:
     csv.writer(f).writerows([['q', 'c'], ['how, many?', 'two\nlines'], ['x', 'y {z}']])
   return where
@@ -94,6 +95,8 @@ def test_infer_reads_the_same_columns(run, folder, tmp_path, capsys):
     (['--config.data.files.train=none*.jsonl'], 3, "no file matches 'none*.jsonl'"),
     (['--config.data.objective=lm'], 2, "set data.fields.inputs='' and data.prompt=''"),
     (['--config.data.mixture=files,ha_endee'], 2, "no task or mixture 'ha_endee'. Did you mean"),
+    (['--config.data.files.validation={folder}/none.tsv', '--config.data.bad_rows=0.5'], 3,
+     'none.tsv:2: expected 3 fields, found 1'),
     (['--config.eval.mixture=ha_ende', '--config.eval.split=validatoin'], 3,
      "'ha_ende' has no split 'validatoin'. Did you mean 'validation'"),
 ])
@@ -101,6 +104,7 @@ def test_what_is_wrong_is_one_line_before_training(folder, tmp_path, capsys, fla
   bad = tmp_path / 'bad.jsonl'
   bad.write_text('{"q": "a", "c": "b", "a": "c"}\n' * 2 + '{"q": 1, "c": "b", "a": "c"}\n' * 2
                  + '{"q": "a", "c": "b", "a": "c"}\n')
+  flags = [flag.replace('{folder}', str(folder)) for flag in flags]
   got, out, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', *FIELDS, *SMALL,
                        f'--config.data.files.train={bad}', '--config.data.bad_rows=1',
                        f'--config.data.files.validation={folder}/dev.tsv', *flags, capsys=capsys)

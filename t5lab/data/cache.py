@@ -208,7 +208,8 @@ def read_manifest(where: Path, command: str) -> dict:
     raise DataError(f'no cache in {where}' + ' (a build began and did not finish)' * begun
                     + f': run `{command}`') from e
   except (TypeError, ValueError) as e:
-    raise DataError(f'{where / MANIFEST} is damaged or of another version ({e}): run `{command}`') from e
+    raise DataError(f'{where / MANIFEST} is damaged or of another version ({e}): '
+                    f'run `{command}`') from e
 
 
 class Cached(Sequence):

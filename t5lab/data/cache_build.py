@@ -74,6 +74,7 @@ def _run(job, where, missing, shards, processes, tick):
       yield _shard(job, where, k, shards, tick)
     return
   context = multiprocessing.get_context('spawn')     # TensorFlow's threads do not survive a fork
+  others = multiprocessing.active_children()
   progress = context.Queue()
   pool = concurrent.futures.ProcessPoolExecutor(
       min(processes, len(missing)), context, _started, (progress, os.getpid()))
@@ -90,8 +91,11 @@ def _run(job, where, missing, shards, processes, tick):
                     'shards stay, the same command goes on; try fewer --processes') from e
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in multiprocessing.active_children():
+    for process in set(multiprocessing.active_children()) - set(others):
       process.terminate()
+      process.join()
+    for part in where.glob('*.part'):         # of those that were not asked
+      part.unlink()
 
 
 def _started(progress, parent):

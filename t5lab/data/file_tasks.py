@@ -4,13 +4,14 @@ What is wrong in the files is raised as one DataError, and the source's readers 
 were skipped.
 """
 from collections.abc import Callable
+import dataclasses
 import functools
 import itertools
 
 from t5lab.data import own_files, rows, text_tasks
 from t5lab.data import task_parts as parts
 from t5lab.data.seqio_tf import seqio, tf
-from t5lab.errors import Failure, UsageError, did_you_mean
+from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 from t5lab.evaluation import metrics
 
 SEVERAL = {f.__name__: f for f in (                  # metrics over several right answers
@@ -66,8 +67,15 @@ class FileSource(seqio.FunctionDataSource):
   def files(self, split: str) -> list[str]:
     return self._files.reader(split).files
 
-  def fingerprint(self) -> str:
-    return self._files.fingerprint()
+  def read_through(self, split: str) -> None:
+    """DataError for whatever is wrong with the files of a split, at the cost of reading them."""
+    reader = self._files.reader(split)
+    if not any([True for _ in reader]):
+      raise DataError(f'split {split!r} has no rows that can be used: {reader.summary()}')
+
+  def fingerprint(self, split: str) -> str:
+    """Of what decides the split's examples, but for what its files hold."""
+    return dataclasses.replace(self._files, files={split: self._files.files[split]}).fingerprint()
 
 
 def _of_first(metric: Callable) -> Callable:

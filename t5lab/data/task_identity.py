@@ -24,7 +24,7 @@ def identity(task, split: str, lengths: dict[str, int], vocab_spec: str) -> dict
   return {
       'format': cache.FORMAT, 'code': TASKS, 'task': task.name, 'split': split,
       'vocabulary': vocab.load(vocab_spec).sha256,
-      'source': _source(task.source),
+      'source': _source(task.source, split),
       'preprocessors': _digest([describe(p) for p in preprocessors]),
       'lengths': ', '.join(f'{k} {v}' for k, v in sorted(lengths.items())) if cuts else 'whole',
   }
@@ -45,9 +45,9 @@ def _digest(value) -> str:
   return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _source(source) -> str:
+def _source(source, split) -> str:
   if hasattr(source, 'fingerprint'):
-    return source.fingerprint()
+    return source.fingerprint(split)
   if hasattr(source, 'tfds_dataset'):
     return repr([source.tfds_dataset.name, source.tfds_dataset._split_map])
   return _digest([type(source).__name__, describe(getattr(source, '_dataset_fn', None)),

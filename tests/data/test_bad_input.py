@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t5lab import cli
-from t5lab.data import own_files, pipeline, tasks
+from t5lab.data import cache, cache_build, own_files, pipeline, tasks
 from t5lab.errors import DataError
 
 CONFIG = 'configs/quickstart.py:tiny'
@@ -73,7 +73,8 @@ def test_each_kind_of_bad_row_is_counted_and_named(planted):
 
 
 @pytest.mark.parametrize('limit, message', [
-    ('0', ":4: no field 'a'"), ('0.1', f'{len(BAD)} of {97 + len(BAD)} rows are bad, 11 %')],
+    ('0', "planted.jsonl:4: no field 'a'. Known: q. (no bad row is allowed; --"),
+    ('0.1', f'{len(BAD)} of {97 + len(BAD)} rows are bad, 11 %')],
     ids=['strict', 'share'])
 def test_past_the_limit_nothing_is_trained(planted, tmp_path, capsys, limit, message):
   code, out, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL,
@@ -112,8 +113,8 @@ def test_over_long_rows_are_cut_counted_and_keep_their_end(tmp_path):
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'})
   components = tasks.open_components('files', 'train', LENGTHS, 'byte', files=own)
   p = pipeline.Pipeline(components, LENGTHS, batch_size=1, seed=0, pack=False)
-  assert '2 longer than the limit (inputs 32, targets 32) were cut, EOS kept: files:2, files:3' in (
-      p.summary()[0])
+  assert p.summary()[0].endswith(
+      '; 2 longer than the limit (inputs 32, targets 32) were cut, EOS kept: files:2, files:3')
   ends = [int(row['encoder_input_tokens'][np.flatnonzero(row['encoder_segment_ids'])[-1]])
           for row in (p.rows[0].row(0, i) for i in range(4))]
   assert ends == [1, 1, 1, 1]
@@ -204,10 +205,150 @@ def test_a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one(processes):
     assert sorted(ids) == list(range(len(rows.examples)))
 
 
-
 def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
   path = tmp_path / 'empty.jsonl'
   path.write_text('{"q": "", "a": ""}\n')
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=1.)
   with pytest.raises(DataError, match="task 'files' has no examples in split 'train'.*1 bad ones"):
     tasks.open_components('files', 'train', LENGTHS, 'byte', files=own)
+
+
+# -- caches ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(tmp_path, capsys):
+  """build(flags) -> what `t5lab cache` of tmp_path/'train.jsonl' into 4 shards returns and says."""
+  path = tmp_path / 'train.jsonl'
+  return lambda *flags: call(
+      'cache', '--config', CONFIG, *SMALL, f'--config.data.cache={tmp_path / "c"}', *flags,
+      f'--config.data.files.train={path}', f'--config.data.files.validation={path}',
+      '--config.data.vocab=byte', '--processes=1', '--shards=4', capsys=capsys)
+
+
+def opened(tmp_path):
+  """As a process opens the cache that did not build it."""
+  path = str(tmp_path / 'train.jsonl')
+  own = own_files.OwnFiles({'train': path, 'validation': path}, {'inputs': 'q', 'targets': 'a'})
+  tasks.register()
+  return tasks.open_components('files', 'train', LENGTHS, 'byte', files=own,
+                               cached=str(tmp_path / 'c'))[0]
+
+
+def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
+  """One of a shard's 50 rows is 2 %, of all 200 it is half a percent."""
+  path, lines = tmp_path / 'train.jsonl', [good(i) for i in range(200)]
+  lines[5] = lines[10] = b'{}'
+  path.write_bytes(b'\n'.join(lines) + b'\n')
+  code, out, err = build()
+  assert code == 0 and 'files: 198 examples of' in out, err
+  said = f"files, train: 198 rows; 2 bad ones skipped, 1 %: {path}:6: no field 'q'.; {path}:11: no "
+  assert said in out and opened(tmp_path).note.startswith(said)
+  where = cache.folder(str(tmp_path / 'c'), 'files', 'train')
+  (where / 'MANIFEST.json').unlink()                # as one that was killed before its last word
+  shards = {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
+  assert build()[0] == 0 and opened(tmp_path).note.startswith(said)
+  assert shards == {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
+  code, _, err = build('--config.data.bad_rows=0.009')
+  assert code == 3 and '2 of 200 rows are bad, 1 %; the limit is 0.9 %' in err
+
+  lines[7] = b'{}'
+  path.write_bytes(b'\n'.join(lines) + b'\n')
+  code, _, err = build()
+  assert code == 3 and err.splitlines()[-1].startswith(
+      't5lab: 3 of 200 rows are bad, 1.5 %; the limit is 1 % (raise it by --config.data.bad_rows=…)'
+      f": {path}:6: no field 'q'.; {path}:8: ")
+  assert not (where / 'MANIFEST.json').exists()
+  assert build('--config.data.bad_rows=0.02')[0] == 0 and len(opened(tmp_path).examples) == 197
+
+
+def numbers(component):
+  """Of good(i), in the order of the shards."""
+  decode = tasks.vocab.load('byte').decode
+  return [int(decode(e['targets']).strip('{}\n')) for e in component.examples]
+
+
+def test_shards_of_a_file_that_changed_meanwhile_are_not_mixed(tmp_path, build, monkeypatch):
+  path, real = tmp_path / 'train.jsonl', cache.write_shard
+  path.write_bytes(b'\n'.join(good(i) for i in range(10)) + b'\n')
+
+  def stopped(where, k, *args):
+    if k == 2:
+      raise KeyboardInterrupt
+    return real(where, k, *args)
+  monkeypatch.setattr(cache, 'write_shard', stopped)
+  assert build()[0] == 75
+  monkeypatch.setattr(cache, 'write_shard', real)
+  path.write_bytes(b'\n'.join(good(i) for i in (99, *range(10))) + b'\n')   # each in another shard
+  assert build()[0] == 0
+  assert sorted(numbers(opened(tmp_path))) == [*range(10), 99]
+
+  path.write_bytes(good(1) + b'\n')
+  with pytest.raises(DataError, match=f'{path} has 34 bytes now, and .*: run `t5lab cache'):
+    opened(tmp_path)
+  assert build()[0] == 0 and numbers(opened(tmp_path)) == [1]
+  path.unlink()                                      # the cache alone was taken to another machine
+  assert numbers(opened(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize('text', ['', '{"identity": ', '{"identity": {}}', '[1]', '7', 'null'])
+def test_a_manifest_that_is_none_is_one_line(tmp_path, text):
+  (tmp_path / 'MANIFEST.json').write_text(text)
+  with pytest.raises(DataError, match='MANIFEST.json is damaged or of an.*: run `t5lab cache`'):
+    cache.Cached(tmp_path, {}, 't5lab cache')
+
+
+@pytest.mark.parametrize('wrong', [-1, 2048, 2**32 + 5, -2**32 + 5])
+def test_an_id_that_is_none_is_neither_trained_on_nor_cached(tmp_path, capsys, wrong):
+  from t5lab.data.seqio_tf import SeqioVocabulary, seqio, tf
+  ids = {'inputs': [[3, 4], [5, 1], [6, 1]], 'targets': [[3, 1], [4, 1], [7, wrong]]}
+  task = seqio.TaskRegistry.add(
+      'users_ids', seqio.FunctionDataSource(
+          lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+              {name: tf.constant(rows, tf.int64) for name, rows in ids.items()}), ['train']),
+      {name: seqio.Feature(SeqioVocabulary('t5lab_2048'), dtype=tf.int64) for name in ids},
+      preprocessors=[])
+  try:
+    for argv in (['train', '--workdir', tmp_path / 'run'],
+                 ['cache', f'--config.data.cache={tmp_path / "c"}', '--processes=1']):
+      code, out, err = call(*argv, '--config', CONFIG, f'--config.data.mixture={task.name}',
+                            '--config.eval.split=train', capsys=capsys)
+      assert code == 3 and err.count('t5lab: ') == 1 and 'step 1/' not in out
+      assert f'holds the id {wrong}; the ids of its vocabulary are 0 to 2047' in err
+      number = 2 if argv[0] == 'train' else 0                    # of its shard
+      assert f"task 'users_ids', example {number}: targets" in err
+  finally:
+    seqio.TaskRegistry.remove(task.name)
+  assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('MANIFEST.json'))
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_a_cached_stream_of_several_blocks_goes_on_anywhere(tmp_path, monkeypatch, processes):
+  monkeypatch.setattr(pipeline, 'BLOCK', 16)
+  path = tmp_path / 'train.jsonl'
+  path.write_bytes(b'\n'.join(good(i) for i in range(50)) + b'\n')
+  own = own_files.OwnFiles({'train': str(path), 'validation': str(path)},
+                           {'inputs': 'q', 'targets': 'a'})
+  cache_build.build(cache_build.Job('files', 'train', LENGTHS, 'byte', own), str(tmp_path / 'c'),
+                    shards=3, processes=1)
+  memory, = tasks.open_components('ha_ende', 'validation', LENGTHS, 'byte')
+
+  def stream(i=0, n=1):
+    return pipeline.Pipeline([opened(tmp_path), memory], LENGTHS, batch_size=4, seed=1,
+                             process_index=i, process_count=n)
+  whole = stream()
+  assert whole.rows[0].blocks == 4 and whole.rows[1].blocks == 1
+  order = [whole.example_ids(step) for step in range(400)]
+  parts = [stream(i, processes) for i in range(processes)]
+  for step in np.random.default_rng(0).integers(0, 400, 20):
+    parts[0].check_position(whole.position(int(step)))
+    assert parts[-1].example_ids(int(step)) == order[step]
+    resumed = [next(p.iterate(int(step), int(step) + 1)) for p in parts]
+    for name, x in whole.batch(int(step)).items():
+      np.testing.assert_array_equal(np.concatenate([r[name] for r in resumed]), x)
+  for name, count in (('files', 50), ('ha_ende', len(memory.examples))):
+    ids = [x for batch in order for x in batch if x.startswith(name)]
+    for epoch in range(len(ids) // count):
+      assert sorted(ids[epoch * count:(epoch + 1) * count]) == sorted(
+          f'{name}:{i}' for i in range(count))
+    assert len(ids) >= (2 * count if name == 'files' else 1)

@@ -85,8 +85,7 @@ def test_bad_rows_and_shards(tmp_path):
   made = own(path, bad_rows=0.1)
   assert [row['inputs'] for row in made.examples('train', (1, 2))] == [
       str(i) for i in range(1, 30, 2)]
-  with pytest.raises(DataError, match='^3 of 15 rows are bad'):      # they all fall to this shard
-    list(made.examples('train', (0, 2)))
+  assert len(list(made.examples('train', (0, 2)))) == 12     # all bad ones: the whole is judged
 
 
 def test_unknown_split():
