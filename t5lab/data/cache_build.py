@@ -47,7 +47,7 @@ def build(job: Job, root: str, *, shards: int, processes: int,
   tick(sum(entry['rows'] for entry in entries.values()))
   missing = [k for k in range(shards) if k not in entries]
   entries.update(_run(job, where, missing, shards, processes, tick))
-  read = _read(job, entries)
+  read = _read(task, job.split, entries)
   if not missing and (where / cache.MANIFEST).exists():
     return cache.read_manifest(where, '')
   if not sum(entry['rows'] for entry in entries.values()):
@@ -56,12 +56,12 @@ def build(job: Job, root: str, *, shards: int, processes: int,
   return cache.commit(where, identity, features, entries, files, tasks.note(task, job.split, read))
 
 
-def _read(job, entries):
-  """A Reader with the counts of all shards, if they are of a person's own files."""
+def _read(task, split, entries):
+  """A Reader with the counts of all shards, if they are of files that one reads."""
   counts = [entry['read'] for entry in entries.values() if entry['read']]
   if not counts:
     return None
-  read = job.files.reader(job.split)
+  read = task.source.reader(split)
   for found in counts:
     read.add(found)
   read.check_share()

@@ -64,12 +64,15 @@ class FileSource(seqio.FunctionDataSource):
         'answers': tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)})
     return dataset.unbatch()
 
+  def reader(self, split: str) -> rows.Reader:
+    return self._files.reader(split)
+
   def files(self, split: str) -> list[str]:
-    return self._files.reader(split).files
+    return self.reader(split).files
 
   def read_through(self, split: str) -> None:
     """DataError for whatever is wrong with the files of a split, at the cost of reading them."""
-    reader = self._files.reader(split)
+    reader = self.reader(split)
     if not any([True for _ in reader]):
       raise DataError(f'split {split!r} has no rows that can be used: {reader.summary()}')
 
