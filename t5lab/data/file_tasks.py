@@ -35,8 +35,10 @@ def check(files: own_files.OwnFiles) -> None:
 class FileSource(seqio.FunctionDataSource):
   """The examples of OwnFiles as a seqio source: 'inputs', 'targets' and ragged 'answers'.
 
-  failure: what stopped the last reading, which tf.data would tell as an error of its own.
+  failure: what stopped the last reading, which tf.data would tell as an error of its own. tells:
+  whether bad rows are worth a word.
   """
+  tells = True
 
   def __init__(self, files: own_files.OwnFiles):
     self._files, self.failure = files, None

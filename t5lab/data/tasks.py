@@ -202,7 +202,8 @@ def note(task, split: str, read=None) -> str:
   """What is to be said of the rows that `read`, or else the last reader, read: those that were bad.
   """
   read = read or reader(task, split)
-  return f'{task.name}, {split}: {read.summary()}' if read and read.bad else ''
+  told = read and read.bad and getattr(task.source, 'tells', False)
+  return f'{task.name}, {split}: {read.summary()}' if told else ''
 
 
 def _rows(task, split, shard):

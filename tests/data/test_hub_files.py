@@ -31,6 +31,7 @@ def test_lines_are_closed_and_joined(tmp_path):
   component, = tasks.open_components('wikitext_2_lm', 'train', {'targets': 7}, 'byte')
   ids = [3 + b for b in b' = A = \n'] + [1, 3 + ord('b'), 1]
   assert [e['targets'].tolist() for e in component.examples] == [ids[:7], ids[7:]]
+  assert component.note == ''
   job = cache_build.Job('wikitext_2_lm', 'train', {'targets': 7}, 'byte')
   assert cache_build.build(job, str(tmp_path / 'c'), shards=1, processes=1)['rows'] == 2
   cached, = tasks.open_components('wikitext_2_lm', 'train', {'targets': 7}, 'byte',
