@@ -276,6 +276,9 @@ def test_blocks_pass_every_example_once_an_epoch_in_a_new_order(tmp_path, files,
   epochs = [[x for i in range(rows.count) for x in rows.ids(e, i)] for e in range(3)]
   assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
+  for b in range(4):                    # each block packs its own sizes: every row is full or fits
+    sizes = rows._sizes[b::4]
+    assert all((sizes[row].sum(axis=0) <= 16).all() for row in rows._block(b).layout)
   order = [p.example_ids(step) for step in range(rows.count)]
   assert sorted(sum(order, [])) == sorted(f'files:{i}' for i in range(23))
   again = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=1, seed=3)

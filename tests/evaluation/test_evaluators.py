@@ -54,3 +54,11 @@ def test_classes_are_scored_once_each():
             'correct': (batch['encoder_target_tokens'] * batch['encoder_loss_weights']).sum()}
   assert evaluation.loss(sums) == {'loss': 2., 'accuracy': 0.5}
   assert evaluation.decode(None) == ({}, [])
+
+
+def test_the_loss_of_pairs_is_the_sum_of_two_means():
+  evaluation = Evaluation('books_bert', 'validation', vocab_spec='byte',
+                          lengths={'inputs': 32, 'targets': 0}, examples=4, kind='encoder')
+  sums = dict(loss=10., correct=2., weight=5., nsp_loss=3., nsp_correct=1., nsp_weight=2.)
+  assert evaluation.loss(lambda batch: sums) == {
+      'loss': 3.5, 'accuracy': 0.4, 'nsp_loss': 1.5, 'nsp_accuracy': 0.5}
