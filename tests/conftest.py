@@ -29,3 +29,11 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 def rng():
   """A numpy Generator: random streams of jax change between versions, numpy's do not."""
   return np.random.default_rng(0)
+
+
+@pytest.fixture
+def plain_registry():
+  """Afterwards seqio's registry has our tasks on the default vocabulary, and nobody's files."""
+  yield
+  from t5lab.data import tasks  # TensorFlow, for those who ask
+  tasks.register()

@@ -9,13 +9,9 @@ import pytest
 from t5lab import cli
 from t5lab.data import tasks
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 CONFIG = 'configs/quickstart.py:tiny'
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 def call(*argv, capsys):

@@ -6,13 +6,9 @@ from t5lab import config, streams
 from t5lab.data import pipeline, tasks
 from t5lab.errors import DataError, UsageError
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 LENGTHS = {'inputs': 32, 'targets': 32}
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 def tiny(**changes):

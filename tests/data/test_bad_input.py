@@ -9,17 +9,13 @@ from t5lab import cli
 from t5lab.data import cache, cache_build, own_files, pipeline, tasks
 from t5lab.errors import DataError
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 CONFIG = 'configs/quickstart.py:tiny'
 SMALL = ['--config.total_steps=2', '--config.optim.ema=0', '--config.eval.beams=1',
          '--config.eval.examples=2', '--config.checkpoint.best=', '--config.eval.max_length=2',
          '--config.data.fields.inputs=q', '--config.data.fields.targets=a']
 LENGTHS = {'inputs': 32, 'targets': 32}
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 def call(*argv, capsys):

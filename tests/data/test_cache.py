@@ -15,14 +15,10 @@ from t5lab.data.seqio_tf import SeqioVocabulary, seqio
 from t5lab.errors import DataError, UsageError
 from t5lab.training import rundir
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 LENGTHS = {'inputs': 16, 'targets': 16}
 QUICKSTART = 'configs/quickstart.py'
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 @pytest.fixture

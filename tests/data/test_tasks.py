@@ -12,14 +12,10 @@ from t5lab.data.text_tasks import OBJECTIVES
 from t5lab.errors import DataError, UsageError
 from t5lab.evaluation import metrics
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 BYTE = vocab.load('byte')
 LONG = {'inputs': 4096, 'targets': 4096}
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 @pytest.fixture

@@ -5,18 +5,14 @@ import pytest
 from t5lab.data import corpora, features, pipeline, seqio_tf, tasks, text_tasks, vocab
 from t5lab.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures('plain_registry')
+
 BYTE = vocab.load('byte')
 DOCUMENTS = ['One two. Three four! Five six? Seven.', 'Eight nine ten. Eleven.'] * 3
 LENGTHS = {'inputs': 24, 'targets': 24}
 KIND = {'lm': 'decoder', 'document_lm': 'decoder', 'fill_in_the_middle': 'decoder',
         'mlm': 'encoder', 'bert': 'encoder'}
 FORM = {'mlm': 'mlm', 'bert': 'nsp'}
-
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
 
 
 @pytest.fixture

@@ -5,14 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from t5lab.data import corpora, tasks, vocab
+from t5lab.data import corpora, vocab
 from t5lab.evaluation.evaluators import Evaluation
 
-
-@pytest.fixture(autouse=True)
-def _plain_registry():
-  yield
-  tasks.register()
+pytestmark = pytest.mark.usefixtures('plain_registry')
 
 
 def test_spellings_are_decoded_and_scored_by_the_target_table(tmp_path):
