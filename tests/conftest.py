@@ -5,10 +5,10 @@ import pathlib
 
 # Before jax is imported anywhere: the number of devices is fixed when the backend starts.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Without a thread pool each device runs its program in order. With one, XLA on CPU starts a
-# program's independent collectives in any order: two devices may then wait for each other's for
-# ever, and XLA aborts the process after 40 s. (tests/training/test_lora.py, two at a time on two
-# cores: 4 of 4 runs aborted, 1 of 4 with a pool of 32 threads, 0 of 16 without.)
+# XLA on CPU starts a program's independent collectives in any order: two devices may then wait for
+# each other's for ever, and XLA aborts the process after 40 s. Without Eigen's thread pool that is
+# rare. (Training adapters in tests/training/test_lora.py on 8 devices, two runs at a time on two
+# cores: 4 of 4 aborted; with a pool of 32 threads 1 of 4; without 1 of 16. It has one device now.)
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
     ' --xla_cpu_multi_thread_eigen=false')

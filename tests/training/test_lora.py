@@ -15,10 +15,22 @@ from t5lab import config, trees, weights
 from t5lab.data import tasks  # noqa: F401  seqio warns where it is imported first
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models.transformer import Transformer
+from t5lab.parallel import sharding
 from t5lab.training import loop, lora, step
 from t5lab.training.checkpoint import Checkpoints
 
 QUICKSTART = str(pathlib.Path(__file__).parent.parent.parent / 'configs' / 'quickstart.py')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _one_device():
+  """Where a test names no mesh, one device: the adapters' small all-reduces are what XLA on CPU
+  deadlocks on most (tests/conftest.py)."""
+  real, patch = sharding.make_mesh, pytest.MonkeyPatch()
+  patch.setattr(sharding, 'make_mesh', lambda data=-1, model=1, expert=1: real(
+      data, model, expert, jax.devices()[:1] if (data, model, expert) == (-1, 1, 1) else None))
+  yield
+  patch.undo()
 
 
 def tiny(init='', **overrides):
