@@ -37,3 +37,18 @@ def plain_registry():
   yield
   from t5lab.data import tasks  # TensorFlow, for those who ask
   tasks.register()
+
+
+@pytest.fixture(scope='module')
+def on_bytes():
+  """Our tasks on the vocabulary of bytes."""
+  from t5lab.data import tasks
+  tasks.register('byte')
+  yield
+  tasks.register()
+
+
+@pytest.fixture
+def no_tfds_data(monkeypatch, tmp_path):
+  """TFDS looks where there is nothing, unless a test puts something there."""
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))

@@ -9,7 +9,8 @@ import inspect
 import types
 
 from t5lab.data import cache, vocab
-from t5lab.data.seqio_tf import NumpyObjective, seqio
+from t5lab.data.seqio_tf import NumpyObjective
+from t5lab.data.task_parts import trims
 
 PLAIN = (str, bytes, int, float, bool, type(None))
 # Raise it when our own preprocessors give other tokens for the same rows: what a task's functions
@@ -20,7 +21,7 @@ TASKS = 1
 def identity(task, split: str, lengths: dict[str, int], vocab_spec: str) -> dict:
   """{what: text}. lengths count only where a preprocessor cuts text to them."""
   preprocessors = [p for p in task.preprocessors if not isinstance(p, NumpyObjective)]
-  cuts = any('sequence_length' in _parameters(p) and not _trims(p) for p in preprocessors)
+  cuts = any('sequence_length' in _parameters(p) and not trims(p) for p in preprocessors)
   return {
       'format': cache.FORMAT, 'code': TASKS, 'task': task.name, 'split': split,
       'vocabulary': vocab.load(vocab_spec).sha256,
@@ -28,10 +29,6 @@ def identity(task, split: str, lengths: dict[str, int], vocab_spec: str) -> dict
       'preprocessors': _digest([describe(p) for p in preprocessors]),
       'lengths': ', '.join(f'{k} {v}' for k, v in sorted(lengths.items())) if cuts else 'whole',
   }
-
-
-def _trims(preprocessor) -> bool:
-  return getattr(preprocessor, 'func', preprocessor) is seqio.preprocessors.append_eos_after_trim
 
 
 def _parameters(fn) -> set[str]:

@@ -119,6 +119,11 @@ def from_rows(columns, fn: Callable[[dict], list[dict]], extra=()):
   return preprocess
 
 
+def trims(preprocessor) -> bool:
+  """Is it seqio's append_eos_after_trim, to which we give no lengths: the pipeline cuts?"""
+  return getattr(preprocessor, 'func', preprocessor) is seqio.preprocessors.append_eos_after_trim
+
+
 def answers(decoded, example=None, is_target=False):
   """Postprocessor: a target is the list of its gold answers."""
   if not is_target:

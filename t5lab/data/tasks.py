@@ -24,7 +24,7 @@ from t5lab.data import (
   vocab,
 )
 from t5lab.data.seqio_tf import NumpyObjective, seqio, tf
-from t5lab.data.task_parts import ROWS_A_CALL
+from t5lab.data.task_parts import ROWS_A_CALL, trims
 from t5lab.data.tfds_data import splits
 from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 
@@ -162,10 +162,8 @@ def stream(task, split: str, lengths: dict[str, int], ids: int, shard: tuple[int
     for preprocessor in preprocessors:
       if isinstance(preprocessor, seqio.CacheDatasetPlaceholder):
         continue
-      trims = getattr(preprocessor, 'func', preprocessor) is (
-          seqio.preprocessors.append_eos_after_trim)
       dataset = seqio.utils.add_kwargs_to_transform(
-          preprocessor, sequence_length=None if trims else lengths,
+          preprocessor, sequence_length=None if trims(preprocessor) else lengths,
           output_features=task.output_features)(dataset)
     dataset = dataset.map(lambda row: {name: row[name] for name in wanted if name in row})
     count = 0

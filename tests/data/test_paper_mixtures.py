@@ -5,21 +5,11 @@ from t5lab.data import paper_mixtures, tasks
 from t5lab.data.seqio_tf import seqio
 from t5lab.errors import DataError
 
+pytestmark = pytest.mark.usefixtures('on_bytes', 'no_tfds_data')
+
 OWN = {  # tasks whose rate is a count of their rows, and how many they have here
     'cnn_dailymail_v002': 287_113, 'squad_v010_allanswers': 87_599, 'wmt16_enro_v003': 610_320,
     'wmt_t2t_ende_v003': 4_592_289, 'wmt15_enfr_v003': 40_853_298}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def on_bytes():
-  tasks.register('byte')
-  yield
-  tasks.register()
-
-
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch, tmp_path):
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
 
 
 def rates(name):

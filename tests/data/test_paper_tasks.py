@@ -7,19 +7,9 @@ from t5lab.data.seqio_tf import seqio, tf
 from t5lab.errors import DataError
 from t5lab.evaluation import evaluators, metrics
 
+pytestmark = pytest.mark.usefixtures('on_bytes', 'no_tfds_data')
+
 LONG = {'inputs': 512, 'targets': 512}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def on_bytes():
-  tasks.register('byte')
-  yield
-  tasks.register()
-
-
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch, tmp_path):
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
 
 
 def builder(name):
