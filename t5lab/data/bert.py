@@ -132,12 +132,12 @@ def mlm(example, rng, *, cls: int | None, sep: int, mask: int, vocab_size: int,
   return {**made, 'next': np.array(example['next'], np.int32)} if 'next' in example else made
 
 
-def mlm_sizes(example) -> dict[str, int]:
-  """Exact sizes of the features that mlm makes of this example."""
-  marks = 3 if 'first' in example else 2
-  length = marks + sum(len(example[f]) for f in ('first', 'second', 'targets') if f in example)
+def mlm_sizes(lengths: dict[str, int]) -> dict[str, int]:
+  """Lengths of an example's features -> sizes of what mlm makes of it; one more without a cls."""
+  marks = 3 if 'first' in lengths else 2
+  length = marks + sum(lengths[f] for f in ('first', 'second', 'targets') if f in lengths)
   sizes = dict.fromkeys(('inputs', 'targets', 'weights', 'types'), length)
-  return {**sizes, 'next': 1} if 'next' in example else sizes
+  return {**sizes, 'next': 1} if 'next' in lengths else sizes
 
 
 def mlm_segment(task: str, lengths) -> int:

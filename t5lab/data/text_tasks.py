@@ -83,10 +83,10 @@ def _of(objective, task, v, options):
     needed = _needs(task, {'mask': ids['mask']})
     if objective == 'mlm':
       return MASKED, [needed, tokens, segments(task, bert.mlm_segment, 1),
-                      NumpyObjective(_mask_alone, _masked_sizes, ('targets',), **ids, **options)]
+                      NumpyObjective(_mask_alone, _alone_sizes, ('targets',), **ids, **options)]
     pair = ('first', 'second', 'next')
     return (*MASKED, 'next'), [needed, _text_pairs(task, v),
-                               NumpyObjective(bert.mlm, _pair_sizes, pair, **ids, **options)]
+                               NumpyObjective(bert.mlm, bert.mlm_sizes, pair, **ids, **options)]
   if objective == 'gap_sentences':
     ids = dict(mask=_or_sentinel(v, v.mask_id, 0), eos=v.eos_id)
     return BOTH, [_needs(task, ids), _gap_pieces(task, v, options),
@@ -122,12 +122,8 @@ def _mask_alone(tokens, rng, **options):
   return bert.mlm({'targets': tokens}, rng, **options)
 
 
-def _masked_sizes(length):
-  return dict.fromkeys(MASKED, length + 2)
-
-
-def _pair_sizes(lengths):
-  return {**dict.fromkeys(MASKED, lengths['first'] + lengths['second'] + 3), 'next': 1}
+def _alone_sizes(length):
+  return bert.mlm_sizes({'targets': length})
 
 
 def _gap_sizes(lengths):
