@@ -78,10 +78,18 @@ def base(family: str, **model) -> ConfigDict:
   l.balance = 0.01                   # of experts' load [Fedus et al. 2022, 2.2]
   l.router_z = 0.001                 # of routers' logits [Zoph et al. 2022, 3.3]
 
-  c.mesh = m = ConfigDict()
-  m.data, m.model = -1, 1            # devices an axis; -1: what is left
-  m.expert = 1                       # devices over which experts are spread
-  c.rules = 'dp'                     # row of parallel/sharding.py: dp | fsdp | tp | fsdp_tp
+  c.mesh = m = ConfigDict()          # devices an axis; one may be -1: what is left
+  m.data, m.fsdp, m.expert = -1, 1, 1    # these share the batch's rows
+  m.sequence, m.model = 1, 1         # these share each row: its positions, its heads and widths
+  m.dcn_data, m.dcn_fsdp = 1, 1      # slices, joined by the data centre's network
+  c.rules = 'dp'                     # row of parallel/sharding.py: dp fsdp tp fsdp_tp sp ep
+
+  c.guard = u = ConfigDict()         # against steps that spoil a run, see training/guard.py
+  u.policy = 'stop'                  # at a loss or gradient that is no number, or a spike:
+                                     # stop | skip the batch | rewind to the last checkpoint
+  u.patience = 3                     # bad steps in a row, or rewinds, that end a run all the same
+  u.spike = 0.                       # deviations from the running mean that are a spike; 0: none
+  u.watchdog = 60.                   # seconds without a step that end a run, at least; 0: never
 
   c.log = g = ConfigDict()
   g.every = 20                       # steps between rows of metrics.jsonl

@@ -11,7 +11,7 @@ import small_models
 import tokenizers
 
 import t5lab
-from t5lab import cli, config
+from t5lab import cli, config, scoring
 from t5lab.commands import train
 from t5lab.training import loop, rundir
 from t5lab.training.checkpoint import Checkpoints
@@ -231,7 +231,7 @@ def test_a_wrong_use_is_one_line_and_writes_nothing(who, flags, data, code, mess
 def test_what_to_try_next_is_what_the_model_can(fields, mixture, shown, capsys):
   c = config.base('tiny', **fields)
   c.data.mixture = mixture
-  train.summary(c, 'runs/x', loop.Result({}, {}))
+  train.summary(c, 'runs/x', scoring.Result({}, {}))
   assert shown in capsys.readouterr().out
 
 

@@ -22,24 +22,9 @@ def test_every_config_has_the_keys_of_the_base_and_round_trips(path, arg):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_every_config_lowers_its_step_at_tiny(path):
-  import functools
-
-  from t5lab.models.transformer import Transformer
-  from t5lab.parallel import sharding
-  from t5lab.training import loop, optim
-  from t5lab.training import step as steps
-  from t5lab.weights import batch_shapes
+  from t5lab import program
   c = config.load(f'{path}:tiny')
-  model = Transformer(config.model_config(c), train=True)
-  tx = optim.optimizer(c.optim.name, c.optim.lr)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  state, _ = loop.state_shapes(c, tx, mesh)
-  batch = {k: jax.ShapeDtypeStruct((c.data.batch_size, *v.shape[1:]), v.dtype)
-           for k, v in batch_shapes(c).items()}
-  step = functools.partial(steps.train_step, model=model, tx=tx, ema=c.optim.ema,
-                           loss=steps.Loss(**c.loss.to_dict()))
-  with sharding.use(mesh, c.rules):
-    assert 'stablehlo' in jax.jit(step).lower(state, batch).as_text()
+  assert 'stablehlo' in program.build(c, jax.devices()[:1]).lower().as_text()
 
 
 def quickstart(**overrides):

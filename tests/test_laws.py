@@ -28,9 +28,11 @@ RANK = {
     't5lab.weights': 6,
     't5lab.lab': 7,
     't5lab.streams': 7,
-    't5lab.training.loop': 8,
-    't5lab.commands': 10,
-    't5lab.cli': 9,
+    't5lab.program': 7,
+    't5lab.scoring': 8,
+    't5lab.training.loop': 9,
+    't5lab.commands': 11,
+    't5lab.cli': 10,
 }
 # folder: what its modules must not import, at any depth of their own code.
 FORBIDDEN = {

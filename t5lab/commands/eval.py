@@ -38,11 +38,10 @@ def main(argv: list[str] | None = None) -> int:
   import jax
 
   from t5lab import lab as labs
-  from t5lab import streams
+  from t5lab import scoring, streams
   from t5lab import weights as loading
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.training import loop
   from t5lab.training import step as steps
   use_compilation_cache()
   c = loading.read_config(args.workdir)
@@ -76,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
       found[name] = labs.load(args.workdir, number, name, config=c, engine=engine)
     step = found['raw'].step
     with sharding.use(mesh, c.rules):
-      result = loop.evaluate(evaluation, found, sums, mesh)
-    path = loop.write_evaluation(args.workdir, step, result, changed)
+      result = scoring.evaluate(evaluation, found, sums, mesh)
+    path = scoring.write_evaluation(args.workdir, step, result, changed)
     show(result, f'{args.workdir} · step {step} · {c.eval.split}',
          c.eval.samples)
     print(path)

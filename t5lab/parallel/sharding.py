@@ -19,8 +19,9 @@ import numpy as np
 from t5lab import trees
 from t5lab.errors import UsageError, did_you_mean
 
-MESH_AXES = ('data', 'expert', 'model')
-BATCH = ('data', 'expert')     # outside of the experts their devices share the batch
+# From the slowest network to the fastest: dcn_ axes join slices, neighbours on `model` talk most.
+MESH_AXES = ('dcn_data', 'dcn_fsdp', 'data', 'fsdp', 'expert', 'sequence', 'model')
+BATCH = MESH_AXES[:5]          # outside of the experts their devices share the batch
 
 # Every logical axis name. Parameters: vocab, embed, heads (N * H joined), kv_heads (K * H), mlp,
 # norm (scales and biases along D), layers, buckets, rel_heads, positions, expert.
@@ -29,6 +30,7 @@ AXES = ('vocab', 'embed', 'heads', 'kv_heads', 'mlp', 'norm', 'layers', 'buckets
         'positions', 'expert', 'batch', 'length', 'act_embed', 'act_heads', 'act_kv_heads',
         'act_mlp', 'act_vocab')
 
+FSDP = ('dcn_fsdp', 'fsdp')
 _DATA = {'batch': BATCH, 'expert': 'expert'}
 _TENSOR = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model',
            'act_heads': 'model', 'act_kv_heads': 'model', 'act_mlp': 'model', 'act_vocab': 'model'}
@@ -36,32 +38,36 @@ _TENSOR = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'mode
 # A name that a row leaves out is replicated.
 RULES = {
     'dp': _DATA,
-    'fsdp': {**_DATA, 'embed': 'data'},
+    'fsdp': {**_DATA, 'embed': FSDP},
     'tp': {**_DATA, **_TENSOR},
-    'fsdp_tp': {**_DATA, **_TENSOR, 'embed': 'data'},
+    'fsdp_tp': {**_DATA, **_TENSOR, 'embed': FSDP},
 }
 
 _rules = contextvars.ContextVar('rules', default=None)
 
 
-def make_mesh(data: int = -1, model: int = 1, expert: int = 1, devices=None) -> Mesh:
-  """A ('data', 'expert', 'model') mesh over all devices; -1 takes what is left.
+def make_mesh(data: int = -1, model: int = 1, expert: int = 1, fsdp: int = 1, sequence: int = 1,
+              dcn_data: int = 1, dcn_fsdp: int = 1, devices=None) -> Mesh:
+  """A mesh of MESH_AXES over all devices (or these); one -1 takes what is left.
 
   Axes are Auto: the compiler propagates shardings from what we pin (jax.make_mesh's own default,
   Explicit, makes every operation state its sharding).
   """
   devices = jax.devices() if devices is None else devices
   n = len(devices)
-  asked = f'mesh.data={data}, mesh.expert={expert}, mesh.model={model}'
-  sizes = [data, expert, model]
-  if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+  sizes = dict(dcn_data=dcn_data, dcn_fsdp=dcn_fsdp, data=data, fsdp=fsdp, expert=expert,
+               sequence=sequence, model=model)
+  asked = ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items() if size != 1) or 'mesh'
+  if list(sizes.values()).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes.values()):
     raise UsageError(f'{asked}: sizes are 1 or more, or one -1 for what is left')
-  known = math.prod(s for s in sizes if s != -1)
-  if n % known or (-1 not in sizes and known != n):
-    raise UsageError(f'{asked} asks for {"a multiple of " * (-1 in sizes)}{known} devices, this '
+  known = math.prod(s for s in sizes.values() if s != -1)
+  left = -1 in sizes.values()
+  if n % known or (not left and known != n):
+    raise UsageError(f'{asked} asks for {"a multiple of " * left}{known} devices, this '
                      f'machine has {n}; sizes that fit multiply to {n}, or use one -1')
-  sizes = [n // known if s == -1 else s for s in sizes]
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  shape = [n // known if s == -1 else s for s in sizes.values()]
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
+                       devices=devices)
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -160,9 +166,12 @@ def like_params(tree, params, param_shardings, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+  """Of a batch's array [B, …]: rows over the batch's axes."""
+  return NamedSharding(mesh, P(BATCH, *(None,) * (ndim - 1)))
+
+
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a numpy batch -> global arrays, sharded over the data axis."""
-  def one(x):
-    s = NamedSharding(mesh, P(BATCH, *(None,) * (x.ndim - 1)))
-    return jax.make_array_from_process_local_data(s, x)
-  return {k: one(v) for k, v in batch.items()}
+  return {k: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x)
+          for k, x in batch.items()}

@@ -7,7 +7,6 @@ reads data, so `import t5lab.training.loop` stays light.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -16,20 +15,16 @@ from pathlib import Path
 import subprocess
 import time
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from t5lab import config as configs
-from t5lab import streams, trees
+from t5lab import program as programs
+from t5lab import scoring, streams
 from t5lab import weights as loading
 from t5lab.data import vocab
 from t5lab.errors import NumericalError, Preempted, UsageError
-from t5lab.lab import Lab, make_engine
-from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import lora, optim, rundir
-from t5lab.training import step as steps
+from t5lab.training import rundir
 from t5lab.training.report import Report
 
 # What the command that resumes a run may change: nothing that the weights depend on, but how long.
@@ -39,7 +34,7 @@ MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss
 RESUME = ('auto', 'never', 'must')
 
 
-def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> 'Result':
+def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> scoring.Result:
   """Trains the config c in workdir -> the last evaluation.
 
   resume: 'auto' goes on with what workdir holds, 'never' refuses a workdir that has steps, 'must'
@@ -58,43 +53,21 @@ def _train(c, workdir, signals, resume, allow_data_change):
   streams.settle_vocabulary(c)
   _settle_config(c, workdir, resume, bool(checkpoints.steps()))
 
-  # -- devices ------------------------------------------------------------------------------------
-  mesh = sharding.make_mesh(**c.mesh.to_dict())
-  micro = c.data.batch_size // c.optim.microbatches
-  for name, size in (('data.batch_size', c.data.batch_size),
-                     ('data.batch_size / optim.microbatches', micro)):
-    if size % (spread := sharding.batch_devices(mesh)):
-      raise UsageError(f'{name} = {size} is not a multiple of the {spread} devices of the data '
-                       f'axis; the nearest that are: {_nearest(size, spread)}')
-  shape = configs.model_config(c)
-  sharding.check_heads(mesh, c.rules, shape.n_heads, shape.kv_heads)
+  # -- what runs: shapes first, then straight onto the devices ------------------------------------
+  program = programs.build(c)
+  mesh, abstract = program.mesh, program.abstract
 
   # -- data ---------------------------------------------------------------------------------------
   stream = streams.open_stream(c, jax.process_index(), jax.process_count())
   words, data = stream.vocabulary, stream.batches
   vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
 
-  # -- model and optimizer: shapes first, then straight onto their devices ------------------------
-  schedule = optim.schedule(c.optim.schedule, lr=c.optim.lr, warmup=c.optim.warmup,
-                            total=c.total_steps, end=c.optim.lr * c.optim.end_lr,
-                            decay_fraction=c.optim.decay_fraction)
-  o = c.optim
-  tx = optim.optimizer(o.name, schedule, clip=o.clip, weight_decay=o.weight_decay, b1=o.b1,
-                       b2=o.b2, eps=o.eps)
-  model = Transformer(shape, train=True)
-  abstract, make_state = state_shapes(c, tx, mesh)
-  step_fn = jax.jit(
-      functools.partial(steps.train_step, model=model, tx=tx, loss=steps.Loss(**c.loss.to_dict()),
-                        ema=o.ema, seed=c.seed, microbatches=o.microbatches,
-                        lora_scale=loading.lora_scale(c)),
-      donate_argnums=0)
-
   # -- start or resume ----------------------------------------------------------------------------
   restored = checkpoints.restore(abstract, quarantine=True)
   base = initial = None
   if c.init.path and (c.lora.rank or not restored):
     initial = loading.load_base(c, loading.boxed_params(c), mesh,
-                                functools.partial(_fresh, c, mesh))
+                                functools.partial(programs.fresh, c, mesh))
     base = initial.params if c.lora.rank else None
   if restored:
     state, manifest = restored
@@ -105,7 +78,8 @@ def _train(c, workdir, signals, resume, allow_data_change):
     start = manifest.step
     origin = f'resuming from step {start} in {workdir}: optimizer state restored'
   else:
-    state, start, origin = make_state(None if c.lora.rank or not initial else initial.params), 0, ''
+    state, start, origin = program.make_state(
+        None if c.lora.rank or not initial else initial.params), 0, ''
     if c.init.optimizer == 'restore' and initial:
       state = state.replace(opt_state=loading.load_optimizer(c, abstract.opt_state, initial.step))
     origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
@@ -121,7 +95,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
 
   # -- what a step leaves behind ------------------------------------------------------------------
   report = Report(workdir, resume_step=start, total_steps=c.total_steps)
-  evaluate = _Evaluator(c, workdir, model, mesh, signals, base)
+  evaluate = scoring.Evaluator(c, workdir, program.model, mesh, signals, base)
   meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
               vocab=words.sha256)
   if initial:
@@ -152,7 +126,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
           f'step {step} is saved, the same command goes on' if step else 'nothing to save yet'))
 
   # -- train --------------------------------------------------------------------------------------
-  result, log = None, _Log(c, report, schedule, data, checkpoints, workdir)
+  result, log = None, _Log(c, report, program.schedule, data, checkpoints, workdir)
   with report, _joined(checkpoints), sharding.use(mesh, c.rules):
     if start and due(start, c.eval.every, c.total_steps) and start not in report.evaluated:
       result = evaluate_at(start)                          # killed between save and evaluation
@@ -160,7 +134,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
     for step in range(start + 1, c.total_steps + 1):
       stop_if_asked(step - 1)
       batch = sharding.put(log.wait(batches), mesh)
-      state, metrics = step_fn(state, batch, base)
+      state, metrics = program.step(state, batch, base)
       log.add(step, metrics)
       evaluates = due(step, c.eval.every, c.total_steps)
       saves = due(step, c.checkpoint.every, c.total_steps) or evaluates
@@ -171,46 +145,7 @@ def _train(c, workdir, signals, resume, allow_data_change):
       if evaluates:
         with log.paused():
           result = evaluate_at(step)
-  return result or read_evaluation(workdir, c.total_steps)
-
-
-def _init_params(c):
-  """Boxed parameters from the seed: of the whole model, or of the adapters."""
-  if c.lora.rank:
-    return lora.init(loading.boxed_params(c), c.lora.kernels, c.lora.rank, c.seed)
-  batch = {k: jnp.zeros(s.shape, s.dtype) for k, s in loading.batch_shapes(c).items()}
-  return steps.init_params(Transformer(configs.model_config(c)), c.seed, batch)
-
-
-def _fresh(c, mesh, paths):
-  """{path: array} of the whole model's parameters at these paths, from the seed."""
-  with sharding.use(mesh, c.rules):
-    return jax.jit(lambda: {path: x for path, x in trees.flatten(nn.unbox(_init_params(c))).items()
-                            if path in paths})()
-
-
-def state_shapes(c, tx, mesh):
-  """(the TrainState as shapes with shardings, a function that makes the state of step 0: from
-  parameters, which it takes over, or from the seed)."""
-  boxed = jax.eval_shape(functools.partial(_init_params, c))
-  params = nn.unbox(boxed)
-  placed = sharding.shardings(boxed, mesh, c.rules)
-  make = lambda p: steps.new_state(p, tx, c.optim.ema)
-  abstract = jax.eval_shape(make, params)
-  alone = sharding.replicated(mesh)
-  shardings = steps.TrainState(
-      step=alone, params=placed, ema=placed if c.optim.ema else {},
-      opt_state=sharding.like_params(abstract.opt_state, params, placed, mesh))
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                          abstract, shardings)
-
-  def make_state(params=None):
-    with sharding.use(mesh, c.rules):
-      if params is None:
-        return jax.jit(lambda: make(nn.unbox(_init_params(c))), out_shardings=shardings)()
-      return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
-
-  return abstract, make_state
+  return result or scoring.read_evaluation(workdir, c.total_steps)
 
 
 @contextlib.contextmanager
@@ -290,92 +225,6 @@ class _Log:
     self._since += time.perf_counter() - start
 
 
-class _Evaluator:
-  """Scores the raw and the averaged weights, writes eval/<step>.json and the predictions."""
-
-  def __init__(self, c, workdir, model, mesh, signals, base):
-    self._c, self._workdir, self._mesh, self._signals = c, workdir, mesh, signals
-    self._base = base
-    self._engine = make_engine(c)
-    plain = model.clone(train=False)
-    self._sums = jax.jit(functools.partial(steps.eval_step, model=plain))
-
-  @functools.cached_property
-  def _evaluation(self):
-    return streams.open_evaluation(self._c)
-
-  def __call__(self, step, state, report) -> 'Result':
-    weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
-    if self._base is not None:
-      scale = loading.lora_scale(self._c)
-      weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}
-    labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
-            for name, params in weights.items()}
-    result = evaluate(self._evaluation, labs, self._sums, self._mesh, tick=self._tick)
-    write_evaluation(self._workdir, step, result)
-    name, predictions = list(result.predictions.items())[-1]
-    for p in predictions[:self._c.eval.samples]:
-      report.text(step, f'{p.task}/{name}/{p.index}',
-                  f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
-    return result
-
-  def _tick(self, done, total):
-    if self._signals.requested:
-      raise Preempted(f'{self._signals.requested} during evaluation: the step is saved, the same '
-                      'command goes on')
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """scores: {'task/weights/metric': value}; predictions: {weights: list of Prediction}."""
-  scores: dict[str, float]
-  predictions: dict[str, list]
-
-
-def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
-             **decoding) -> Result:
-  """Scores each Lab's weights: loss and accuracy of the split, then each task's own metrics."""
-  scores, predictions = {}, {}
-  for name, lab in labs.items():
-    run = lambda batch, lab=lab: jax.device_get(sums(lab.params, sharding.put(batch, mesh)))
-    for metric, value in evaluation.loss(run).items():
-      scores[f'{evaluation.name}/{name}/{metric}'] = value
-    generate = functools.partial(lab.generate_tokens, tick=tick, **decoding)
-    by_task, predictions[name] = evaluation.decode(generate, lab.step)
-    for task, values in by_task.items():
-      scores.update({f'{task}/{name}/{metric}': value for metric, value in values.items()})
-  return Result(scores, predictions)
-
-
-def write_evaluation(workdir, step: int, result: Result, name: str = '') -> Path:
-  """eval/<step>.json (scores) and eval/<step>.<weights>.jsonl (predictions); -> the former."""
-  folder = Path(workdir) / 'eval'
-  folder.mkdir(parents=True, exist_ok=True)
-  stem = f'{step}{name}'
-  for weights, rows in result.predictions.items():
-    rundir.atomic_write_text(folder / f'{stem}.{weights}.jsonl', ''.join(
-        json.dumps(dataclasses.asdict(p), ensure_ascii=False) + '\n' for p in rows))
-  path = folder / f'{stem}.json'
-  rundir.atomic_write_text(path, json.dumps({'step': step, **result.scores}, indent=1) + '\n')
-  return path
-
-
-def read_evaluation(workdir, step: int) -> Result:
-  """What write_evaluation wrote for a step; an empty Result if it is gone."""
-  from t5lab.evaluation.evaluators import Prediction
-  folder = Path(workdir) / 'eval'
-  try:
-    scores = json.loads((folder / f'{step}.json').read_text())
-  except FileNotFoundError:
-    return Result({}, {})
-  scores.pop('step')
-  predictions = {}
-  for path in sorted(folder.glob(f'{step}.*.jsonl'), reverse=True):    # raw, then ema
-    rows = path.read_text(encoding='utf-8').split('\n')[:-1]
-    predictions[path.name.split('.')[1]] = [Prediction(**json.loads(row)) for row in rows]
-  return Result(scores, predictions)
-
-
 def _settle_config(c, workdir, resume, has_steps):
   """Refuses a workdir of another experiment; else leaves this config in it."""
   new = configs.to_dict(c)
@@ -409,7 +258,3 @@ def _revision() -> str:
   except (OSError, subprocess.SubprocessError):
     return ''
 
-
-def _nearest(size, divisor) -> str:
-  low = size // divisor * divisor
-  return f'{low} and {low + divisor}' if low else str(divisor)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import t5lab
-from t5lab import config, trees, weights
+from t5lab import config, program, trees, weights
 from t5lab.data import tasks  # noqa: F401  seqio warns where it is imported first
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.interop import convert, t5x
@@ -187,7 +187,7 @@ def test_the_optimizers_state_comes_along_if_asked(run, tmp_path, capsys):
   saved = arrays(run, 2)
   for clip, first in ((1., 1), (0., 0)):
     tx = optim.optimizer('adamw', lambda step: 1e-3, clip=clip, weight_decay=0.01)
-    abstract, _ = loop.state_shapes(c, tx, sharding.make_mesh())
+    abstract = program.state_shapes(c, tx, sharding.make_mesh())
     got = trees.flatten(weights.load_optimizer(c, abstract.opt_state, 2))
     assert int(got.pop(f'{first + 2}/count')) == 0 and int(got[f'{first}/count']) == 2
     assert len(got) == sum(p.startswith('opt_state/') for p in saved) - 1

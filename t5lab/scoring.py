@@ -1,0 +1,102 @@
+"""Scores of weights on what a config evaluates: loss, decoded metrics, predictions, as files."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+from t5lab import streams
+from t5lab import weights as loading
+from t5lab.errors import Preempted
+from t5lab.lab import Lab, make_engine
+from t5lab.parallel import sharding
+from t5lab.training import lora, rundir
+from t5lab.training import step as steps
+
+
+class Evaluator:
+  """Scores the raw and the averaged weights, writes eval/<step>.json and the predictions."""
+
+  def __init__(self, c, workdir, model, mesh, signals, base):
+    self._c, self._workdir, self._mesh, self._signals = c, workdir, mesh, signals
+    self._base = base
+    self._engine = make_engine(c)
+    plain = model.clone(train=False)
+    self._sums = jax.jit(functools.partial(steps.eval_step, model=plain))
+
+  @functools.cached_property
+  def _evaluation(self):
+    return streams.open_evaluation(self._c)
+
+  def __call__(self, step, state, report) -> 'Result':
+    weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
+    if self._base is not None:
+      scale = loading.lora_scale(self._c)
+      weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}
+    labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
+            for name, params in weights.items()}
+    result = evaluate(self._evaluation, labs, self._sums, self._mesh, tick=self._tick)
+    write_evaluation(self._workdir, step, result)
+    name, predictions = list(result.predictions.items())[-1]
+    for p in predictions[:self._c.eval.samples]:
+      report.text(step, f'{p.task}/{name}/{p.index}',
+                  f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
+    return result
+
+  def _tick(self, done, total):
+    if self._signals.requested:
+      raise Preempted(f'{self._signals.requested} during evaluation: the step is saved, the same '
+                      'command goes on')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """scores: {'task/weights/metric': value}; predictions: {weights: list of Prediction}."""
+  scores: dict[str, float]
+  predictions: dict[str, list]
+
+
+def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
+             **decoding) -> Result:
+  """Scores each Lab's weights: loss and accuracy of the split, then each task's own metrics."""
+  scores, predictions = {}, {}
+  for name, lab in labs.items():
+    run = lambda batch, lab=lab: jax.device_get(sums(lab.params, sharding.put(batch, mesh)))
+    for metric, value in evaluation.loss(run).items():
+      scores[f'{evaluation.name}/{name}/{metric}'] = value
+    generate = functools.partial(lab.generate_tokens, tick=tick, **decoding)
+    by_task, predictions[name] = evaluation.decode(generate, lab.step)
+    for task, values in by_task.items():
+      scores.update({f'{task}/{name}/{metric}': value for metric, value in values.items()})
+  return Result(scores, predictions)
+
+
+def write_evaluation(workdir, step: int, result: Result, name: str = '') -> Path:
+  """eval/<step>.json (scores) and eval/<step>.<weights>.jsonl (predictions); -> the former."""
+  folder = Path(workdir) / 'eval'
+  folder.mkdir(parents=True, exist_ok=True)
+  stem = f'{step}{name}'
+  for weights, rows in result.predictions.items():
+    rundir.atomic_write_text(folder / f'{stem}.{weights}.jsonl', ''.join(
+        json.dumps(dataclasses.asdict(p), ensure_ascii=False) + '\n' for p in rows))
+  path = folder / f'{stem}.json'
+  rundir.atomic_write_text(path, json.dumps({'step': step, **result.scores}, indent=1) + '\n')
+  return path
+
+
+def read_evaluation(workdir, step: int) -> Result:
+  """What write_evaluation wrote for a step; an empty Result if it is gone."""
+  from t5lab.evaluation.evaluators import Prediction
+  folder = Path(workdir) / 'eval'
+  try:
+    scores = json.loads((folder / f'{step}.json').read_text())
+  except FileNotFoundError:
+    return Result({}, {})
+  scores.pop('step')
+  predictions = {}
+  for path in sorted(folder.glob(f'{step}.*.jsonl'), reverse=True):    # raw, then ema
+    rows = path.read_text(encoding='utf-8').split('\n')[:-1]
+    predictions[path.name.split('.')[1]] = [Prediction(**json.loads(row)) for row in rows]
+  return Result(scores, predictions)
