@@ -21,7 +21,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=find_packages(include=['t5lab', 't5lab.*']),
-    package_data={'t5lab.data': ['files/*']},
+    package_data={'t5lab.data': ['files/*'], 't5lab.planning': ['prices.json']},
     entry_points={'console_scripts': ['t5lab = t5lab.cli:main']},
     install_requires=[
         'jax>=0.10.2,<0.11',
@@ -59,6 +59,6 @@ setup(
         'notebook': ['ipykernel>=6,<8'],
         'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18',
                  'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6', 'ipykernel>=6,<8',
-                 'datasketch>=2,<3', 'py3langid>=0.4,<0.5'],
+                 'datasketch>=2,<3', 'py3langid>=0.4,<0.5', 'jsonschema>=4.26,<5'],
     },
 )

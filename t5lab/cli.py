@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from t5lab.errors import Failure, UsageError, did_you_mean
+from t5lab.errors import Failure, Preempted, UsageError, did_you_mean
 
 # Each is a module with main(argv) that also runs alone: python -m t5lab.commands.train.
 COMMANDS = {
@@ -20,7 +20,11 @@ COMMANDS = {
     'cache': 'tokenize a large training split once, on many processes',
     'data': 'prepare files: vocab, clean, dedup, decontaminate, scrub, augment',
     'inspect': 'what the model will see, as text and as a page with plots',
+    'plan': 'fits a pod? how fast? what does it cost? asks the TPU compiler, needs no TPU',
+    'check': 'the same as a gate, and a tiny twin of the run on this machine',
     'convert': 'weights from and to Hugging Face, T5X and GGUF, certified',
+    'launch': 'a command on all hosts: Cloud TPU VMs, GKE, SLURM, local processes',
+    'doctor': 'is this cluster fit for the run? a minute, before the hours',
 }
 
 
@@ -36,8 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   except Failure as e:
     if debug:
       raise
-    print(f't5lab: {" ".join(str(e).split())}', file=sys.stderr)
-    return e.code
+    return _end(e.code, ' '.join(str(e).split()))
   except KeyboardInterrupt:
     print('t5lab: interrupted', file=sys.stderr)
     return 75
@@ -48,9 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
       raise
     what = ' '.join(str(e).split())[:300]
-    print(f't5lab: internal error, {type(e).__name__}: {what} (--debug shows the trace)',
-          file=sys.stderr)
-    return Failure.code
+    return _end(Failure.code,
+                f'internal error, {type(e).__name__}: {what} (--debug shows the trace)')
+
+
+def _end(code: int, message: str) -> int:
+  """Says why in one line; where this is one of several processes, the others end with it."""
+  together = sys.modules.get('t5lab.parallel.multihost')
+  print(f't5lab: {message}', file=sys.stderr)
+  if together and code != Preempted.code:       # that all of them agreed on
+    together.give_up(code, message)
+  return code
 
 
 def _run(argv):

@@ -91,6 +91,12 @@ def base(family: str, **model) -> ConfigDict:
   u.spike = 0.                       # deviations from the running mean that are a spike; 0: none
   u.watchdog = 60.                   # seconds without a step that end a run, at least; 0: never
 
+  c.plan = n = ConfigDict()          # budgets of `t5lab check`, a chip and step; 0: none
+  n.topology = ''                    # the slice that the run is for, as v5e:4x4
+  n.max_hbm_gb = 0.                  # GiB; 0: what the chip has
+  n.max_collective_gb = 0.           # GiB that a chip sends
+  n.float32 = ()                     # regexes of op names that may multiply in float32 under bf16
+
   c.log = g = ConfigDict()
   g.every = 20                       # steps between rows of metrics.jsonl
   c.checkpoint = k = ConfigDict()

@@ -37,7 +37,9 @@ class Lab:
     if not self.config.data.vocab:
       raise UsageError('these weights came without a vocabulary: give token ids to generate_tokens '
                        'and logits, or set data.vocab in config.json')
-    return vocab.load(self.config.data.vocab)
+    found = vocab.load(self.config.data.vocab)
+    vocab.check_rows(found, self.model.vocab_size, 'this model')
+    return found
 
   # -- text out ---------------------------------------------------------------------------------
 

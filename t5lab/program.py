@@ -19,16 +19,19 @@ from t5lab import weights as loading
 from t5lab.errors import UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import lora, optim
+from t5lab.training import digest, lora, optim
+from t5lab.training import guard as guards
 from t5lab.training import step as steps
+from t5lab.training.diagnosis import Diagnosis
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What runs. step(state, batch, base) -> (state, metrics), jitted, gives its state's buffers on.
+  """What runs. step(state, batch, base, guard) -> (state, guard, metrics), jitted; the new state
+  and guard take the buffers of the old ones.
 
   abstract: the TrainState as shapes with shardings. base: frozen weights likewise, None without
-  adapters. batch: the global batch likewise.
+  adapters. batch, guard: the global batch and training/guard.py's Guard likewise.
   """
   config: Any
   mesh: jax.sharding.Mesh
@@ -38,6 +41,8 @@ class Program:
   abstract: steps.TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
   base: Any
+  guard: guards.Guard
+  judged_by: guards.Settings
   step: Any
 
   def make_state(self, params=None) -> steps.TrainState:
@@ -50,15 +55,23 @@ class Program:
         return jax.jit(lambda: make(nn.unbox(init_params(c))), out_shardings=shardings)()
       return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
+  def make_guard(self, saved: dict | None = None) -> guards.Guard:
+    """That of step 0, or what a checkpoint's meta holds of one."""
+    return guards.place(guards.from_json(saved), sharding.replicated(self.mesh))
+
+  def diagnosis(self) -> Diagnosis:
+    return Diagnosis(self.mesh, model=self.model, **_step_options(self.config))
+
   def lower(self) -> jax.stages.Lowered:
     """The step for `mesh`, ready to compile; also for a mesh of devices that are only described."""
     with sharding.use(self.mesh, self.config.rules):
-      return self.step.lower(self.abstract, self.batch, self.base)
+      return self.step.lower(self.abstract, self.batch, self.base, self.guard)
 
 
 def build(c, devices=None) -> Program:
   """The program of config c on `devices` (all there are). UsageError for what does not divide."""
   mesh = sharding.make_mesh(**c.mesh.to_dict(), devices=devices)
+  sharding.check_mesh(mesh, c.rules)
   _check_batch(c, mesh)
   shape = configs.model_config(c)
   sharding.check_heads(mesh, c.rules, shape.n_heads, shape.kv_heads)
@@ -70,16 +83,28 @@ def build(c, devices=None) -> Program:
   model = Transformer(shape, train=True)
   abstract = state_shapes(c, tx, mesh)
   alone = sharding.replicated(mesh)
-  step = jax.jit(
-      functools.partial(steps.train_step, model=model, tx=tx, loss=steps.Loss(**c.loss.to_dict()),
-                        ema=o.ema, seed=c.seed, microbatches=o.microbatches,
-                        lora_scale=loading.lora_scale(c)),
-      donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), alone))
+  judged_by = guards.Settings(c.guard.policy, c.guard.patience, c.guard.spike)
+  guarded = functools.partial(steps.guarded_step, settings=judged_by, model=model, tx=tx,
+                              ema=o.ema, **_step_options(c))
+
+  def train_step(state, batch, base, guard):
+    state, guard, metrics = guarded(state, batch, base, guard)
+    return state, guard, {**metrics, 'batch': digest.of_batch(batch)}
+
+  step = jax.jit(train_step, donate_argnums=(0, 3),
+                 out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), alone, alone))
   batch = {k: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
                                    sharding=sharding.batch_sharding(mesh, len(x.shape)))
            for k, x in loading.batch_shapes(c).items()}
   base = loading.placed(loading.boxed_params(c), mesh, c.rules) if c.lora.rank else None
-  return Program(c, mesh, model, schedule, tx, abstract, batch, base, step)
+  guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone),
+                       guards.new())
+  return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, judged_by, step)
+
+
+def _step_options(c) -> dict:
+  return dict(loss=steps.Loss(**c.loss.to_dict()), seed=c.seed,
+              microbatches=c.optim.microbatches, lora_scale=loading.lora_scale(c))
 
 
 def init_params(c):
@@ -99,13 +124,12 @@ def fresh(c, mesh, paths):
 
 def state_shapes(c, tx, mesh) -> steps.TrainState:
   """The TrainState as shapes with shardings; optimizer state and average lie as the parameters, or
-  better (sharding.states)."""
+  better (sharding.like_params)."""
   boxed = jax.eval_shape(functools.partial(init_params, c))
   params = nn.unbox(boxed)
   placed = sharding.shardings(boxed, mesh, c.rules)
   abstract = jax.eval_shape(lambda p: steps.new_state(p, tx, c.optim.ema), params)
-  spread = functools.partial(sharding.like_params, params=params, param_shardings=placed,
-                             mesh=mesh)
+  spread = functools.partial(sharding.like_params, boxed=boxed, mesh=mesh, rules=c.rules)
   shardings = steps.TrainState(step=sharding.replicated(mesh), params=placed,
                                ema=spread(abstract.ema), opt_state=spread(abstract.opt_state))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -24,8 +24,9 @@ def settle_vocabulary(c) -> str:
   return c.data.vocab
 
 
-def open_stream(c, process_index: int = 0, process_count: int = 1) -> Stream:
-  """What `c` trains on, of this process. UsageError or DataError for data that it cannot be.
+def open_stream(c, rows=None) -> Stream:
+  """What `c` trains on; of each batch these rows, or all. UsageError or DataError for data that it
+  cannot be.
 
   That the evaluation's split exists, and that a person's own files of it can be read, is found out
   here too, and not after the training.
@@ -42,14 +43,15 @@ def open_stream(c, process_index: int = 0, process_count: int = 1) -> Stream:
       task.source.read_through(c.eval.split)
   batches = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
-      kind=shape.kind, eos=words.eos_id, start=c.model.start_id, process_index=process_index,
-      process_count=process_count)
+      kind=shape.kind, eos=words.eos_id, start=c.model.start_id, rows=rows)
   return Stream(words, components, batches)
 
 
 def open_evaluation(c):
   """The evaluation that a config describes."""
+  from t5lab.data import vocab
   from t5lab.evaluation.evaluators import Evaluation
+  vocab.check_rows(vocab.load(c.data.vocab), c.model.vocab_size, 'this config (model.vocab_size)')
   return Evaluation(
       c.eval.mixture or c.data.mixture, c.eval.split, vocab_spec=c.data.vocab,
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,

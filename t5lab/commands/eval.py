@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
   engine = labs.make_engine(c)             # compiles once for all steps and weights
   mesh = sharding.make_mesh(**c.mesh.to_dict())
   changed = ''.join(f'.{x}' for x in (args.task, args.split) if x)
+  results = []
   for number in chosen:
     found = {}
     for name in ('raw', 'ema') if c.optim.ema else ('raw',):
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     show(result, f'{args.workdir} · step {step} · {c.eval.split}',
          c.eval.samples)
     print(path)
+    results.append(result)
+  for result in results:
+    result.check()
   return 0
 
 

@@ -31,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
                       help='resume even though the data is not that of the checkpoint')
   args = parser.parse_args(argv)
   c = configs.load(args.config, overrides)
+  from t5lab.parallel import multihost
   from t5lab.training import loop
   use_compilation_cache()
   result = loop.train(c, args.workdir, resume=args.resume,
                       allow_data_change=args.allow_data_change)
-  summary(c, args.workdir, result)
+  if multihost.is_main():
+    summary(c, args.workdir, result)
+  result.check()
   return 0
 
 

@@ -4,7 +4,7 @@ Every example of a task stands exactly once in an epoch of that task. How rows a
 once (features.pack); each epoch deals the examples of equal size anew among the places, and
 shuffles the rows. So nothing depends on what was read before, any step costs the same, and the
 position of the stream is the number of the next step. Rows do not depend on how many processes read
-them: process i of n builds the i-th n-th of every batch.
+them: each builds those of every batch that it is asked for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -206,19 +206,16 @@ class Pipeline:
 
   components: name, rate, examples (dicts of int32 token arrays), objective or None.
   lengths: tokens of each feature, EOS included. batch_size: rows over all processes. kind: of
-  model, one of features.KINDS. eos: the vocabulary's; start: the decoder's first input token.
+  model, one of features.KINDS. eos: the vocabulary's; start: the decoder's first input token. rows:
+  those of every batch that this process builds, by number; None: all.
   """
 
   def __init__(self, components: Sequence, lengths: dict[str, int], *, batch_size: int, seed: int,
                pack: bool = True, kind: str = 'encoder_decoder', eos: int = features.EOS,
-               start: int = features.BOS, process_index: int = 0, process_count: int = 1):
-    if batch_size % process_count:
-      raise UsageError(f'data.batch_size={batch_size} is not a multiple of the {process_count} '
-                       'processes')
+               start: int = features.BOS, rows: Sequence[int] | None = None):
     lengths = {k: v for k, v in lengths.items() if v}
     self.batch_size, self.seed, self._lengths = batch_size, seed, lengths
-    self._local = batch_size // process_count
-    self._first = process_index * self._local
+    self._mine = list(range(batch_size) if rows is None else map(int, rows))
     forms = {form_of(c, kind): c.name for c in components}
     if len(forms) > 1:
       raise UsageError('the tasks of this mixture make different rows: ' + ', '.join(
@@ -263,13 +260,12 @@ class Pipeline:
     digest.update(json.dumps(layout, sort_keys=True).encode())
     return digest.hexdigest()
 
-  def _places(self, step: int, first: int, count: int):
-    start = step * self.batch_size + first
-    return [self._order[i] for i in range(start, start + count)]
+  def _places(self, step: int, rows: Sequence[int]):
+    return [self._order[step * self.batch_size + row] for row in rows]
 
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """This process's rows of the batch of `step`: int32[rows, length] for each model feature."""
-    places = self._places(step, self._first, self._local)
+  def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """This process's rows of the batch of `step`, or these: int32[rows, length] a model feature."""
+    places = self._places(step, self._mine if rows is None else rows)
     made = {c: iter(self.rows[c].build([place for k, *place in places if k == c]))
             for c in {c for c, _, _ in places}}
     rows = [next(made[c]) for c, _, _ in places]
@@ -289,8 +285,12 @@ class Pipeline:
 
   def example_ids(self, step: int) -> list[str]:
     """What the whole batch of `step` was made of, as 'task:index', for reports."""
-    return [f'{self.rows[c].name}:{i}' for c, epoch, r in self._places(step, 0, self.batch_size)
-            for i in self.rows[c].ids(epoch, r)]
+    return [i for row in self.row_ids(step) for i in row]
+
+  def row_ids(self, step: int) -> list[list[str]]:
+    """`example_ids` row by row."""
+    return [[f'{self.rows[c].name}:{i}' for i in self.rows[c].ids(epoch, r)]
+            for c, epoch, r in self._places(step, range(self.batch_size))]
 
   def iterate(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
     """batch(start) … batch(stop - 1), made ahead of use by a thread."""

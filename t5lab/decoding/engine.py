@@ -13,6 +13,7 @@ import numpy as np
 
 from t5lab.decoding.beam import beam_search
 from t5lab.decoding.sample import sample
+from t5lab.parallel import multihost
 
 SHORTEST = 16     # tokens of the smallest shape; each next one is twice as long
 
@@ -95,7 +96,7 @@ class Engine:
     for first in range(0, len(order), self.batch_size):
       chosen = order[first:first + self.batch_size]
       inputs, segments, known = self._pad([requests[i] for i in chosen])
-      tokens = np.asarray(self._run(params, inputs, segments, decoding, known))
+      tokens = multihost.fetch(self._run(params, inputs, segments, decoding, known))
       out[chosen] = tokens[:len(chosen)]
       tick(first + len(chosen), len(order))
     return out

@@ -7,14 +7,14 @@ import collections
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import functools
+import traceback
 
 from absl import logging
 import numpy as np
 
 from t5lab.data import features, own_files, pipeline, prompts, tasks, vocab
 from t5lab.data.seqio_tf import seqio, tf  # there TensorFlow is kept off the accelerators
-from t5lab.errors import DataError
+from t5lab.errors import DataError, Failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,28 +96,73 @@ class Evaluation:
     return scores
 
   def decode(self, generate: Callable[[list[list[int]]], np.ndarray], step: int = 0,
+             failed: dict[str, str] | None = None,
              ) -> tuple[dict[str, dict[str, float]], list[Prediction]]:
-    """generate(requests) -> int[requests, length] -> ({task: metrics}, predictions)."""
+    """generate(requests) -> int[requests, length] -> ({task: metrics}, predictions).
+
+    A task that cannot be scored (a target without text, a request without prediction, a metric that
+    raises) is put into `failed`, {task: reason}, and the others are scored; without it, a Failure.
+    What `generate` raises is not caught.
+    """
     scores, predictions = {}, []
     for task, evaluator in self._evaluators.items():
       decoded = {}
-
-      def predict(dataset, decoded=decoded):
-        rows = [(int(i), ex) for i, ex in dataset.as_numpy_iterator()]
-        # seqio wants rows of one length: numpy 2 refuses ragged ones.
-        tokens = generate([list(map(int, ex.get('inputs', ()))) for _, ex in rows])
-        decoded.update((i, self._vocab.decode(row)) for (i, _), row in zip(rows, tokens))
-        return [(i, row) for (i, _), row in zip(rows, tokens)]
-
-      with _without_advice():
-        result, _ = evaluator.evaluate(compute_metrics=True, step=step, predict_fn=predict)
-      scores[task] = {k: float(v) for k, v in result.result()[task].items()}
-      cached = evaluator.cached_task_datasets[task].as_numpy_iterator()
-      text = lambda ex, name: ex.get(name, b'').decode('utf-8', 'replace')
-      source = (self._files.source if task == own_files.NAME else
-                functools.partial(prompts.source, task))
+      try:
+        scores[task] = self._score(task, evaluator, generate, step, decoded)
+      except Failure as e:
+        if failed is None or e.code != Failure.code:
+          raise
+        failed[task] = str(e)
       predictions += [
-          Prediction(task, i, source(text(ex, 'inputs_pretokenized')),
-                     text(ex, 'targets_pretokenized'), decoded[i])
-          for i, ex in enumerate(cached)]
+          Prediction(task, i, self._source(task, _text(ex, 'inputs')), _text(ex, 'targets'),
+                     decoded[i])
+          for i, ex in enumerate(evaluator.cached_task_datasets[task].as_numpy_iterator())
+          if i in decoded]
     return scores, predictions
+
+  def _score(self, task, evaluator, generate, step, decoded) -> dict[str, float]:
+    """The metrics of one task; fills `decoded`, {index: text}. Failure names what is wrong."""
+    for i, ex in enumerate(evaluator.cached_task_datasets[task].as_numpy_iterator()):
+      if 'targets_pretokenized' in ex and not _text(ex, 'targets').strip():
+        raise Failure(f'task {task!r}: the target of example {i} of split {self.split!r} is empty, '
+                      'there is nothing to compare with')
+
+    def predict(dataset):
+      rows = [(int(i), ex) for i, ex in dataset.as_numpy_iterator()]
+      # seqio wants rows of one length: numpy 2 refuses ragged ones.
+      tokens = generate([list(map(int, ex.get('inputs', ()))) for _, ex in rows])
+      decoded.update((i, self._vocab.decode(row)) for (i, _), row in zip(rows, tokens))
+      if missing := [i for i, _ in rows if i not in decoded]:
+        raise Failure(f'task {task!r}: {len(missing)} of {len(rows)} examples have no prediction, '
+                      f'first {missing[0]}')
+      return [(i, row) for (i, _), row in zip(rows, tokens)]
+
+    with _without_advice():
+      # the metrics in a thread of seqio's: what they raise comes with the future alone
+      future, _ = evaluator.evaluate(compute_metrics=True, step=step, predict_fn=predict)
+      try:
+        return {k: float(v) for k, v in future.result()[task].items()}
+      except Exception as e:
+        evaluator._metrics_future = None       # or seqio raises it again at every later evaluation
+        raise Failure(f'task {task!r}: {_culprit(task, e)} raised {_reason(e)}') from e
+
+  def _source(self, task, text) -> str:
+    return self._files.source(text) if task == own_files.NAME else prompts.source(task, text)
+
+
+def _text(example, feature) -> str:
+  return example.get(f'{feature}_pretokenized', b'').decode('utf-8', 'replace')
+
+
+def _culprit(task: str, error: Exception) -> str:
+  """'metric bleu' of the metric functions of a task that is in the error's trace."""
+  called = {frame.name for e in (error, error.__cause__) if e
+            for frame in traceback.extract_tb(e.__traceback__)}
+  names = [getattr(fn, '__name__', '') for fn in seqio.get_mixture_or_task(task).metric_fns]
+  return 'metric ' + (' or '.join(n for n in names if n in called)
+                      or ', '.join(filter(None, names)))
+
+
+def _reason(error: Exception) -> str:
+  error = error.__cause__ or error          # seqio's own says no more than which task it was
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'

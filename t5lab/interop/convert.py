@@ -161,6 +161,8 @@ def read_t5x(path, spec: str = '', tick=lambda done, total: None) -> Source:
 def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
   """A run (its averaged weights where it keeps them; adapters merged) or converted checkpoint."""
   c = weights.read_config(path)
+  if c.data.vocab:
+    vocab.check_rows(vocab.load(c.data.vocab), c.model.vocab_size, 'these weights')
 
   def params():
     found = weights.load(path, step, which, config=c)

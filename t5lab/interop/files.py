@@ -409,6 +409,8 @@ def _json(raw: bytes, path) -> dict:
       found[key] = value
     return found
 
+  if (n := sum(map(raw.count, b'{[,'))) > 10 ** 6:     # each takes some 70 bytes of memory
+    raise UsageError(f'{path}: {n} values in its JSON; the limit is {10 ** 6}')
   with refusing(f'{path} is not readable JSON'):
     found = json.loads(raw.decode('utf-8'), object_pairs_hook=once)
   if not isinstance(found, dict):

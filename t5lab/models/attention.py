@@ -56,7 +56,9 @@ class Attention(nn.Module):
     k, v = self.split(self.k(y), c.kv_heads), self.split(self.v(y), c.kv_heads)
     if c.positions == 'rope' and positions is not None:
       k = rope(k, positions, c)
-    return {'k': k.swapaxes(1, 2), 'v': v.swapaxes(1, 2)}
+    # every query reads all keys: where the length is cut, they are gathered here, once a layer
+    pin = lambda x: constrain(x.swapaxes(1, 2), 'batch', 'act_kv_heads', 'kv_length', None)
+    return {'k': pin(k), 'v': pin(v)}
 
   def queries(self, x, positions=None):                        # [B, T, D] -> [B, T, N, H]
     c = self.config
@@ -82,7 +84,8 @@ class Attention(nn.Module):
     if mask is not None:
       scores = jnp.where(mask[:, :, None], scores, MASKED)
     probs = jax.nn.softmax(scores).astype(c.dtype)
-    probs = constrain(probs, 'batch', 'act_kv_heads', None, 'length', None)
+    probs = constrain(probs, 'batch', 'act_kv_heads', None, 'length', 'kv_length')
     probs = dropout(self, probs, c.dropout, self.train)
     out = jnp.einsum('BKGTS,BKSH->BTKGH', probs, kv['v'])
-    return self.o(out.reshape(B, T, c.n_heads * c.d_head))
+    out = out.reshape(B, T, c.n_heads * c.d_head)
+    return self.o(constrain(out, 'batch', 'length', 'act_heads'))

@@ -3,12 +3,14 @@
 B batch, T length, D model, F feed-forward. Parameters are float32, activations `dtype`.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from t5lab.models.families import TransformerConfig
-from t5lab.parallel.sharding import constrain
+from t5lab.parallel.sharding import constrain, product
 
 ACTIVATIONS = {
     'relu': jax.nn.relu,
@@ -60,10 +62,11 @@ class Dense(nn.Module):
     init = nn.with_logical_partitioning(self.kernel_init, self.axes)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
     x = x.astype(self.dtype)
-    y = x @ kernel.astype(self.dtype)
+    times = functools.partial(product, jnp.matmul, dtype=self.dtype)
+    y = times(x, kernel, *self.axes)
     if self.has_variable('lora', 'kernel'):
       pair = self.get_variable('lora', 'kernel')
-      y += (x @ pair['a'].astype(self.dtype)) @ pair['b'].astype(self.dtype)
+      y += times(times(x, pair['a'], self.axes[0], None), pair['b'], None, self.axes[1])
     if self.bias:
       # a bias along D has the norms' axis: sharding so little over the data axis costs more
       axis = 'norm' if self.axes[1] == 'embed' else self.axes[1]

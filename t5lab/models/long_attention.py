@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from t5lab.models.attention import MASKED, Attention
 from t5lab.models.layers import Norm, dropout
+from t5lab.parallel.sharding import constrain
 
 
 def blocks(x, size: int):
@@ -82,6 +83,7 @@ class LongAttention(Attention):
     k, v = (with_neighbours(blocks(kv[name], b)) for name in ('k', 'v'))
     scores = jnp.einsum('BnqNH,BnkNH->BnNqk', q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(near['mask'][:, :, None], scores + near['bias'], MASKED)
+    scores = constrain(scores, 'batch', 'length', 'act_heads', None, None)
     if c.enc_attention == 'transient_global':
       P = near['side_mask'].shape[-1]
       one_hot = jax.nn.one_hot(near['block'], P, dtype=c.dtype)               # [B, S, P]
@@ -94,7 +96,8 @@ class LongAttention(Attention):
     out = jnp.einsum('BnNqk,BnkNH->BnqNH', probs[..., :3 * b], v)
     if c.enc_attention == 'transient_global':
       out += jnp.einsum('BnNqP,BNPH->BnqNH', probs[..., 3 * b:], side['v'])
-    return self.o(out.reshape(B, -1, c.n_heads * c.d_head)[:, :S])
+    out = out.reshape(B, -1, c.n_heads * c.d_head)[:, :S]
+    return self.o(constrain(out, 'batch', 'length', 'act_heads'))
 
 
 def share(c, segments, bias, side_bias) -> dict:
@@ -110,5 +113,6 @@ def share(c, segments, bias, side_bias) -> dict:
     relative = jnp.arange(owner.shape[1]) - block[..., None]   # [B, S, P]
     table = side_bias(relative)                                # [B, N, S, P]
     near.update(block=block, side_mask=blocks(mask, b),
-                side_bias=blocks(table.swapaxes(1, 2), b).swapaxes(2, 3))
+                side_bias=constrain(blocks(table.swapaxes(1, 2), b).swapaxes(2, 3),
+                                    'batch', 'length', 'act_heads', None, None))
   return near

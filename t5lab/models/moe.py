@@ -5,6 +5,7 @@ first. [Fedus et al. 2022 (Switch), 2.1-2.2; Zoph et al. 2022 (ST-MoE)]
 B batch, T length, D model, F feed-forward, E experts, C capacity.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, dropout, kernel_init
-from t5lab.parallel.sharding import constrain
+from t5lab.parallel.sharding import constrain, product
 
 # What `sow` collects a layer; training adds the first two to the loss.
 STATISTICS = ('balance', 'router_z', 'dropped')
@@ -59,13 +60,14 @@ class Experts(nn.Module):
           nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal', batch_axis=(0,)))
       w = self.param(name, nn.with_logical_partitioning(init, ('expert', *axes)),
                      (c.experts, h.shape[-1], features), jnp.float32)
-      return jnp.einsum('EBCI,EIO->EBCO', h, w.astype(c.dtype))
+      return product(functools.partial(jnp.einsum, 'EBCI,EIO->EBCO'), h, w, 'expert', *axes,
+                     dtype=c.dtype)
 
     h = None                                                   # [E, B, C, F]
     for i, act in enumerate(c.acts):
       up = ACTIVATIONS[act](dense(f'wi_{i}', x, c.d_ff, ('embed', 'mlp')))
       h = up if h is None else h * up
-    h = constrain(h, 'expert', 'batch', None, 'act_mlp')
+    h = constrain(h, 'expert', 'batch', 'capacity', 'act_mlp')
     h = dropout(self, h, c.dropout, self.train)
     return dense('wo', h, c.d_model, ('mlp', 'embed'))
 
@@ -87,9 +89,15 @@ class Moe(nn.Module):
     probs = jax.nn.softmax(logits)
     combine, dropped = route(probs, real, c.expert_top_k, capacity)
     self._sow(logits, probs, dropped, real)
+    combine = constrain(combine, 'batch', 'length', None, None)
     inputs = jnp.einsum('BTEC,BTD->EBCD', (combine > 0).astype(c.dtype), x)
-    inputs = constrain(inputs, 'expert', 'batch', None, None)
+    # Where tokens are, then where experts are, and back: each pair of pins is one all-to-all, and
+    # its gradient another. With one pin alone the compiler replicates all tokens in between.
+    inputs = constrain(inputs, None, 'batch', 'capacity', None)
+    inputs = constrain(inputs, 'expert', 'batch', 'capacity', None)
     out = Experts(c, self.train, name='experts')(inputs)
+    out = constrain(out, 'expert', 'batch', 'capacity', None)
+    out = constrain(out, None, 'batch', None, None)
     return jnp.einsum('BTEC,EBCD->BTD', combine.astype(c.dtype), out)
 
   def _sow(self, logits, probs, dropped, real):

@@ -5,6 +5,7 @@ a 24-layer model compiles as fast as a 2-layer one. What families differ in is d
 TransformerConfig. B batch, T and S lengths, L layers, D model, N heads, H head, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init
 from t5lab.models.moe import Moe
 from t5lab.models.positions import RelativeBias, sinusoids
-from t5lab.parallel.sharding import constrain
+from t5lab.parallel.sharding import constrain, product
 
 Array = jax.Array
 
@@ -26,6 +27,18 @@ REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'full': None,
 }
+
+
+def rows(table, indices, axis: str, dtype):
+  """table[axis, D], int[...] -> [..., D] of dtype. A gather: T5X's one-hot product costs 40 % more
+  FLOPs in small T5."""
+  take = lambda i, t: jnp.take(t, i, axis=0, mode='clip')
+  return product(take, indices, table, axis, 'embed', dtype=dtype)
+
+
+def _bias(table, relative):
+  """RelativeBias, int[T, S] -> float32[1, N, T, S]."""
+  return constrain(table(relative)[None], None, 'act_heads', 'length', 'kv_length')
 
 
 class Block(nn.Module):
@@ -62,7 +75,7 @@ class Block(nn.Module):
         new['self'] = kv
       bias = shared['bias']
       if c.per_layer_bias:
-        bias = RelativeBias(c, not self.causal, name='relpos')(shared['relative'])[None]
+        bias = _bias(RelativeBias(c, not self.causal, name='relpos'), shared['relative'])
       return attn(h, kv, shared['mask'], bias, shared['positions'])
 
     def attend_memory(h):
@@ -142,7 +155,7 @@ class Stack(nn.Module):
             side = RelativeBias(c, True, name='global_relpos')
           shared['near'] = long_attention.share(c, segments, table, side)
         else:
-          shared['bias'] = table(relative)[None]
+          shared['bias'] = _bias(table, relative)
     x, cache = self._blocks(dropout(self, x, c.dropout, self.train), cache, shared)
     if not c.post_norm:
       x = Norm(c, name='norm')(x)
@@ -155,13 +168,13 @@ class Stack(nn.Module):
         nn.initializers.normal(c.init_std or c.d_model ** -0.5), ('positions', 'embed'))
     if c.positions == 'learned':
       table = self.param('positions', init, (c.max_length + c.position_offset, c.d_model))
-      x += jnp.take(table, positions + c.position_offset, axis=0, mode='clip').astype(c.dtype)
+      x += rows(table, positions + c.position_offset, 'positions', c.dtype)
     elif c.positions == 'sinusoid':
       x += sinusoids(positions, c.d_model).astype(c.dtype)
     if c.types:
       table = self.param('types', init, (c.types, c.d_model))
       types = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
-      x += jnp.take(table, types, axis=0, mode='clip').astype(c.dtype)
+      x += rows(table, types, 'positions', c.dtype)
     return Norm(c, name='embed_norm')(x) if c.embed_norm else x
 
   def _blocks(self, x, cache, shared):
@@ -191,7 +204,7 @@ class Stack(nn.Module):
       block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
     return nn.scan(
         block, length=length, in_axes=(0, nn.broadcast), out_axes=0,
-        variable_axes={'params': 0, 'lora': 0, 'router': 0},
+        variable_axes={'params': 0, 'lora': 0, 'router': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         metadata_params={nn.PARTITION_NAME: 'layers'})(
             c, self.cross, self.causal, *fields, name=name)
@@ -232,9 +245,9 @@ class Transformer(nn.Module):
       self.logit_bias = self.param('logit_bias', init, (c.vocab_size,), jnp.float32)
 
   def embed(self, tokens: Array) -> Array:
-    """int[B, T] -> [B, T, D]. A gather: T5X's one-hot product costs 40 % more FLOPs in small T5."""
+    """int[B, T] -> [B, T, D]."""
     c = self.config
-    x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(c.dtype)
+    x = rows(self.embedding, tokens, 'vocab', c.dtype)
     x = x * c.d_model ** 0.5 if c.embed_scale else x
     return constrain(x, 'batch', 'length', 'act_embed')
 
@@ -248,7 +261,8 @@ class Transformer(nn.Module):
     x = x.astype(jnp.float32)
     if c.tied:
       x = x * c.d_model ** -0.5 if c.scale_logits else x
-      logits = jnp.einsum('BTD,VD->BTV', x, self.embedding)
+      logits = product(functools.partial(jnp.einsum, 'BTD,VD->BTV'), x, self.embedding,
+                       'vocab', 'embed')
     else:
       logits = self.logits(x)
     if c.logit_bias:

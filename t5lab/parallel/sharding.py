@@ -1,17 +1,21 @@
-"""Meshes, the rows that map logical axes to mesh axes, and the two ways to use them.
+"""Meshes, the rows that map logical axes to mesh axes, and what the model and the step do with them.
 
 Parameters carry logical axis names from their definition; `shardings` turns those into
-NamedShardings. Activations are pinned by `constrain`, which knows every name and raises on others:
-flax's own constraint is silently ignored outside `jax.set_mesh`, and a mistyped name silently
-means "replicated".
+NamedShardings, `like_params` those of optimizer state and average. Activations are pinned by
+`constrain`, which knows every name and raises on others: flax's own constraint is silently ignored
+outside `jax.set_mesh`, and a mistyped name silently means "replicated". Weights meet activations in
+`product`, which pins where a weight is gathered and its gradient scattered.
 """
 
+from collections.abc import Callable
 import contextlib
 import contextvars
+import functools
 import math
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -25,25 +29,42 @@ BATCH = MESH_AXES[:5]          # outside of the experts their devices share the 
 
 # Every logical axis name. Parameters: vocab, embed, heads (N * H joined), kv_heads (K * H), mlp,
 # norm (scales and biases along D), layers, buckets, rel_heads, positions, expert.
-# Activations: batch, length, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab.
+# Activations: batch, length (of queries and of all else), kv_length (of keys, which every query
+# reads), capacity (places of an expert), act_embed, act_heads, act_kv_heads, act_mlp, act_vocab.
 AXES = ('vocab', 'embed', 'heads', 'kv_heads', 'mlp', 'norm', 'layers', 'buckets', 'rel_heads',
-        'positions', 'expert', 'batch', 'length', 'act_embed', 'act_heads', 'act_kv_heads',
-        'act_mlp', 'act_vocab')
+        'positions', 'expert', 'batch', 'length', 'kv_length', 'capacity', 'act_embed', 'act_heads',
+        'act_kv_heads', 'act_mlp', 'act_vocab')
 
 FSDP = ('dcn_fsdp', 'fsdp')
 _DATA = {'batch': BATCH, 'expert': 'expert'}
 _TENSOR = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model',
            'act_heads': 'model', 'act_kv_heads': 'model', 'act_mlp': 'model', 'act_vocab': 'model'}
 
-# A name that a row leaves out is replicated.
+# A name that a row leaves out is replicated, a mesh axis of one device changes nothing. `embed`,
+# which every large parameter has, is split while it rests and whole while it is used (`product`).
 RULES = {
     'dp': _DATA,
-    'fsdp': {**_DATA, 'embed': FSDP},
-    'tp': {**_DATA, **_TENSOR},
+    'fsdp': {**_DATA, 'embed': FSDP},                         # ZeRO-3 [Rajbhandari et al. 2020]
+    'tp': {**_DATA, **_TENSOR},                               # [Shoeybi et al. 2019]
     'fsdp_tp': {**_DATA, **_TENSOR, 'embed': FSDP},
+    # A row of the batch is cut along its length; keys and values are gathered, which costs less
+    # than a ring where lengths are T5's, and any mask works. [Dubey et al. 2024 (Llama 3), 3.3.2]
+    'sp': {**_DATA, **_TENSOR, 'length': 'sequence', 'capacity': 'sequence',
+           'embed': (*FSDP, 'sequence')},
+    # Outside of the experts their devices are more of fsdp, so nothing large is whole on each.
+    'ep': {**_DATA, **_TENSOR, 'embed': (*FSDP, 'expert')},
 }
+# The axes that a row is chosen for: one of them has several devices, or the row says what is not so.
+_MEANT = {'fsdp': FSDP, 'fsdp_tp': FSDP, 'sp': ('sequence',)}
 
-_rules = contextvars.ContextVar('rules', default=None)
+# Mesh axes over which gradients, optimizer state and average are split beyond their parameters
+# (ZeRO-1). Not over dcn_ axes: between slices gradients are summed while the backward pass runs,
+# but new parameters could only be gathered after it, with nothing to hide the slow network behind.
+ZERO = ('data', 'fsdp', 'expert')
+# Elements of a layer's leaf. Fewer, 64 KiB, save no memory worth the latency of their collectives.
+SMALL = 2 ** 14
+
+_active = contextvars.ContextVar('active', default=None)      # (mesh, row) inside of `use`
 
 
 def make_mesh(data: int = -1, model: int = 1, expert: int = 1, fsdp: int = 1, sequence: int = 1,
@@ -65,9 +86,45 @@ def make_mesh(data: int = -1, model: int = 1, expert: int = 1, fsdp: int = 1, se
   if n % known or (not left and known != n):
     raise UsageError(f'{asked} asks for {"a multiple of " * left}{known} devices, this '
                      f'machine has {n}; sizes that fit multiply to {n}, or use one -1')
-  shape = [n // known if s == -1 else s for s in sizes.values()]
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
-                       devices=devices)
+  shape = tuple(n // known if s == -1 else s for s in sizes.values())
+  return Mesh(_arranged(shape, devices, asked), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _arranged(shape: tuple[int, ...], devices, asked: str) -> np.ndarray:
+  """The devices as an array of `shape`: a slice's are neighbours on the axes that are not dcn_.
+
+  Devices that know no slice (CPU; hosts of GPUs need not be slices) keep their order, which is by
+  process: the dcn_ axes, the outermost, then join processes.
+  """
+  asked_slices = math.prod(shape[:2])
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if devices[0].platform == 'tpu' and slices != asked_slices:
+    raise UsageError(f'{asked}: the devices are {slices} slices of {len(devices) // slices}, so '
+                     f'mesh.dcn_data * mesh.dcn_fsdp must be {slices}, not {asked_slices}')
+  if slices == asked_slices > 1:
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, 1, *shape[2:]), (*shape[:2], *(1,) * len(shape[2:])), devices,
+        allow_split_physical_axes=True)
+  if asked_slices > 1:
+    return np.array(devices).reshape(shape)
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def check_mesh(mesh: Mesh, rules: str) -> None:
+  """UsageError where devices would repeat each other's work, or the row could not do its own."""
+  uses = {name: {axis for target in row.values() for axis in _tuple(target)}
+          for name, row in RULES.items()}
+  rules_row(rules)
+  for axis, size in mesh.shape.items():
+    if size > 1 and axis not in uses[rules]:
+      raise UsageError(f'mesh.{axis}={size}: rules={rules!r} do not use this axis, so its devices '
+                       "would repeat each other's work; rules that do: "
+                       + ', '.join(name for name in RULES if axis in uses[name]))
+  meant = _MEANT.get(rules, ())
+  if meant and mesh.size > 1 and all(mesh.shape[axis] == 1 for axis in meant):
+    raise UsageError(f'rules={rules!r} split by mesh.{meant[-1]}, which is 1 of {mesh.size} '
+                     f'devices: --config.mesh.data=1 --config.mesh.{meant[-1]}=-1')
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -93,13 +150,22 @@ def rules_row(name: str) -> dict:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: str):
-  """Inside, `constrain` pins activations by the row `rules` on `mesh`."""
-  token = _rules.set(rules_row(rules))
+  """Inside, `constrain` and `product` pin by the row `rules` on `mesh`."""
+  token = _active.set((mesh, rules_row(rules)))
   try:
     with jax.set_mesh(mesh):
       yield mesh
   finally:
-    _rules.reset(token)
+    _active.reset(token)
+
+
+def _tuple(target) -> tuple[str, ...]:
+  """A part of a PartitionSpec, or a row's value, as mesh axes."""
+  return target if isinstance(target, tuple) else () if target is None else (target,)
+
+
+def _part(axes: tuple[str, ...]):
+  return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def spec(axes: tuple[str | None, ...], rules: dict) -> P:
@@ -108,21 +174,62 @@ def spec(axes: tuple[str | None, ...], rules: dict) -> P:
   for axis in axes:
     if axis is not None and axis not in AXES:
       raise UsageError(f'no logical axis {axis!r}.{did_you_mean(axis, AXES)}')
-    target = rules.get(axis)
-    free = tuple(t for t in (target if isinstance(target, tuple) else (target,))
-                 if t is not None and t not in taken)
+    free = tuple(t for t in _tuple(rules.get(axis)) if t not in taken)
     taken.update(free)
-    parts.append(free if len(free) > 1 else free[0] if free else None)
+    parts.append(_part(free))
   return P(*parts)
 
 
 def constrain(x, *axes: str | None):
-  """Pins x to its logical axes under `use`; elsewhere only checks the names and the rank."""
+  """Pins x to its logical axes under `use`; elsewhere only checks the names and the rank.
+
+  An axis of one element stays whole: the token of a decoding step is not cut along its length.
+  """
   if len(axes) != x.ndim:
     raise ValueError(f'{len(axes)} axes {axes} for an array of shape {x.shape}')
-  rules = _rules.get()
-  s = spec(axes, rules or {})
-  return x if rules is None else jax.lax.with_sharding_constraint(x, s)
+  mesh, rules = _active.get() or (None, {})
+  s = spec(axes, rules)
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(
+      x, P(*(part if size > 1 else None for part, size in zip(s, x.shape))))
+
+
+def product(f: Callable, x, w, *axes: str | None, dtype=None):
+  """f(x, w as dtype), linear in the weight w of these logical axes: how a weight is used in training.
+
+  The weight's `embed` axis is whole while f runs: gathered as dtype, once for the forward and once
+  for the backward pass, which keeps only what rests. Its gradient is born as `like_params` splits
+  optimizer state. Left alone, the compiler would guess from sizes whether to move weights or
+  activations, sum gradients whole, and keep the gathered weights of all layers.
+  One position alone (decoding) is less than a weight: there the compiler may move it.
+  """
+  cast = lambda w: w.astype(dtype or w.dtype)
+  lookup = np.issubdtype(x.dtype, np.integer)
+  if _active.get() is None or x.shape[-1 if lookup else -2] == 1:
+    spec(axes, {})                                             # only checks the names
+    return f(x, cast(w))
+  mesh, rules = _active.get()
+  rest = spec(axes, rules)
+  whole = spec([None if axis == 'embed' else axis for axis in axes], rules)
+  # In two steps the TPU's compiler makes two reduce-scatters, the first among neighbours, where it
+  # would sum whole gradients over all devices in one. A scattered sum of rows is first made whole:
+  # else their cotangents, cut by rows, are all replicated to be cut along D.
+  steps = (whole,) * lookup + (rest, _zero(rest, w.shape, axes, mesh))
+  pin = jax.lax.with_sharding_constraint
+
+  @jax.custom_vjp
+  def g(x, w):
+    return f(x, pin(cast(w), whole))
+
+  def backward(saved, dy):
+    x, w = saved
+    _, pull = jax.vjp(f, x, pin(cast(w), whole))
+    dx, dw = pull(dy)
+    return dx, functools.reduce(pin, steps, dw).astype(w.dtype)
+
+  g.defvjp(lambda x, w: (g(x, w), (x, w)), backward)
+  return g(x, w)
 
 
 def shardings(boxed, mesh: Mesh, rules: str):
@@ -150,20 +257,57 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def like_params(tree, params, param_shardings, mesh: Mesh):
-  """Shardings for a tree that mirrors parameters (optimizer state): a leaf whose path ends in a
-  parameter's path and has its shape is sharded like it, any other is replicated."""
-  by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
-      trees.flatten(params).items(), jax.tree.leaves(param_shardings))}
-  elsewhere = replicated(mesh)
+def _zero(s: P, shape, names, mesh: Mesh) -> P:
+  """s, further split over the axes of ZERO that it leaves: each on the first axis that it divides.
+
+  Not along `layers`: a scan makes the gradient of one layer after the other.
+  """
+  rest = [axis for axis in ZERO if axis not in {a for part in s for a in _tuple(part)}]
+  if math.prod(n for n, name in zip(shape, names) if name != 'layers') < SMALL:
+    return s
+  parts = list(map(_tuple, s))
+  for axis in rest:
+    for i, (n, name) in enumerate(zip(shape, names)):
+      if name != 'layers' and n % math.prod(mesh.shape[a] for a in (*parts[i], axis)) == 0:
+        parts[i] += (axis,) * (mesh.shape[axis] > 1)
+        break
+  return P(*map(_part, parts))
+
+
+def like_params(tree, boxed, mesh: Mesh, rules: str):
+  """Shardings for a tree that mirrors parameters (optimizer state, average).
+
+  boxed: abstract parameters with their logical axes. A leaf whose path ends in a parameter's and has
+  its shape lies like it, and is further split over the batch's devices (ZeRO-1) [Rajbhandari et al.
+  2020, 5.1]. Adafactor's v_row and v_col, which lack one of the last two axes, lie as the others of
+  such a leaf: they are small, and need no collective then. Any other leaf is replicated.
+  """
+  row, is_box = rules_row(rules), lambda x: isinstance(x, nn.LogicallyPartitioned)
+  boxes = {trees.path_name(keys): box for keys, box in
+           jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)}
+
   def one(path, leaf):
-    parts = trees.path_name(path).split('/')
+    parts = path.split('/')
     for i in range(len(parts)):
-      found = by_path.get('/'.join(parts[i:]))
-      if found and found[0] == leaf.shape:
-        return found[1]
-    return elsewhere
-  return jax.tree_util.tree_map_with_path(one, tree)
+      if box := boxes.get('/'.join(parts[i:])):
+        shape = box.value.shape
+        split = tuple(_zero(spec(box.names, row), shape, box.names, mesh))
+        if leaf.shape == shape:
+          return NamedSharding(mesh, P(*split))
+        lacks = _factored_axis(parts[i - 1], shape)
+        if lacks is not None and leaf.shape == shape[:lacks] + shape[lacks:][1:]:
+          return NamedSharding(mesh, P(*split[:lacks], *split[lacks:][1:]))
+    return replicated(mesh)
+  return trees.map_paths(one, tree)
+
+
+def _factored_axis(name: str, shape) -> int | None:
+  """The axis over which Adafactor's v_row or v_col is a mean: of a matrix the longer side for v_row
+  and the shorter one for v_col; of a square one the last for v_row. [optax, _factored_dims]"""
+  if name not in ('v_row', 'v_col') or len(shape) < 2:
+    return None
+  longer_is_last = shape[-1] >= shape[-2]
+  return len(shape) - (1 if (name == 'v_row') == longer_is_last else 2)
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
@@ -171,7 +315,30 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH, *(None,) * (ndim - 1)))
 
 
-def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a numpy batch -> global arrays, sharded over the data axis."""
-  return {k: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x)
-          for k, x in batch.items()}
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """int[n], ascending: the rows of a batch that this process's devices hold, which it has to read.
+
+  Processes that share rows (over the sequence or model axis) each get all of them.
+  """
+  rows = np.zeros(batch_size, bool)
+  for index in batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values():
+    rows[index] = True
+  return np.flatnonzero(rows)
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None, *,
+        size: int | None = None) -> dict[str, jax.Array]:
+  """Numpy rows of a batch -> global arrays, sharded over the batch's axes.
+
+  rows: their numbers in the batch of `size`, as local_rows gives; None: all of them are here.
+  """
+  def one(x):
+    where = batch_sharding(mesh, x.ndim)
+    if rows is None or len(rows) == size:
+      return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    place = {int(row): i for i, row in enumerate(rows)}
+    def local(index):                     # a device's rows are neighbours, here as in the batch
+      first, last, _ = index[0].indices(size)
+      return x[place[first]:place[first] + last - first]
+    return jax.make_array_from_callback((size, *x.shape[1:]), where, local)
+  return {k: one(x) for k, x in batch.items()}

@@ -14,7 +14,6 @@ step is never written to again.
 
 import asyncio
 from collections.abc import Mapping
-from concurrent import futures
 import dataclasses
 import json
 import math
@@ -28,20 +27,20 @@ import uuid
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from t5lab import trees
 from t5lab.errors import CheckpointError, NumericalError
+from t5lab.parallel import multihost
 from t5lab.training import manifest as manifests
 from t5lab.training import rundir
 
 STEP = re.compile(r'step_(\d{8,})')
 ANNOTATIONS = 'annotations.json'
 FINITE = ('params', 'ema')  # optimizer states may hold an honest inf ("best loss so far")
-BARRIER_MS = 600_000
+BARRIER_SECONDS = 600
 
 
 class Checkpoints:
@@ -61,8 +60,9 @@ class Checkpoints:
     self._keep = keep
     self._best_metric, self._best_mode = best_metric, best_mode
     self._log = log
-    self._main = jax.process_index() == 0
+    self._main = multihost.is_main()
     self._thread: threading.Thread | None = None
+    self._loop: asyncio.AbstractEventLoop | None = None
     self._error: CheckpointError | None = None
     # float32 parameters shrink by 8 % under zstd, at the price of the cores that train
     self._orbax = ocp.PyTreeCheckpointHandler(
@@ -139,13 +139,16 @@ class Checkpoints:
     NumericalError, and nothing is written, if params or ema are not finite.
     """
     self.wait()
-    if self._agreed(lambda: self._exists(step)):
+    if multihost.agreed(lambda: self._exists(step)):
       self._log(f'checkpoint of step {step} exists already, not written again')
       return False
     self._check_finite(step, state)
     json.dumps(meta := dict(meta))  # a TypeError now rather than in the thread
     metrics = {k: float(v) for k, v in (metrics or {}).items()}
-    token = self._agreed(lambda: uuid.uuid4().int >> 98)
+    if self._main and not self.directory.parent.is_dir():   # mkdir would make another, of one file
+      raise CheckpointError(f'{self.directory.parent} is gone, removed or unmounted during the '
+                            f'run: step {step} is not saved')
+    token = multihost.agreed(lambda: uuid.uuid4().int >> 98)
     temporary = self.directory / f'step_{step:08d}.tmp-{token:08x}'
     try:
       # plain nested dicts: a file depends on paths, not on the classes of a library's version
@@ -188,8 +191,10 @@ class Checkpoints:
           epath.Path(temporary / 'state' / part),
           args=ocp.args.PyTreeSave(jax.tree.map(_snapshot, tree))) or ()]
 
-    with futures.ThreadPoolExecutor(1) as pool:  # a notebook's main thread has a running loop
-      return pool.submit(lambda: asyncio.run(start())).result()
+    if not self._loop:       # a notebook's main thread has its own; TensorStore reports to it late
+      self._loop = asyncio.new_event_loop()
+      threading.Thread(target=self._loop.run_forever, name='saves', daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(start(), self._loop).result()
 
   def _commit(self, manifest, temporary, parts, writes):
     step = manifest.step
@@ -261,7 +266,8 @@ class Checkpoints:
     bad = [path for path, x in flat.items() if isinstance(x, np.ndarray)
            and not np.isfinite(x.sum(dtype=np.float64))]
     if there := {path: x for path, x in flat.items() if not isinstance(x, np.ndarray)}:
-      bad += [path for path, ok in zip(there, np.asarray(_finite(list(there.values())))) if not ok]
+      finite = multihost.fetch(_finite(list(there.values())))
+      bad += [path for path, ok in zip(there, finite) if not ok]
     if bad:
       raise NumericalError(f'step {step} is not saved: {len(bad)} of {len(flat)} arrays of params '
                            f'and ema are not finite, first {bad[0]}; newest committed step: '
@@ -280,7 +286,8 @@ class Checkpoints:
     only: top-level keys such as ('params',); then state is {key: subtree}, nothing else is read.
     """
     abstract = _select(abstract_state, only)
-    chosen = self._agreed(lambda: self._choose(step, only, quarantine))
+    rundir.warn_if_others_write(self.directory, self._log)
+    chosen = multihost.agreed(lambda: self._choose(step, only, quarantine))
     if chosen is None:
       return None
     manifest = self.manifest(chosen)
@@ -389,25 +396,8 @@ class Checkpoints:
       return {}
 
   def _barrier(self, key):
-    # through the coordination service: safe in a thread, while a collective would meet train_step's
-    ocp.multihost.get_barrier_sync_fn()(key=f't5lab_{key}', timeout_ms=BARRIER_MS)
-
-  def _agreed(self, decide):
-    """Process 0 decides: an int, a bool or None. Its failure ends the others too."""
-    if jax.process_count() == 1:
-      return decide()
-    value, error = None, None
-    if self._main:
-      try:
-        value = decide()
-      except CheckpointError as e:
-        error = e
-    code = 2 if error else (0 if value is None else 1)
-    code, value_ = (int(x) for x in multihost_utils.broadcast_one_to_all(
-        np.array([code, int(value or 0)], np.int32)))
-    if code == 2:
-      raise error or CheckpointError(f'{self.directory}: process 0 could not read or write it')
-    return value_ if code else None
+    # not through devices: in a thread, a collective would meet those of train_step
+    multihost.barrier(key, BARRIER_SECONDS)
 
 
 def failpoint(name: str, step: int) -> None:

@@ -7,10 +7,10 @@ reads data, so `import t5lab.training.loop` stays light.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
-import math
 from pathlib import Path
 import subprocess
 import time
@@ -22,16 +22,20 @@ from t5lab import program as programs
 from t5lab import scoring, streams
 from t5lab import weights as loading
 from t5lab.data import vocab
-from t5lab.errors import NumericalError, Preempted, UsageError
-from t5lab.parallel import sharding
-from t5lab.training import rundir
-from t5lab.training.report import Report
+from t5lab.errors import DataError, NumericalError, Preempted, UsageError
+from t5lab.parallel import multihost, sharding
+from t5lab.training import digest as digests
+from t5lab.training import faults, rundir
+from t5lab.training import guard as guards
+from t5lab.training.report import NoReport, Report
+from t5lab.training.sentry import Rewind, Sentry
+from t5lab.training.watchdog import Watchdog
 
 # What the command that resumes a run may change: nothing that the weights depend on, but how long.
 # Where the tokens are cached is checked by what they are.
 MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss.chunks',
-              'model.remat', 'data.cache')
-RESUME = ('auto', 'never', 'must')
+              'model.remat', 'data.cache', 'guard', 'plan')
+AHEAD = 2          # steps that may be under way
 
 
 def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> scoring.Result:
@@ -42,25 +46,37 @@ def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) 
   """
   workdir = Path(workdir).absolute()
   configs.check_trainable(c)
-  with rundir.Signals() as signals, rundir.RunLock(workdir):
-    return _train(c, workdir, signals, resume, allow_data_change)
+  multihost.start()
+  with rundir.Signals() as signals, multihost.Together(signals) as stop, _locked(workdir):
+    return _train(c, workdir, stop, resume, allow_data_change)
 
 
-def _train(c, workdir, signals, resume, allow_data_change):
+@contextlib.contextmanager
+def _locked(workdir):
+  """Process 0 holds the directory for all."""
+  with rundir.RunLock(workdir) if multihost.is_main() else contextlib.nullcontext():
+    yield
+
+
+def _train(c, workdir, stop, resume, allow_data_change):
+  say = functools.partial(print, flush=True) if multihost.is_main() else lambda *_: None
+
   # -- the run's directory ------------------------------------------------------------------------
-  checkpoints = loading.open_checkpoints(c, workdir)
-  checkpoints.clean()
+  checkpoints = loading.open_checkpoints(c, workdir, log=say)
   streams.settle_vocabulary(c)
-  _settle_config(c, workdir, resume, bool(checkpoints.steps()))
+  _same_everywhere('config', config_hash(c), UsageError)
+  multihost.agreed(lambda: _settle_directory(c, workdir, resume, checkpoints))
 
   # -- what runs: shapes first, then straight onto the devices ------------------------------------
   program = programs.build(c)
   mesh, abstract = program.mesh, program.abstract
 
   # -- data ---------------------------------------------------------------------------------------
-  stream = streams.open_stream(c, jax.process_index(), jax.process_count())
+  rows = sharding.local_rows(mesh, c.data.batch_size)
+  stream = streams.open_stream(c, rows)
   words, data = stream.vocabulary, stream.batches
-  vocab.export(c.data.vocab, workdir / loading.VOCABULARY)     # the run's own copy, if it has files
+  _same_everywhere('data', data.fingerprint, DataError)
+  multihost.agreed(lambda: vocab.export(c.data.vocab, workdir / loading.VOCABULARY))
 
   # -- start or resume ----------------------------------------------------------------------------
   restored = checkpoints.restore(abstract, quarantine=True)
@@ -75,11 +91,12 @@ def _train(c, workdir, signals, resume, allow_data_change):
       loading.check_base(initial, manifest.meta, c, workdir)
     if not allow_data_change:
       data.check_position(manifest.meta['data'])
-    start = manifest.step
+    at = _Place.of(manifest)
+    start = at.step
     origin = f'resuming from step {start} in {workdir}: optimizer state restored'
   else:
-    state, start, origin = program.make_state(
-        None if c.lora.rank or not initial else initial.params), 0, ''
+    state = program.make_state(None if c.lora.rank or not initial else initial.params)
+    at, start = _Place(), 0
     if c.init.optimizer == 'restore' and initial:
       state = state.replace(opt_state=loading.load_optimizer(c, abstract.opt_state, initial.step))
     origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
@@ -89,63 +106,137 @@ def _train(c, workdir, signals, resume, allow_data_change):
   frozen = sum(x.size for x in jax.tree.leaves(base))
   for line in (f'{c.family}: {count:,} parameters '
                + f'adapt {frozen:,} frozen ones ' * bool(frozen)
-               + f'on {mesh.size} {jax.devices()[0].platform} device{"s" * (mesh.size > 1)}, '
-               f'rules {c.rules}', origin, *data.summary()):
-    print(line, flush=True)
+               + f'on {mesh.size} {jax.devices()[0].platform} device{"s" * (mesh.size > 1)}'
+               + f' of {multihost.count()} processes' * (multihost.count() > 1)
+               + f', rules {c.rules}', origin, *data.summary()):
+    say(line)
 
   # -- what a step leaves behind ------------------------------------------------------------------
-  report = Report(workdir, resume_step=start, total_steps=c.total_steps)
-  evaluate = scoring.Evaluator(c, workdir, program.model, mesh, signals, base)
+  report = Report(workdir, resume_step=start, total_steps=c.total_steps) if (
+      multihost.is_main()) else NoReport()
+  evaluated = multihost.agreed(lambda: sorted(report.evaluated))
+  dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index())
+  patience = max(600., 10 * c.guard.watchdog) * bool(c.guard.watchdog)   # of what may compile
+
+  def tick(done, total):
+    dog.tick()
+    if why := stop.check():
+      raise Preempted(f'{why} during evaluation: the step is saved, the same command goes on')
+
+  evaluate = scoring.Evaluator(c, workdir, program.model, mesh, base, tick)
   meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
               vocab=words.sha256)
   if initial:
     meta['init'] = dict(path=c.init.path, step=initial.step, sha256=initial.sha256)
-  saved = start
+  saved, guard = start, program.make_guard(at.guard)
+  fault, diagnosis = faults.requested(), program.diagnosis()
+
+  def on_devices(batch, number):
+    """Batch `number` of the stream, from 1: this process's rows -> global arrays."""
+    if fault:
+      batch = fault.inject(batch, number, rows=rows, process=multihost.index())
+    return sharding.put(batch, mesh, rows, size=c.data.batch_size)
+
+  def explain(state, number):
+    with dog.paused('the diagnosis of a bad step', patience):
+      return diagnosis.explain(state, on_devices(data.batch(number - 1), number), base)
+
+  def newest():
+    checkpoints.wait()
+    return max(checkpoints.steps(), default=None)
+
+  sentry = Sentry(workdir, program.judged_by, data=data, vocabulary=words, explain=explain,
+                  newest=newest, step=start, offset=at.offset, log=report.log,
+                  write=multihost.is_main())
+  log = _Log(c, report, program.schedule, sentry, dog)
 
   def save(step):
     nonlocal saved
     if step > saved:
-      checkpoints.save(step, state, meta={**meta, 'data': data.position(step)})
+      with dog.paused(f'the checkpoint of step {step}', patience):
+        position = {**data.position(step + at.offset), 'offset': at.offset, 'digest': log.digest}
+        checkpoints.save(step, state, meta={**meta, 'data': position,
+                                            'guard': guards.to_json(guard)})
       saved = step
 
   def evaluate_at(step):
     save(step)
-    result = evaluate(step, state, report)
-    if c.checkpoint.best and c.checkpoint.best not in result.scores:
-      report.log(f'checkpoint.best={c.checkpoint.best!r} is not measured here, so no checkpoint is '
-                 f'the best; measured: {", ".join(result.scores)}')
-    checkpoints.annotate(step, result.scores)
-    report.eval(step, result.scores)      # last: a resumed run takes this row for the end of it
+    with log.paused(), dog.paused(f'the evaluation of step {step}', patience):
+      result = evaluate(step, state, report)
+      if c.checkpoint.best and c.checkpoint.best not in result.scores:
+        report.log(f'checkpoint.best={c.checkpoint.best!r} is not measured here, so no checkpoint '
+                   f'is the best; measured: {", ".join(result.scores)}')
+      checkpoints.annotate(step, result.scores)
+      report.eval(step, result.scores)    # last: a resumed run takes this row for the end of it
     return result
 
   def stop_if_asked(step):
-    if signals.requested:
-      log.flush()
+    if why := stop.check():
+      log.flush(state)
       save(step)
-      raise Preempted(f'{signals.requested}: ' + (
+      raise Preempted(f'{why}: ' + (
           f'step {step} is saved, the same command goes on' if step else 'nothing to save yet'))
 
-  # -- train --------------------------------------------------------------------------------------
-  result, log = None, _Log(c, report, program.schedule, data, checkpoints, workdir)
-  with report, _joined(checkpoints), sharding.use(mesh, c.rules):
-    if start and due(start, c.eval.every, c.total_steps) and start not in report.evaluated:
-      result = evaluate_at(start)                          # killed between save and evaluation
-    batches = data.iterate(start, c.total_steps)
-    for step in range(start + 1, c.total_steps + 1):
+  def run():
+    """The steps from `at` to the last -> the last evaluation, if there was one."""
+    nonlocal state, guard
+    result = None
+    if at.step and due(at.step, c.eval.every, c.total_steps) and at.step not in evaluated:
+      result = evaluate_at(at.step)                        # killed between save and evaluation
+    batches = data.iterate(at.step + at.offset, c.total_steps + at.offset)
+    for step in range(at.step + 1, c.total_steps + 1):
       stop_if_asked(step - 1)
-      batch = sharding.put(log.wait(batches), mesh)
-      state, metrics = program.step(state, batch, base)
+      dog.beat(f'step {step}')
+      batch = on_devices(log.wait(batches), step + at.offset)
+      state, guard, metrics = program.step(state, batch, base, guard)
       log.add(step, metrics)
       evaluates = due(step, c.eval.every, c.total_steps)
       saves = due(step, c.checkpoint.every, c.total_steps) or evaluates
-      if saves or due(step, c.log.every, c.total_steps):
-        log.flush()
+      if saves or due(step, c.log.every, c.total_steps) or not dog.armed:
+        log.flush(state)
       if saves:
         save(step)
       if evaluates:
-        with log.paused():
-          result = evaluate_at(step)
+        result = evaluate_at(step)
+    return result
+
+  # -- train --------------------------------------------------------------------------------------
+  with report, _joined(checkpoints), dog:
+    while True:
+      log.restart(at, int(state.step))
+      try:
+        with sharding.use(mesh, c.rules):
+          result = run()
+        break
+      except Rewind as e:                 # a bad step: its batches are left out
+        report.log(str(e))
+        checkpoints.wait()
+        if not (found := checkpoints.restore(abstract, quarantine=True)):
+          raise NumericalError(f'{e}; there is no checkpoint to rewind to yet') from e
+        state, manifest = found
+        at = dataclasses.replace(_Place.of(manifest), offset=sentry.rewound(e.step, manifest.step))
+        guard, saved = program.make_guard(at.guard), at.step
+        report.rewind(at.step)
   return result or scoring.read_evaluation(workdir, c.total_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """Where a run stands, as a checkpoint's manifest knows it.
+
+  offset: batches that rewinds left out: step s reads batch s + offset of the stream, counted from
+  1. digest: of the batches so far. guard: training/guard.py's, as JSON.
+  """
+  step: int = 0
+  offset: int = 0
+  digest: str = ''
+  guard: dict | None = None
+
+  @classmethod
+  def of(cls, manifest) -> '_Place':
+    data = manifest.meta['data']
+    return cls(manifest.step, data.get('offset', 0), data.get('digest', ''),
+               manifest.meta.get('guard'))
 
 
 @contextlib.contextmanager
@@ -165,14 +256,17 @@ def due(step: int, every: int, last: int) -> bool:
 class _Log:
   """Metrics of the steps since the last row, fetched together so the device is not asked often."""
 
-  def __init__(self, c, report, schedule, data, checkpoints, workdir):
+  def __init__(self, c, report, schedule, sentry, dog):
     self._every, self._last = c.log.every, c.total_steps
-    self._report, self._schedule, self._data = report, schedule, data
-    self._checkpoints, self._workdir = checkpoints, workdir
-    self._pending = []
-    self._restart()
+    self._report, self._schedule, self._sentry, self._dog = report, schedule, sentry, dog
 
-  def _restart(self):
+  def restart(self, at: _Place, updates: int):
+    """From the place `at`, where the state has seen so many updates: skipped steps are none."""
+    self.digest, self._updates = at.digest, updates       # of all batches up to the last flush
+    self._pending = []
+    self._start_row()
+
+  def _start_row(self):
     self._since, self._waited, self._steps, self._tokens = time.perf_counter(), 0., 0, 0.
 
   def wait(self, batches):
@@ -183,39 +277,30 @@ class _Log:
     return batch
 
   def add(self, step, metrics):
+    """Lets the host run a step or two ahead of the devices, no more: what hangs is seen soon."""
     self._pending.append((step, metrics))
+    if len(self._pending) > AHEAD:
+      jax.block_until_ready(self._pending[-1 - AHEAD][1]['loss'])
 
-  def flush(self):
-    """Checks every pending step, writes the rows that are due."""
-    pending = [(s, m) for s, m in jax.device_get(self._pending)]
+  def flush(self, state):
+    """Has the sentry look at every pending step, of which `state` is the last; writes due rows."""
+    pending = jax.device_get(self._pending)
     self._pending = []
-    for step, metrics in pending:
-      if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['grad_norm']):
-        self._stop(step, metrics)
+    self._dog.synced()
+    for step, metrics in self._sentry.check(pending, state):
+      self.digest = digests.chain(self.digest, metrics.pop('batch'))
+      lr = self._schedule(self._updates)
+      self._updates += not metrics['skipped']
       self._steps += 1
       self._tokens += float(metrics['tokens'])
       if due(step, self._every, self._last):
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._report.step(
-            step, {**metrics, 'lr': self._schedule(step - 1)},
+            step, {**metrics, 'lr': lr},
             {'steps_per_second': self._steps / seconds,
              'tokens_per_second': self._tokens / seconds,
-             'input_wait': self._waited / seconds})
-        self._restart()
-
-  def _stop(self, step, metrics):
-    """A number that is not one: nothing after it is worth computing."""
-    ids = self._data.example_ids(step - 1)
-    path = self._workdir / f'nonfinite_step_{step}.json'
-    rundir.atomic_write_text(path, json.dumps(
-        {'step': step, **{k: float(v) for k, v in metrics.items()}, 'examples': ids}) + '\n')
-    self._checkpoints.wait()
-    kept = self._checkpoints.steps()
-    raise NumericalError(
-        f'step {step}: loss is {float(metrics["loss"])}, gradient norm '
-        f'{float(metrics["grad_norm"])}; the batch held {len(ids)} examples ({", ".join(ids[:4])}, '
-        f'…; all in {path}); last good checkpoint: {f"step {kept[-1]}" if kept else "none yet"}; '
-        'lower optim.lr or set optim.clip')
+             'input_wait': self._waited / seconds}, data=self.digest)
+        self._start_row()
 
   @contextlib.contextmanager
   def paused(self):
@@ -225,9 +310,10 @@ class _Log:
     self._since += time.perf_counter() - start
 
 
-def _settle_config(c, workdir, resume, has_steps):
+def _settle_directory(c, workdir, resume, checkpoints) -> None:
   """Refuses a workdir of another experiment; else leaves this config in it."""
-  new = configs.to_dict(c)
+  checkpoints.clean()
+  has_steps, new = bool(checkpoints.steps()), configs.to_dict(c)
   if resume == 'never' and has_steps:
     raise UsageError(f'{workdir} has checkpoints and --resume=never; use a new --workdir, or '
                      '--resume=auto to go on')
@@ -243,6 +329,13 @@ def _settle_config(c, workdir, resume, has_steps):
           f'{workdir} holds another experiment: {"; ".join(differ[:6])}{more}. A resumed run may '
           f'change only {", ".join(MAY_CHANGE)}; for the rest use a new --workdir')
   rundir.write_config(workdir, new)
+
+
+def _same_everywhere(what: str, value: str, error) -> None:
+  """Raises on the processes that differ from process 0 (and `t5lab` then ends the others)."""
+  if (first := multihost.agreed(lambda: value)) != value:
+    raise error(f'the {what} of process {multihost.index()} is not that of process 0 '
+                f'({value[:12]}, {first[:12]}): give every host the same; `t5lab doctor` compares')
 
 
 def config_hash(c) -> str:

@@ -99,15 +99,16 @@ def chunked_cross_entropy(
 ) -> Sums:
   """`cross_entropy` of unembed(hidden) while only [B, ceil(T / chunks), V] logits ever exist.
 
-  Each chunk's logits are computed again in the backward pass. Chunks run along T, so a batch axis
-  sharded over devices stays so. T is padded with weight 0 to a multiple of chunks.
+  Each chunk's logits are computed again in the backward pass. T is padded with weight 0 to a
+  multiple of chunks, and a chunk takes every chunks-th position: whether B or T is sharded over
+  devices, each has its share of every chunk.
   """
   length = targets.shape[1]
   size = -(-length // chunks)
 
   def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
     x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], size, chunks, *x.shape[2:]), 2, 0)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan body is never merged with its copy
   def one(sums, chunk):

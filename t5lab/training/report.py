@@ -2,8 +2,10 @@
 
 metrics.jsonl has one JSON object a line, in order of step:
 
-  {"step": 20, "loss": 5.25, …, "timing": {"tokens_per_second": 9000.1, …}}   a training row
-  {"step": 20, "eval": {"bleu": 11.7, …}}                                     an evaluation row
+  {"step": 20, "loss": 5.25, …, "data": "9f86…", "timing": {"tokens_per_second": 9000.1, …}}
+  {"step": 20, "eval": {"bleu": 11.7, …}}
+
+the first a training row, the second an evaluation.
 
 Floats are written with repr, so float() gives back the same bits; a non-finite one is NaN, Infinity
 or -Infinity, as Python's json has it. Whatever depends on the clock is under "timing" and nothing
@@ -61,15 +63,17 @@ class Report:
       self._task = self._bar.add_task('', total=total_steps, completed=resume_step, line='')
       self._bar.start()
 
-  def step(self, step: int, metrics: Mapping, timing: Mapping | None = None) -> None:
-    """A training row: metrics are deterministic scalars, timing whatever the clock decides.
+  def step(self, step: int, metrics: Mapping, timing: Mapping | None = None, *,
+           data: str = '') -> None:
+    """A training row: metrics are deterministic scalars, timing whatever the clock decides, data
+    the digest of all batches so far (training/digest.py).
 
     The display shows metrics['loss'], timing['tokens_per_second'] and ['steps_per_second'].
     """
     metrics, timing = _scalars(metrics), _scalars(timing or {})
-    if clash := {'step', 'eval', 'timing'} & metrics.keys():
+    if clash := {'step', 'eval', 'timing', 'data'} & metrics.keys():
       raise ValueError(f'metrics named {sorted(clash)}: these are keys of a row')
-    self._write({'step': step, **metrics, 'timing': timing})
+    self._write({'step': step, **metrics, **({'data': data} if data else {}), 'timing': timing})
     self._board.add(step, *(summary.scalar(f'{group}/{name}', value)
                             for group, values in (('train', metrics), ('timing', timing))
                             for name, value in values.items()))
@@ -82,6 +86,12 @@ class Report:
     self.evaluated.add(step)
     self._board.add(step, *(summary.scalar(f'eval/{k}', v) for k, v in metrics.items()))
     self.log(f'step {step} eval ' + ' '.join(f'{k} {v:.4g}' for k, v in metrics.items()))
+
+  def rewind(self, step: int) -> None:
+    """Forgets the rows after `step`, which the run will write again."""
+    self._rows.close()
+    self.evaluated = _truncate(self._path, step)
+    self._rows = open(self._path, 'a', encoding='utf-8')
 
   def text(self, step: int, tag: str, text: str) -> None:
     """A text such as sample predictions, for TensorBoard's text page (it reads markdown)."""
@@ -130,6 +140,32 @@ class Report:
     if now - self._printed >= PLAIN_SECONDS or step >= self._total:
       self._printed = now
       self.log(f'step {step}/{self._total} · {line}')
+
+
+class NoReport:
+  """The report of every process but the main one: nothing is written, nothing said."""
+  evaluated = frozenset()
+
+  def step(self, step, metrics, timing=None, *, data=''):
+    pass
+
+  def eval(self, step, metrics):
+    pass
+
+  def rewind(self, step):
+    pass
+
+  def text(self, step, tag, text):
+    pass
+
+  def log(self, text):
+    pass
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
 
 
 class _Board:

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 import signal
 import socket
+import stat
 import threading
 import time
 
@@ -22,6 +23,7 @@ from t5lab.errors import UsageError
 
 CONFIG_BYTES = 1 << 20  # a config is a few KiB; anything larger did not come from us
 PREEMPTED = 75
+WELL = 0.5              # seconds after which a holder of the lock that still runs is believed to
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -55,6 +57,21 @@ def atomic_write_text(path, text: str) -> None:
     temporary.unlink(missing_ok=True)
     raise
   fsync_directory(path.parent)
+
+
+_warned: set[str] = set()
+
+
+def warn_if_others_write(directory, log) -> None:
+  """Says once in a process that everybody on this machine may change what lies in `directory`."""
+  try:
+    mode = os.stat(directory).st_mode
+  except OSError:
+    return
+  if mode & stat.S_IWOTH and str(directory) not in _warned:
+    _warned.add(str(directory))
+    log(f'anybody on this machine may write in {directory}, and so change what is loaded: '
+        f'chmod o-w {directory}')
 
 
 # --- config.json -------------------------------------------------------------------------------
@@ -150,6 +167,16 @@ def _started(pid: int) -> str:
     return ''
 
 
+def _runs(holder: dict) -> bool:
+  """Whether this machine runs the holder still; while a process ends, its memory goes first."""
+  try:
+    return (holder.get('boot_id') == _boot_id() != '' and
+            _started(holder.get('pid')) == holder.get('start') != '' and
+            bool(Path(f'/proc/{holder["pid"]}/cmdline').read_bytes()))
+  except (OSError, KeyError):
+    return False
+
+
 class RunLock:
   """Holds `directory` for one trainer: `with RunLock(workdir): ...`.
 
@@ -198,7 +225,7 @@ class RunLock:
     os.close(self._fd)
 
   def _lock(self):
-    deadline = time.monotonic() + self._patience
+    start = time.monotonic()
     while True:
       try:
         return fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,9 +233,9 @@ class RunLock:
         if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
           raise UsageError(f'cannot lock {self.path}: {e.strerror}; this file system has no flock, '
                            'keep the run on another') from None
-      # a trainer killed a moment ago may still be on its way out
-      if time.monotonic() > deadline:
-        holder = self._read()
+      # a trainer killed a moment ago may be on its way out; one that is well is not waited for
+      holder, waited = self._read(), time.monotonic() - start
+      if waited > self._patience or waited > WELL and _runs(holder):
         gone = (holder.get('boot_id') == _boot_id() != '' and holder.get('host') ==
                 socket.gethostname() and _started(holder.get('pid')) != holder.get('start'))
         raise UsageError(

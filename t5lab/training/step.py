@@ -17,6 +17,7 @@ from t5lab import trees
 from t5lab.errors import UsageError
 from t5lab.models import moe
 from t5lab.models.transformer import Transformer
+from t5lab.training import guard as guards
 from t5lab.training import lora, losses, optim
 
 Array = jax.Array
@@ -172,6 +173,20 @@ def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None =
     metrics |= {'nsp_loss': sums['nsp_loss'] / rows, 'nsp_accuracy': sums['nsp_correct'] / rows}
     metrics['loss'] += metrics['nsp_loss']
   return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def guarded_step(state: TrainState, batch: dict[str, Array], base: PyTree | None,
+                 guard: guards.Guard, *, settings: guards.Settings, **options,
+                 ) -> tuple[TrainState, guards.Guard, Metrics]:
+  """`train_step`, whose update counts only if guard.judge finds nothing wrong with it.
+
+  A step that does not count leaves every array of the state as it was, its step number, and so the
+  dropout keys and learning rates to come, included: the run goes on as one without that batch.
+  """
+  new, metrics = train_step(state, batch, base, **options)
+  ok, guard, added = guards.judge(guard, metrics, settings)
+  state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+  return state, guard, metrics | added
 
 
 def eval_step(params: PyTree, batch, *, model: Transformer) -> losses.Sums:

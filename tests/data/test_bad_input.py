@@ -177,13 +177,17 @@ def test_a_file_that_changed_between_save_and_resume(tmp_path, capsys):
   assert code == 0 and 'step 3/3' in out
 
 
+def part(batch_size, i, n):
+  """The rows of process i of n."""
+  return range(batch_size)[i * batch_size // n:(i + 1) * batch_size // n]
+
+
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one(processes):
   lengths = {'inputs': 64, 'targets': 64}
   components = tasks.open_components('ha_ende,numpydoc_qa', 'validation', lengths, 'byte')
   def stream(i=0, n=1):
-    return pipeline.Pipeline(components, lengths, batch_size=8, seed=1, process_index=i,
-                             process_count=n)
+    return pipeline.Pipeline(components, lengths, batch_size=8, seed=1, rows=part(8, i, n))
   whole = stream()
   epoch = sum(rows.count for rows in whole.rows) // 8
   steps = np.random.default_rng(0).integers(0, 3 * epoch, 20)
@@ -331,7 +335,7 @@ def test_a_cached_stream_of_several_blocks_goes_on_anywhere(tmp_path, monkeypatc
 
   def stream(i=0, n=1):
     return pipeline.Pipeline([opened(tmp_path), memory], LENGTHS, batch_size=4, seed=1,
-                             process_index=i, process_count=n)
+                             rows=part(4, i, n))
   whole = stream()
   assert whole.rows[0].blocks == 4 and whole.rows[1].blocks == 1
   order = [whole.example_ids(step) for step in range(400)]

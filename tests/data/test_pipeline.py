@@ -73,7 +73,8 @@ def test_seeds_and_steps_differ():
 def test_processes_see_their_part_of_the_same_batch(processes):
   parts = [component('a', 50), component('b', 30, seed=1, rate=2., first=1000)]
   whole = pipeline(parts)
-  split = [pipeline(parts, process_index=i, process_count=processes) for i in range(processes)]
+  each = 4 // processes
+  split = [pipeline(parts, rows=range(i * each, (i + 1) * each)) for i in range(processes)]
   for step in (0, 9, 100):
     want = whole.batch(step)
     got = [p.batch(step) for p in split]
@@ -196,9 +197,10 @@ def test_a_far_step_costs_what_a_near_one_does():
   assert p.rows[0]._block(0)._dealt.cache_info().misses <= 2
 
 
-def test_batch_that_the_processes_do_not_divide():
-  with pytest.raises(UsageError, match='batch_size=4 is not a multiple of the 3 processes'):
-    pipeline(process_count=3)
+def test_any_rows_of_a_batch_are_those_of_the_whole():
+  """A mesh may give a process rows that are no neighbours."""
+  want, got = pipeline().batch(5), pipeline(rows=[1, 3]).batch(5)
+  same(got, {k: x[[1, 3]] for k, x in want.items()})
 
 
 def test_a_feature_without_a_length_is_told():

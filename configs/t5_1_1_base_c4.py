@@ -1,0 +1,28 @@
+r"""T5 1.1 base, span corruption on C4, on 16 chips of v5e (arXiv 1910.10683, 2002.05202).
+
+  t5lab plan  --config configs/t5_1_1_base_c4.py
+  t5lab check --config configs/t5_1_1_base_c4.py
+  t5lab train --config configs/t5_1_1_base_c4.py --workdir runs/t5_base
+
+The pretraining of T5 1.1: one million steps of 2048 rows of 512 inputs and 114 targets, no dropout,
+Adafactor; the rows in eight parts, which fit v5e. bfloat16 products, float32 parameters. The
+vocabulary is spiece.model of a Hugging Face t5-v1_1-base folder. `:tiny` is ten steps on anything.
+"""
+from t5lab import config
+
+
+def get_config(arg=''):
+  c = config.base('t5_1_1/base', dropout=0., dtype='bfloat16', remat='full')
+  c.total_steps = 1_000_000
+  c.data.mixture, c.data.vocab = 'c4_v220_span_corruption', 'spiece.model'
+  c.data.lengths.inputs, c.data.lengths.targets = 512, 114
+  c.data.batch_size, c.optim.microbatches = 2048, 8
+  c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-2, 'rsqrt', 10_000
+  c.checkpoint.every = 1000
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.rules = 'fsdp'
+  c.plan.topology = 'v5e:4x4'
+  if arg == 'tiny':
+    c.mesh.fsdp, c.data.vocab, c.optim.microbatches = 1, 'byte', 2
+    return config.tiny(c)
+  return c

@@ -1,0 +1,51 @@
+"""t5lab with a signal at a chosen point: python at_phase.py PHASE@N SIGNAL <arguments of t5lab>.
+
+The process sends SIGNAL to itself at the Nth time (from 1) that it enters PHASE, and goes on;
+SIGNAL 0 sends none. The moment is written to the file T5LAB_PHASE_FILE, in seconds of
+time.monotonic. All else is the program as it is.
+"""
+
+import os
+from pathlib import Path
+import signal
+import sys
+import time
+
+
+def places(phase):
+  """(object, attribute) whose call is the beginning of the phase."""
+  if phase == 'eval':
+    from t5lab.training import step
+    return step, 'eval_step'                     # traced when the loss of a split is first computed
+  if phase == 'decode':
+    from t5lab.decoding.engine import Engine
+    return Engine, 'generate'
+  if phase == 'save':
+    from t5lab.training import manifest
+    return manifest, 'seal'                      # in the thread: arrays written, nothing committed
+  if phase == 'restore':
+    import orbax.checkpoint as ocp
+    return ocp.PyTreeCheckpointHandler, 'restore'
+  raise SystemExit(f'unknown phase {phase!r}')
+
+
+def main():
+  point, name, *argv = sys.argv[1:]
+  phase, _, number = point.partition('@')
+  owner, attribute = places(phase)
+  real, calls = getattr(owner, attribute), []
+
+  def entered(*args, **kwargs):
+    calls.append(None)
+    if len(calls) == int(number):
+      Path(os.environ['T5LAB_PHASE_FILE']).write_text(repr(time.monotonic()))
+      if name != '0':
+        os.kill(os.getpid(), getattr(signal, name))
+    return real(*args, **kwargs)
+  setattr(owner, attribute, entered)
+  from t5lab import cli
+  sys.exit(cli.main(argv))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,57 @@
+"""The reference run, measurements, the mark: these tests are run by `make faults` alone."""
+
+import os
+from pathlib import Path
+import subprocess
+
+import processes
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)      # before -m looks
+def pytest_collection_modifyitems(items):
+  here = Path(__file__).parent
+  for item in items:
+    if here in item.path.parents:
+      item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture
+def record(record_property):
+  """record(name, value): a number for the scorecard."""
+  def write(name, value):
+    print(f'measured: {name} = {value}')
+    record_property(name, value)
+  return write
+
+
+@pytest.fixture(scope='session')
+def common(tmp_path_factory):
+  """A folder of this session, which parallel test processes share."""
+  given = os.environ.get('T5LAB_FAULTS_DIR')      # the scorecard's
+  return Path(given) if given else tmp_path_factory.mktemp('common')
+
+
+@pytest.fixture(scope='session')
+def reference(common):
+  """The run R without a fault, in a process of its own with one device."""
+  return processes.shared(common, 'R', processes.train)
+
+
+@pytest.fixture
+def mounted(tmp_path):
+  """mount(options) -> a tmpfs of its own, unmounted afterwards; skips where that is not allowed."""
+  places = []
+
+  def mount(options):
+    place = tmp_path / f'disk{len(places)}'
+    place.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'none', place],
+                          capture_output=True, text=True)
+    if done.returncode:
+      pytest.skip(f'cannot mount a tmpfs: {done.stderr.strip()} (root is needed)')
+    places.append(place)
+    return place
+  yield mount
+  for place in places:
+    subprocess.run(['umount', '-l', place], check=True)

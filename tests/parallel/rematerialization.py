@@ -1,0 +1,56 @@
+"""Compiles train steps and prints what XLA warned of; run as a process of its own, for XLA's log
+level is fixed when it is loaded: rematerialization.py '[{"rules": …, "mesh": {…}, …}]' prints one
+JSON list: for each case the lines with 'Involuntary', a warning that only the compiler knows to
+raise and that a hit in the compilation cache would swallow."""
+
+import json
+import os
+import sys
+import tempfile
+
+os.environ.update(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='1', XLA_FLAGS=(
+    '--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false '
+    '--xla_backend_optimization_level=0'))
+
+import jax  # noqa: E402
+
+from t5lab import config, program  # noqa: E402
+from t5lab.parallel import sharding  # noqa: E402
+
+jax.config.update('jax_enable_compilation_cache', False)
+sharding.SMALL = 1             # tiny leaves too are split as large ones would be
+# What a first attempt at FSDP looks like: whatever has D is split along it, the norms' scales too.
+sharding.RULES['hasty'] = {**sharding.RULES['fsdp'], 'norm': 'fsdp'}
+
+KINDS = {
+    'encoder_decoder': {},
+    'decoder': dict(enc_layers=0, positions='rope', n_kv_heads=4, scale_attn=True),
+    'experts': dict(experts=4, expert_top_k=2, n_kv_heads=4),
+}
+
+
+def warnings(kind, mesh, rules, tied=False, dtype='float32', remat='none', **keys) -> list[str]:
+  c = config.base('t5_1_1/small', **{**dict(
+      vocab_size=256, d_model=64, d_ff=128, n_heads=8, d_head=8, enc_layers=2, dec_layers=2,
+      tied=tied, dtype=dtype, remat=remat), **KINDS[kind]})
+  c.data.lengths = {'inputs': 16 * bool(c.model.enc_layers), 'targets': 16}
+  c.data.batch_size = 16
+  c.optim.ema = 0.99
+  c.mesh.update(mesh)
+  c.rules = rules
+  for key, value in keys.items():
+    config.override(c, key, str(value))
+  lowered = program.build(c).lower()
+  with tempfile.TemporaryFile() as file:
+    stderr = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+      lowered.compile()
+    finally:
+      os.dup2(stderr, 2)
+    file.seek(0)
+    return [line for line in file.read().decode().splitlines() if 'Involuntary' in line]
+
+
+if __name__ == '__main__':
+  print(json.dumps([warnings(**case) for case in json.loads(sys.argv[1])]))
