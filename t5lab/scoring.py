@@ -32,7 +32,10 @@ class Evaluator:
     return streams.open_evaluation(self._c)
 
   def __call__(self, step, state, report) -> 'Result':
-    weights = {'raw': state.params} | ({'ema': state.ema} if self._c.optim.ema else {})
+    weights = {'raw': state.params}
+    if self._c.optim.ema:      # split further than parameters are; decoding would gather it each step
+      lie = jax.tree.map(lambda x: x.sharding, state.params)
+      weights['ema'] = jax.device_put(state.ema, lie)
     if self._base is not None:
       scale = loading.lora_scale(self._c)
       weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}

@@ -30,6 +30,8 @@ RANK = {
     't5lab.streams': 7,
     't5lab.program': 7,
     't5lab.scoring': 8,
+    't5lab.replaying': 8,
+    't5lab.bisecting': 9,
     't5lab.planning': 8,
     't5lab.training.loop': 9,
     't5lab.launching': 1,

@@ -81,11 +81,11 @@ class Block(nn.Module):
     def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
       if cache is not None and 'cross' in cache:
-        kv = cache['cross']
+        kv = cache['cross']               # not given back: the scan would copy it at every token
       else:
         kv = attn.keys_values(shared['memory'])
-      if cache is not None:
-        new['cross'] = kv
+        if cache is not None:
+          new['cross'] = kv
       return attn(h, kv, shared['cross_mask'])
 
     def feed_forward(h):
@@ -363,5 +363,6 @@ class Transformer(nn.Module):
     x, new = self.decoder(self.embed(tokens), mask, query_index, key_index, memory=memory,
                           cross_mask=cross_mask, cache=layer_cache, index=index)
     if c.enc_layers:
-      new = {**new, 'memory_mask': cache['memory_mask']}
+      new = {**{k: cache[k] for k in ('cross',) if k in cache}, **new,
+             'memory_mask': cache['memory_mask']}
     return self.unembed(x), new

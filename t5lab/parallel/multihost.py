@@ -219,10 +219,11 @@ class _Listener:
   """A thread that looks every POLL seconds whether some process stops or has failed."""
 
   def __init__(self):
-    self.together = None
+    self.together, self.stderr = None, 2
     self._closing = threading.Event()
 
   def start(self):
+    self.stderr = os.dup(2)
     self._thread = threading.Thread(target=self._run, name='listener', daemon=True)
     self._thread.start()
 
@@ -265,7 +266,9 @@ def give_up(code: int, message: str) -> None:
 def _follow(who: int, said: dict):
   if who == index():
     return
-  print(f't5lab: process {index()} ends with process {who}: {said["message"]}', file=sys.stderr)
+  # while TensorFlow is imported, descriptor 2 leads nowhere (data/seqio_tf.py)
+  os.write(_listener.stderr, f't5lab: process {index()} ends with process {who}: '
+           f'{said["message"]}\n'.encode())
   sys.stdout.flush()
   sys.stderr.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -1,4 +1,4 @@
-"""Meshes, the rows that map logical axes to mesh axes, and what the model and the step do with them.
+"""Meshes, the rows that map logical axes to mesh axes, and how model and step use them.
 
 Parameters carry logical axis names from their definition; `shardings` turns those into
 NamedShardings, `like_params` those of optimizer state and average. Activations are pinned by
@@ -54,7 +54,7 @@ RULES = {
     # Outside of the experts their devices are more of fsdp, so nothing large is whole on each.
     'ep': {**_DATA, **_TENSOR, 'embed': (*FSDP, 'expert')},
 }
-# The axes that a row is chosen for: one of them has several devices, or the row says what is not so.
+# The axes that a row is chosen for: one of them must have several devices, where there are several.
 _MEANT = {'fsdp': FSDP, 'fsdp_tp': FSDP, 'sp': ('sequence',)}
 
 # Mesh axes over which gradients, optimizer state and average are split beyond their parameters
@@ -196,7 +196,7 @@ def constrain(x, *axes: str | None):
 
 
 def product(f: Callable, x, w, *axes: str | None, dtype=None):
-  """f(x, w as dtype), linear in the weight w of these logical axes: how a weight is used in training.
+  """f(x, w as dtype), linear in the weight w of these logical axes: how a layer uses its weight.
 
   The weight's `embed` axis is whole while f runs: gathered as dtype, once for the forward and once
   for the backward pass, which keeps only what rests. Its gradient is born as `like_params` splits
@@ -277,10 +277,10 @@ def _zero(s: P, shape, names, mesh: Mesh) -> P:
 def like_params(tree, boxed, mesh: Mesh, rules: str):
   """Shardings for a tree that mirrors parameters (optimizer state, average).
 
-  boxed: abstract parameters with their logical axes. A leaf whose path ends in a parameter's and has
-  its shape lies like it, and is further split over the batch's devices (ZeRO-1) [Rajbhandari et al.
-  2020, 5.1]. Adafactor's v_row and v_col, which lack one of the last two axes, lie as the others of
-  such a leaf: they are small, and need no collective then. Any other leaf is replicated.
+  boxed: abstract parameters with their logical axes. A leaf whose path ends in a parameter's and
+  has its shape lies like it, and is further split over the batch's devices (ZeRO-1) [Rajbhandari et
+  al. 2020, 5.1]. Adafactor's v_row and v_col, which lack one of the last two axes, lie as the
+  others of such a leaf. Any other leaf is replicated.
   """
   row, is_box = rules_row(rules), lambda x: isinstance(x, nn.LogicallyPartitioned)
   boxes = {trees.path_name(keys): box for keys, box in

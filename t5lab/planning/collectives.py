@@ -3,7 +3,9 @@
 On TPU a collective appears in four shapes: alone and synchronous; as a -start and -done pair; as a
 fusion that holds an AsyncCollectiveStart, then fusions that compute while it goes on, then one with
 AsyncCollectiveDone (the same collective is printed in each, with one chain_id); and inside an
-all-reduce-scatter fusion, which is a reduce-scatter.
+all-reduce-scatter fusion, which is a reduce-scatter. Between slices it is a send and a recv through
+the host, whose frontend attributes say what the runtime makes of it; groups then count the devices
+of one slice.
 """
 
 from collections.abc import Callable
@@ -48,8 +50,11 @@ class Collective:
 class Axes:
   """Groups of partition numbers -> mesh axes. Partition i is the mesh's i-th device."""
 
-  def __init__(self, names: tuple[str, ...], shape: tuple[int, ...]):
+  def __init__(self, names: tuple[str, ...], shape: tuple[int, ...],
+               slices: dict[str, int] | None = None):
+    """slices: axis -> over how many slices it goes, of those that leave a slice."""
     self.names, self.shape = names, shape
+    self.slices = {axis: n for axis, n in (slices or {}).items() if n > 1}
 
   def of(self, groups: np.ndarray) -> tuple[str, ...]:
     """The axes along which the members of a group differ; groups: int[groups, members]."""
@@ -86,6 +91,8 @@ def find(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
     return [_make(op, kind, axes, suffix, op.operands[0] if suffix == 'done' else op.name)]
   if op.kind in KINDS:
     return [_make(op, op.kind, axes, 'sync', op.name)]
+  if op.kind in ('recv', 'recv-done'):
+    return _between_slices(op, axes)
   if op.kind in ('async-start', 'async-done'):
     inside = [o for c in module.called(op) for o in c.ops if o.kind in KINDS]
     key = op.operands[0] if op.kind == 'async-done' else op.name
@@ -110,6 +117,19 @@ def find(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
     elif 'AsyncCollectiveDone' in targets:
       found.append(_make(o, o.kind, axes, 'done', chain.group(1)))
   return found
+
+
+def _between_slices(op, axes) -> list[Collective]:
+  attributes = op.attribute('frontend_attributes')
+  if 'xla_megascale_runtime' not in attributes:
+    return []
+  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+  kind = found.group(1).lower().replace('_', '-') if found else 'collective-permute'
+  kind = kind if kind in KINDS else 'collective-permute'
+  done = op.kind == 'recv-done'
+  return [Collective(kind, tuple(axes.slices), max(2, math.prod(axes.slices.values())),
+                     op.shapes[0].bytes, 'done' if done else 'start',
+                     op.operands[0] if done else op.name, op)]
 
 
 def _nested(module, body):

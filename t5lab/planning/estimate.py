@@ -17,9 +17,9 @@ from t5lab.planning import topology as topologies
 from t5lab.planning.topology import GIB, Topology
 
 # Of the formula, where no compiler is: the share of the peak that products reach; bytes to and from
-# HBM for an element of attention scores, forward and backward, with all else that is not a product;
-# the part of compute that can hide gathers. Fitted to what libtpu 0.0.42 makes of T5 1.1 base (remat
-# none and full, v5e:4x4) and XXL (full, v5e:16x16): 1318, 1134 and 1750 ms of compute.
+# HBM for an element of attention scores, forward and backward, with all else that is no product;
+# the part of compute that can hide gathers. Fitted to what libtpu 0.0.42 makes of T5 1.1 base
+# (remat none and full, v5e:4x4) and XXL (full, v5e:16x16): 1318, 1134 and 1750 ms of compute.
 EFFICIENCY, SCORE, HIDING = 0.95, {'none': 155., 'dots': 125., 'full': 122.}, 0.8
 
 
@@ -109,7 +109,7 @@ def plan(setup: Setup, prices: dict, use_cache: bool = True) -> tuple[dict, str]
     mesh = setup.mesh
     physical, slices = collectives.layout(mesh)
     network = collectives.Network(setup.topology, dict(mesh.shape), physical, slices)
-    axes = collectives.Axes(tuple(mesh.axis_names), tuple(mesh.shape.values()))
+    axes = collectives.Axes(tuple(mesh.axis_names), tuple(mesh.shape.values()), slices)
     played = timeline.Player(module, chip, axes, network).run()
     found |= {'hbm': _compiled_hbm(setup, compiled, module),
               'not_aliased': memory.not_aliased(module),

@@ -100,12 +100,18 @@ def search(c, topology, prices: dict, finalists: int = 3, say: Callable = lambda
            else 'does not fit') + f' ({took:.0f} s{left})')
     rows.append(dict(mesh=mesh, rules=rules, remat=remat, microbatches=micro,
                      formula_seconds=seconds, plan=plan))
-  rows.sort(key=lambda row: (not row['plan']['fits'], row['plan'].get('step_seconds', 1e9)))
+  rows = ranked(rows)
   best = next((row for row in rows if row['plan']['fits']), None)
   return dict(family=c.family, topology=topology.name, tried=tried, fitting=len(found),
               source='compiler' if topologies.has_compiler() else 'formula', estimate=True,
               finalists=rows, best=best and {**{k: best[k] for k in (
                   'mesh', 'rules', 'remat', 'microbatches')}, **_paste(best, c)})
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+  """What fits first, then the fastest."""
+  return sorted(rows, key=lambda row: (
+      not row['plan']['fits'], row['plan'].get('step_seconds', float('inf'))))
 
 
 def _different(found, count):

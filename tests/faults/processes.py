@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,3 +182,31 @@ def shared(base: Path, name: str, make) -> Path:
       make(base / name)
       (base / f'{name}.made').touch()
   return base / name
+
+
+# -- several that are one run ---------------------------------------------------------------------
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def together(count: int, workdir, said, overrides=R, *, heartbeat: int = 10, last=None,
+             before_last=None, **options):
+  """So many processes that train as one run; their outputs are in <said>0, <said>1, …
+
+  last: what the last one is told otherwise; before_last: called in it before it starts.
+  """
+  address = f'localhost:{free_port()}'
+  with contextlib.ExitStack() as stack:
+    started = []
+    for i in range(count):
+      odd = i == count - 1
+      started.append(stack.enter_context(Process(
+          train_command(workdir, overrides | (last or {}) if odd else overrides), f'{said}{i}',
+          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i),
+          T5LAB_HEARTBEAT=str(heartbeat), before=before_last if odd else None, **options)))
+    yield started

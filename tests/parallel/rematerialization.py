@@ -15,12 +15,11 @@ os.environ.update(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='1', XLA_FLAGS=(
 import jax  # noqa: E402
 
 from t5lab import config, program  # noqa: E402
+from t5lab.models import layers, moe, transformer  # noqa: E402
 from t5lab.parallel import sharding  # noqa: E402
 
 jax.config.update('jax_enable_compilation_cache', False)
 sharding.SMALL = 1             # tiny leaves too are split as large ones would be
-# What a first attempt at FSDP looks like: whatever has D is split along it, the norms' scales too.
-sharding.RULES['hasty'] = {**sharding.RULES['fsdp'], 'norm': 'fsdp'}
 
 KINDS = {
     'encoder_decoder': {},
@@ -29,7 +28,15 @@ KINDS = {
 }
 
 
-def warnings(kind, mesh, rules, tied=False, dtype='float32', remat='none', **keys) -> list[str]:
+def leave_alone(f, x, w, *axes, dtype=None):
+  """sharding.product without its pins: weights lie as the row says, the rest is the compiler's."""
+  return f(x, w.astype(dtype or w.dtype))
+
+
+def warnings(kind, mesh, rules, tied=False, dtype='float32', remat='none', pins=True, **keys):
+  """The lines of XLA for one step; pins=False: what a first attempt at FSDP looks like."""
+  for module in (layers, moe, transformer):
+    module.product = sharding.product if pins else leave_alone
   c = config.base('t5_1_1/small', **{**dict(
       vocab_size=256, d_model=64, d_ff=128, n_heads=8, d_head=8, enc_layers=2, dec_layers=2,
       tied=tied, dtype=dtype, remat=remat), **KINDS[kind]})

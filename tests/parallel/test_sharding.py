@@ -1,17 +1,14 @@
 """Rules, constraints and placement on eight virtual devices."""
 
 import dataclasses
-import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from small_models import jit
 
+from t5lab import trees
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
@@ -21,10 +18,6 @@ from t5lab.training import step as steps
 
 CONFIG = TransformerConfig(vocab_size=64, d_model=32, d_ff=64, n_heads=4, d_head=8, enc_layers=2,
                            dec_layers=2, acts=('gelu', 'linear'), tied=False, scale_logits=False)
-# T5Gemma's attention; each second layer is 4 experts, of which a token asks 2
-EXPERTS = dataclasses.replace(
-    CONFIG, n_kv_heads=2, positions='rope', scale_attn=True, experts=4, expert_top_k=2,
-    eval_capacity_factor=1.)
 
 
 def batch(rows=8):
@@ -37,6 +30,11 @@ def batch(rows=8):
           'decoder_loss_weights': np.ones((rows, 6), np.int32)}
 
 
+def pins(lowered) -> list[str]:
+  """The lines of a lowered program that pin an array."""
+  return [line for line in lowered.as_text().splitlines() if 'sharding_constraint' in line]
+
+
 def test_an_unknown_axis_raises_and_a_known_one_reaches_the_program():
   x = jnp.zeros((8, 4))
   with pytest.raises(UsageError, match="no logical axis 'bacth'. Did you mean 'batch'"):
@@ -44,14 +42,15 @@ def test_an_unknown_axis_raises_and_a_known_one_reaches_the_program():
   with pytest.raises(ValueError, match='axes'):
     sharding.constrain(x, 'batch')
   f = jax.jit(lambda x: sharding.constrain(x, 'batch', 'act_mlp') * 2)
-  assert 'sharding_constraint' not in f.lower(x).as_text()
+  assert not pins(f.lower(x))
   with sharding.use(sharding.make_mesh(4, 2), 'tp'):
-    text = jax.jit(lambda x: sharding.constrain(x, 'batch', 'act_mlp') * 2).lower(x).as_text()
-  assert 'sharding_constraint' in text and '"data"' in text and '"model"' in text
+    pin, = pins(jax.jit(lambda x: sharding.constrain(x, 'batch', 'act_mlp') * 2).lower(x))
+  assert '"data"' in pin and '"model"' in pin
 
 
 def test_a_mesh_axis_is_used_once():
-  assert sharding.spec(('embed', 'batch'), sharding.RULES['fsdp']) == P('data', 'expert')
+  assert sharding.spec(('embed', 'batch'), sharding.RULES['fsdp']) == P(
+      ('dcn_fsdp', 'fsdp'), ('dcn_data', 'data', 'expert'))
 
 
 @pytest.mark.parametrize('data, model, message', [
@@ -69,75 +68,97 @@ def test_an_axis_that_the_mesh_does_not_divide_is_named():
     sharding.shardings(boxed, sharding.make_mesh(1, 8), 'tp')
 
 
-def first_step(config, mesh, rules):
-  """(metrics on the host, state) of one update from numpy parameters."""
-  boxed, abstract = steps.abstract_params(Transformer(config), batch())
-  r = np.random.RandomState(1)
-  params = jax.tree.map(
-      lambda x: (r.randn(*x.shape) / np.sqrt(x.shape[-1])).astype(np.float32), abstract)
-  placed = sharding.shardings(boxed, mesh, rules)
-  params = jax.tree.map(jax.device_put, params, placed)
-  tx = optim.optimizer('adafactor', 1e-2)
-  state = steps.new_state(params, tx, 0.9)
-  loss = steps.Loss(1e-4, balance=0.1, router_z=0.01)
-  step = jit(lambda s, b: steps.train_step(
-      s, b, model=Transformer(config), tx=tx, loss=loss, ema=0.9))
-  with sharding.use(mesh, rules):
-    state, metrics = step(state, sharding.put(batch(), mesh))
-  return jax.device_get(metrics), state
-
-
-@functools.cache
-def on_one_device(config):
-  return first_step(config, sharding.make_mesh(devices=jax.devices()[:1]), 'dp')[0]
-
-
-@pytest.mark.parametrize('data, model, rules', [
-    (8, 1, 'dp'), (8, 1, 'fsdp'), (2, 4, 'tp'), (4, 2, 'fsdp_tp')])
-def test_first_step_is_the_same_on_every_mesh(data, model, rules):
-  want = on_one_device(CONFIG)
-  got, state = first_step(CONFIG, sharding.make_mesh(data, model), rules)
-  for name in ('loss', 'grad_norm', 'param_norm', 'tokens'):
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
-  spec = state.params['encoder']['layers']['mlp']['wi_0']['kernel'].sharding.spec
-  want = {'dp': (), 'fsdp': (None, 'data'), 'tp': (None, None, 'model'),
-          'fsdp_tp': (None, 'data', 'model')}[rules]
-  assert tuple(spec)[:len(want)] == want
-
-
-@pytest.mark.parametrize('data, expert, model, rules', [
-    (8, 1, 1, 'dp'), (2, 4, 1, 'dp'), (2, 2, 2, 'fsdp_tp')])
-def test_experts_and_grouped_keys_are_the_same_on_every_mesh(data, expert, model, rules):
-  """Experts that overflow (6 to 8 tokens a row, 4 or 5 places an expert of 4), 2 key heads."""
-  want, mesh = on_one_device(EXPERTS), sharding.make_mesh(data, model, expert)
-  got, state = first_step(EXPERTS, mesh, rules)
-  assert sorted(got) == sorted(want) and got['dropped'] > 0.01
-  for name in want:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
-  layers = state.params['decoder']['layers']
-  kernels, key = layers['1']['moe']['experts'], layers['0']['attn']['k']['kernel']
-  rows, columns = ('data', 'model') if rules == 'fsdp_tp' else (None, None)
-  local = lambda x: x.sharding.shard_shape(x.shape)
-  shard = lambda size, axis: size // (mesh.shape[axis] if axis else 1)
-  for name, axes, (i, o) in (('wi_0', (rows, columns), (32, 64)),
-                             ('wo', (columns, rows), (64, 32))):
-    assert kernels[name].sharding.is_equivalent_to(
-        NamedSharding(mesh, P(None, 'expert', *axes)), 4), name
-    assert local(kernels[name]) == (1, 4 // expert, shard(i, axes[0]), shard(o, axes[1]))
-  assert local(key) == (1, shard(32, rows), shard(16, columns))
-
-
-def test_the_batch_is_spread_over_data_and_expert_outside_of_the_experts():
+def test_the_batch_is_spread_over_all_that_is_not_within_a_row():
   mesh = sharding.make_mesh(2, 1, 4)
   assert sharding.batch_devices(mesh) == 8
   placed = sharding.put({'x': np.zeros((8, 3), np.int32)}, mesh)['x']
   assert placed.sharding.shard_shape((8, 3)) == (1, 3)
-  # where the experts axis comes first it has the mesh axis, and the batch only 'data'
+  # where the experts axis comes first it has the mesh axis, and the batch the others
   rules = sharding.RULES['fsdp_tp']
   assert sharding.spec(('expert', 'batch', None, 'act_mlp'), rules) == P(
-      'expert', 'data', None, 'model')
+      'expert', ('dcn_data', 'dcn_fsdp', 'data', 'fsdp'), None, 'model')
   assert sharding.spec(('batch', 'length', 'act_embed'), rules) == P(
-      ('data', 'expert'), None, None)
+      ('dcn_data', 'dcn_fsdp', 'data', 'fsdp', 'expert'), None, None)
+
+
+def test_one_position_is_not_cut():
+  x = jnp.zeros((2, 1, 8))
+  with sharding.use(sharding.make_mesh(2, sequence=4), 'sp'):
+    cut = lambda x: sharding.constrain(x, 'batch', 'length', 'act_embed')
+    pinned = lambda x: pins(jax.jit(cut).lower(x))
+    assert len(pinned(x)) == 1 and '"sequence"' not in pinned(x)[0]
+    assert '"sequence"' in pinned(jnp.zeros((2, 4, 8)))[0]
+
+
+@pytest.mark.parametrize('mesh, rules, message', [
+    (dict(data=2, model=4), 'fsdp', "mesh.model=4: rules='fsdp' do not use this axis, so its "
+     "devices would repeat each other's work; rules that do: tp, fsdp_tp, sp, ep"),
+    (dict(data=2, sequence=4), 'ep', 'mesh.sequence=4: .* rules that do: sp$'),
+    (dict(), 'fsdp', "rules='fsdp' split by mesh.fsdp, which is 1 of 8 devices: "
+     '--config.mesh.data=1 --config.mesh.fsdp=-1'),
+    (dict(data=4, model=2), 'fsdp_tp', '--config.mesh.data=1 --config.mesh.fsdp=-1'),
+    (dict(), 'sp', '--config.mesh.data=1 --config.mesh.sequence=-1'),
+    (dict(), 'fdsp', "rules='fdsp' is unknown. Did you mean 'fsdp'"),
+    (dict(data=2, fsdp=4), 'fsdp', None), (dict(data=1, dcn_fsdp=2, fsdp=4), 'fsdp', None),
+    (dict(data=1, dcn_fsdp=8), 'fsdp', None), (dict(data=2, fsdp=2, expert=2), 'dp', None),
+    (dict(data=1, fsdp=8), 'ep', None)])
+def test_no_mesh_axis_is_idle(mesh, rules, message):
+  mesh = sharding.make_mesh(**mesh)
+  if message is None:
+    return sharding.check_mesh(mesh, rules)
+  with pytest.raises(UsageError, match=message) as e:
+    sharding.check_mesh(mesh, rules)
+  assert '\n' not in str(e.value)
+
+
+def test_one_device_takes_any_row():
+  for rules in sharding.RULES:
+    sharding.check_mesh(sharding.make_mesh(devices=jax.devices()[:1]), rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a TPU says of itself."""
+  id: int
+  slice_index: int
+  process_index: int
+  coords: tuple[int, ...]
+  core_on_chip: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5 lite'
+
+
+def slices(n):
+  """n slices of 2 x 2 chips, two hosts each, in the order in which nobody should get them."""
+  chips = [Device(100 * s + 2 * y + x, s, 2 * s + y, (x, y, 0))
+           for s in range(n) for y in range(2) for x in range(2)]
+  return chips[::2] + chips[1::2]
+
+
+def test_slices_are_joined_by_the_dcn_axes_alone():
+  for axes in (dict(dcn_data=2, data=2, fsdp=2), dict(dcn_fsdp=2, data=1, model=4)):
+    mesh = sharding.make_mesh(**axes, devices=slices(2))
+    first, second = mesh.devices.reshape(2, 4)
+    assert {d.slice_index for d in first} == {0} and {d.slice_index for d in second} == {1}
+  mesh = sharding.make_mesh(1, dcn_data=2, dcn_fsdp=2, fsdp=2, model=2, devices=slices(4))
+  for block in mesh.devices.reshape(4, 4):
+    assert len({d.slice_index for d in block}) == 1
+
+
+@pytest.mark.parametrize('n, axes, message', [
+    (2, dict(data=8), 'mesh.data=8: the devices are 2 slices of 4, so mesh.dcn_data [*] '
+     'mesh.dcn_fsdp must be 2, not 1'),
+    (1, dict(dcn_data=2), 'the devices are 1 slices of 4, .* must be 1, not 2'),
+    (4, dict(dcn_data=2, data=8), 'must be 4, not 2')])
+def test_slices_that_the_dcn_axes_do_not_count(n, axes, message):
+  with pytest.raises(UsageError, match=message):
+    sharding.make_mesh(**axes, devices=slices(n))
+
+
+def test_devices_without_slices_are_joined_in_their_order():
+  mesh = sharding.make_mesh(2, model=2, dcn_data=2)
+  assert [d.id for d in mesh.devices.flat] == list(range(8))
+  assert dict(mesh.shape, dcn_data=2, data=2, model=2) == dict(mesh.shape)
 
 
 @pytest.mark.parametrize('rules, heads, kv_heads, message', [
@@ -152,20 +173,92 @@ def test_heads_are_not_cut(rules, heads, kv_heads, message):
     sharding.check_heads(mesh, rules, heads, kv_heads)
 
 
-def test_optimizer_state_lies_as_its_parameters_do():
-  mesh = sharding.make_mesh(4, 2)
-  boxed, params = steps.abstract_params(Transformer(CONFIG), batch())
-  placed = sharding.shardings(boxed, mesh, 'fsdp_tp')
-  state = jax.eval_shape(optim.optimizer('adamw', 1e-3).init, params)
-  got = sharding.like_params(state, params, placed, mesh)
-  assert jax.tree.leaves(got[0].mu) == jax.tree.leaves(placed)
-  assert got[0].count.spec == P()
+def lies(tx, mesh, rules, config=CONFIG):
+  """{path: PartitionSpec} of a state of tx."""
+  boxed, params = steps.abstract_params(Transformer(config), batch())
+  state = jax.eval_shape(tx.init, params)
+  got = sharding.like_params(state, boxed, mesh, rules)
+  for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(got), strict=True):
+    s.shard_shape(x.shape)                                     # divides
+  return {path: tuple(s.spec) for path, s in trees.flatten(got).items()}
 
 
-@pytest.mark.parametrize('config', [CONFIG, EXPERTS], ids=['t5', 'experts'])
-def test_boxes_carry_known_axes_only(config):
-  boxed, _ = steps.abstract_params(Transformer(config), batch())
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  boxes = jax.tree.leaves(boxed, is_leaf=is_box)
-  assert all(is_box(b) and len(b.names) == b.value.ndim for b in boxes)
-  assert {n for b in boxes for n in b.names} <= {*sharding.AXES, None}
+def test_optimizer_state_lies_as_its_parameters_do_and_over_the_batch(monkeypatch):
+  monkeypatch.setattr(sharding, 'SMALL', 1024)
+  mesh = sharding.make_mesh(2, 2, fsdp=2)
+  got = lies(optim.optimizer('adamw', 1e-3), mesh, 'fsdp_tp')
+  fsdp = ('dcn_fsdp', 'fsdp')
+  for moment in ('0/mu', '0/nu'):
+    at = lambda path, m=moment: got[f'{m}/{path}']
+    # each layer has 32 * 64 elements; `layers` is never split
+    assert at('encoder/layers/mlp/wi_0/kernel') == (None, (*fsdp, 'data'), 'model')
+    assert at('encoder/layers/mlp/wo/kernel') == (None, ('model', 'data'), fsdp)
+    assert at('embedding') == (('model', 'data'), fsdp)
+    assert at('decoder/layers/mlp_norm/scale') == (None, None)
+    assert at('decoder/relpos/table') == (None, None)
+  assert got['0/count'] == ()
+  # in dp all axes of the batch are left, but not those between slices
+  mesh = sharding.make_mesh(2, fsdp=2, dcn_data=2)
+  got = lies(optim.optimizer('adamw', 1e-3), mesh, 'dp')
+  assert got['0/mu/encoder/layers/mlp/wi_0/kernel'] == (None, ('data', 'fsdp'), None)
+
+
+def test_what_one_axis_divides_another_is_split_over():
+  mesh = sharding.make_mesh(2, fsdp=4)
+  names = ('layers', 'vocab', 'embed')
+  zero = lambda shape, s=P(None, None, None): tuple(sharding._zero(s, shape, names, mesh))
+  assert zero((8, 2 ** 12, 4)) == (None, ('data', 'fsdp'), None)
+  assert zero((8, 2 * 4097, 4)) == (None, 'data', 'fsdp')
+  assert zero((8, 4097, 12), P(None, None, 'fsdp')) == (None, None, 'fsdp')
+  assert zero((8, 4097, 8), P(None, None, 'fsdp')) == (None, None, ('fsdp', 'data'))
+  assert zero((8, 4097, 5)) == (None, None, None)
+  assert zero((64, 128, 127)) == (None, None, None)            # just below SMALL, a layer
+  assert zero((64, 128, 128)) == (None, ('data', 'fsdp'), None)
+
+
+def test_factored_rows_and_columns_lie_as_what_is_left_of_their_parameter():
+  mesh = sharding.make_mesh(1, 2, fsdp=4)
+  tx = optim.optimizer('adafactor', 1e-3, min_factored=16)
+  got = lies(tx, mesh, 'fsdp_tp')
+  fsdp = ('dcn_fsdp', 'fsdp')
+  at = lambda path: (got[f'0/v_row/{path}'], got[f'0/v_col/{path}'])
+  # wi: D 32, F 64: v_row is a mean over F. wo: F 64, D 32: over F too.
+  assert at('encoder/layers/mlp/wi_0/kernel') == ((None, fsdp), (None, 'model'))
+  assert at('encoder/layers/mlp/wo/kernel') == ((None, fsdp), (None, 'model'))
+  assert at('encoder/layers/attn/q/kernel') == ((None, fsdp), (None, 'model'))   # 32 x 32
+  assert at('embedding') == ((fsdp,), ('model',))
+  assert at('encoder/layers/mlp_norm/scale') == ((), ())       # not factored: [L, 1] each
+  assert got['0/v/encoder/layers/mlp_norm/scale'] == (None, None)
+
+
+@pytest.mark.parametrize('size', [(32, 48), (48, 32), (32, 32)])
+def test_factored_axes_are_those_of_optax(size):
+  state = optim.optimizer('adafactor', 1e-3, min_factored=16).init({'w': jnp.zeros(size)})[0]
+  for name in ('v_row', 'v_col'):
+    axis = sharding._factored_axis(name, size)
+    assert getattr(state, name)['w'].shape == size[:axis] + size[axis + 1:]
+  # of a square one the shapes do not tell; the values do
+  tx = optim.optimizer('adafactor', 1e-3, min_factored=16)
+  grad = {'w': jnp.arange(1., size[0] * size[1] + 1).reshape(size)}
+  _, (state, _) = tx.update(grad, tx.init(grad), grad)
+  for name in ('v_row', 'v_col'):
+    mean = np.mean(np.square(grad['w']), axis=sharding._factored_axis(name, size))
+    np.testing.assert_allclose(getattr(state, name)['w'], mean, rtol=1e-5)
+
+
+def test_a_product_is_the_plain_one_and_pins_its_weight(monkeypatch):
+  monkeypatch.setattr(sharding, 'SMALL', 1)
+  x, w = jnp.ones((8, 4, 16)), jnp.arange(16. * 32).reshape(16, 32)
+  f = lambda x, w: jnp.sum(sharding.product(jnp.matmul, x, w, 'embed', 'mlp') ** 2)
+  want = jax.grad(f, (0, 1))(x, w)
+  with pytest.raises(UsageError, match="no logical axis 'embd'"):
+    sharding.product(jnp.matmul, x, w, 'embd', 'mlp')
+  with sharding.use(sharding.make_mesh(2, 2, fsdp=2), 'fsdp_tp'):
+    g = jax.jit(jax.grad(f, (0, 1)))
+    jax.tree.map(np.testing.assert_allclose, g(x, w), want)
+    # whole to be used, in both passes; its gradient as it rests, then as optimizer state lies
+    *_, rests, split = found = pins(g.lower(x, w))
+    assert len(found) == 4 and all('"fsdp"' not in pin for pin in found[:2])
+    assert '"fsdp"' in rests and '"data"' not in rests and '"data"' in split
+    # one position: no pin, the compiler may move the activations instead
+    assert not pins(g.lower(x[:, :1], w))

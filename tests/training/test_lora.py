@@ -27,8 +27,9 @@ def _one_device():
   """Where a test names no mesh, one device: the adapters' small all-reduces are what XLA on CPU
   deadlocks on most (tests/conftest.py)."""
   real, patch = sharding.make_mesh, pytest.MonkeyPatch()
-  patch.setattr(sharding, 'make_mesh', lambda data=-1, model=1, expert=1: real(
-      data, model, expert, jax.devices()[:1] if (data, model, expert) == (-1, 1, 1) else None))
+  unnamed = lambda axes: all(n == (-1 if axis == 'data' else 1) for axis, n in axes.items())
+  patch.setattr(sharding, 'make_mesh', lambda devices=None, **axes: real(
+      **axes, devices=jax.devices()[:1] if unnamed(axes) else devices))
   yield
   patch.undo()
 
@@ -197,7 +198,7 @@ def test_two_steps_and_two_more_are_four(base, adapted, tmp_path):
 
 
 def test_on_eight_devices_in_another_layout_the_losses_are_the_same(base, adapted, tmp_path):
-  c = tiny(base, mesh__data=4, mesh__model=2, rules='fsdp_tp', total_steps=2)
+  c = tiny(base, mesh__data=1, mesh__fsdp=4, mesh__model=2, rules='fsdp_tp', total_steps=2)
   loop.train(c, tmp_path)
   np.testing.assert_allclose(losses(tmp_path), losses(adapted)[:2], rtol=1e-5)
   pair = lora.init(weights.boxed_params(c), c.lora.kernels, 2, 0)['encoder']['layers']['attn']['q']
