@@ -12,7 +12,6 @@ import functools
 import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from t5lab import config as configs
@@ -28,8 +27,7 @@ NOT_COMPARED = ('checkpoint', 'eval', 'log', 'plan', 'guard.watchdog')    # chan
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """parted: whether the runs differ. step: where. what: 'config', 'seed', 'data', 'loss',
-  'gradients', 'update', or 'record': the replays agree, what was written does not. text: a sentence.
-  """
+  'gradients', 'update', or 'record': the replays agree, what was written does not."""
   parted: bool
   step: int
   what: str
@@ -46,7 +44,8 @@ def bisect(a: Replay, b: Replay, say: Callable = print) -> Verdict:
     shown = [f'{s[wrong[0]][1]}{list(s[wrong[0]][0])}' if wrong[0] in s else 'absent'
              for s in shapes]
     return Verdict(True, 0, 'config', 'the runs part before any training, they are of other models '
-                   f'or optimizers: {wrong[0]} is {" and ".join(shown)} ({len(wrong)} arrays differ)')
+                   f'or optimizers: {wrong[0]} is {" and ".join(shown)} ({len(wrong)} arrays '
+                   'differ)')
   start, end = narrow(a, b, say)
   if end is None:
     return Verdict(False, start, '', f'equal: everything that both runs wrote, up to step {start}')
@@ -125,9 +124,10 @@ def _records(a, b, start, end) -> Verdict:
         found = f'the checkpoint of step {end}, {differences[0].what}: {differences[0].text}'
     if found:
       wrong.append(f'{run.workdir} is not what its config, data and start make ({found})')
-  return Verdict(True, end, 'record', f'the runs part at step {end} in what they wrote, not in what '
-                 'they compute: both replays agree; ' + ('; '.join(wrong) or 'no record differs from '
-                 'its own replay') + ': a fault of hardware or software, or an edited file')
+  return Verdict(True, end, 'record', f'the runs part at step {end} in what they wrote, not in '
+                 'what they compute, for both replays agree; '
+                 + ('; '.join(wrong) or 'neither record differs from its own replay')
+                 + ': a fault of hardware or software, or an edited file')
 
 
 # --- what is computed --------------------------------------------------------------------------
@@ -176,7 +176,10 @@ def _look(a: Replay, b: Replay, start: int, step: int) -> Verdict:
       row = run.next().row
     else:
       number, batch, gradient, row = 0, {}, {}, {}
-    found.append((number, batch, row, gradient, jax.device_get(trees.flatten(run.state))))
+    state = jax.device_get(trees.flatten(run.state))
+    state = {path: state[path] for part in PARTS for path in state if path.split('/')[0] == part}
+    found.append((number, batch, row, gradient, state))
+    run.state = None
   (number, batch, row, gradient, state), (number_b, batch_b, row_b, gradient_b, state_b) = found
   at = f'the runs part at step {step}'
   if step == start:

@@ -13,7 +13,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from t5lab.data import own_files
+from t5lab.data import own_files, task_names
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models import families
 
@@ -185,6 +185,10 @@ def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDi
     raise UsageError(f'{path}: {" ".join(str(e).split())}') from e
   apply(c, overrides or {})
   check_trainable(c)
+  if not c.data.modules:          # whose tasks nobody knows yet
+    for name in {*c.data.mixture.split(','), *filter(None, c.eval.mixture.split(','))}:
+      if name != own_files.NAME and name not in task_names.NAMES:
+        raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, task_names.NAMES)}')
   return c
 
 

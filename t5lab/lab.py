@@ -15,7 +15,7 @@ from t5lab import config as configs
 from t5lab import weights as loading
 from t5lab.data import features, own_files, prompts, vocab
 from t5lab.decoding.engine import SHORTEST, Decoding, Engine, buckets
-from t5lab.errors import UsageError, did_you_mean
+from t5lab.errors import DataError, UsageError, did_you_mean
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
 
@@ -90,6 +90,8 @@ class Lab:
     return self._run(requests, settings, tick)
 
   def _run(self, requests, settings: Decoding, tick=lambda done, total: None) -> np.ndarray:
+    for i, request in enumerate(requests):
+      _check_ids(request, self.model.vocab_size, f'request {i}')
     longest = max(map(len, requests), default=0)
     alone = self.model.kind == 'decoder'
     self._check_length(longest + settings.length if alone else max(longest, settings.length))
@@ -265,6 +267,9 @@ class Lab:
     return features.build_row([row], widths, kind=kind, start=start, eos=self.vocab.eos_id)
 
   def _apply(self, method: str, batch):
+    for name in batch:
+      if name.endswith('_tokens'):
+        _check_ids(batch[name], self.model.vocab_size, name)
     if method not in self._jitted:
       self._jitted[method] = jax.jit(functools.partial(
           Transformer(self.model).apply, method=method))
@@ -285,6 +290,13 @@ def _check_texts(texts: list, use: str) -> list:
     if not isinstance(text, str):
       raise UsageError(f'{use} takes texts, not a {type(text).__name__} as {str(text)[:60]}')
   return texts
+
+
+def _check_ids(ids, size: int, what: str) -> None:
+  """DataError for an id that is none: a gather of JAX's clamps or fills it, and says nothing."""
+  ids = np.asarray(ids)
+  if len(wrong := ids[(ids < 0) | (ids >= size)]):
+    raise DataError(f'{what} holds the id {wrong[0]}; the ids of this model are 0 to {size - 1:,}')
 
 
 def make_engine(config) -> Engine:

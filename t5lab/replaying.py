@@ -195,9 +195,10 @@ def read_rows(workdir) -> dict[int, dict]:
 
 
 def differing(a: dict, b: dict) -> list[str]:
-  """Keys of two rows whose values are not the same bits, of those that both have."""
+  """Keys of two rows whose values are not the same bits, of those that both have; causes first."""
   bits = lambda x: x.hex() if isinstance(x, float) else x
-  return [k for k in a if k in b and bits(a[k]) != bits(b[k])]
+  return sorted((k for k in a if k in b and bits(a[k]) != bits(b[k])),
+                key=lambda k: ('data', 'loss').index(k) if k in ('data', 'loss') else 2)
 
 
 def compare(name: str, a, b) -> Difference | None:

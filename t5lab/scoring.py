@@ -33,7 +33,7 @@ class Evaluator:
 
   def __call__(self, step, state, report) -> 'Result':
     weights = {'raw': state.params}
-    if self._c.optim.ema:      # split further than parameters are; decoding would gather it each step
+    if self._c.optim.ema:      # split further than parameters are: decoding would gather it anew
       lie = jax.tree.map(lambda x: x.sharding, state.params)
       weights['ema'] = jax.device_put(state.ema, lie)
     if self._base is not None:

@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
   if output:
     output.close(replay)
   known, saved = (sum(s <= stop for s in x) for x in (known, saved))
-  print(f'steps {args.start + 1} to {stop} are reproduced bit for bit: {known} rows of metrics and '
-        f'{saved} checkpoint{"s" * (saved != 1)} with {arrays} arrays' + f'; written to {args.output}' * bool(output))
+  print(f'steps {args.start + 1} to {stop} are reproduced bit for bit: {known} rows of metrics, '
+        f'{saved} checkpoints with {arrays} arrays' + f'; written to {args.output}' * bool(output))
   return 0
 
 

@@ -12,6 +12,7 @@ of a train step.
 import atexit
 from collections.abc import Callable
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from t5lab.errors import Failure, UsageError
 
 PORT = 8476                    # of the coordinator, on all platforms
 SECONDS = 300.                 # that processes wait for each other where nothing else is said
+WATCHDOG = 124                 # the exit code of training/watchdog.py
 POLL = 0.5                     # seconds between looks at what the others say
 _calls = itertools.count()     # every process asks the same questions in the same order
 
@@ -269,6 +271,8 @@ def _follow(who: int, said: dict):
   # while TensorFlow is imported, descriptor 2 leads nowhere (data/seqio_tf.py)
   os.write(_listener.stderr, f't5lab: process {index()} ends with process {who}: '
            f'{said["message"]}\n'.encode())
+  if said['code'] == WATCHDOG:            # what this one was waiting for may be the reason
+    faulthandler.dump_traceback(_listener.stderr, all_threads=True)
   sys.stdout.flush()
   sys.stderr.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -277,10 +281,11 @@ def _follow(who: int, said: dict):
 
 
 def _leave():
-  """Says that this process goes; process 0, which is the service, goes last, after 5 s at most."""
+  """Says that this process goes, and waits until all say so: 3 s at most, process 0, which is the
+  service, 5. Else a closed socket would reach the others before the reason does."""
   _store().key_value_set(f't5lab/left/{index()}', '', allow_overwrite=True)
-  end = time.monotonic() + 5
-  while is_main() and time.monotonic() < end:
+  end = time.monotonic() + (5 if is_main() else 3)
+  while time.monotonic() < end:
     if len(_store().key_value_dir_get('t5lab/left/')) == count():
       time.sleep(0.2)                     # their last call has its answer
       return

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 import subprocess
 import time
@@ -115,7 +116,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   report = Report(workdir, resume_step=start, total_steps=c.total_steps) if (
       multihost.is_main()) else NoReport()
   evaluated = multihost.agreed(lambda: sorted(report.evaluated))
-  dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index())
+  dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_leave)
   patience = max(600., 10 * c.guard.watchdog) * bool(c.guard.watchdog)   # of what may compile
 
   def tick(done, total):
@@ -237,6 +238,13 @@ class _Place:
     data = manifest.meta['data']
     return cls(manifest.step, data.get('offset', 0), data.get('digest', ''),
                manifest.meta.get('guard'))
+
+
+def _leave(code: int) -> None:
+  """What the watchdog does last: the other processes, which wait for this one, end with it."""
+  multihost.give_up(code, 'its watchdog saw no step; its stacks are in watchdog_'
+                    f'{multihost.index()}.txt')
+  os._exit(code)
 
 
 @contextlib.contextmanager

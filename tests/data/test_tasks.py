@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import seqio
 
-from t5lab.data import corpora, embedded_tasks, objectives, prompts, seqio_tf, tasks, vocab
+from t5lab.data import (corpora, embedded_tasks, objectives, paper_mixtures, prompts, seqio_tf,
+                        task_names, tasks, vocab)
 from t5lab.data.text_tasks import OBJECTIVES
 from t5lab.errors import DataError, UsageError
 from t5lab.evaluation import metrics
@@ -358,6 +359,12 @@ def test_tfds_data_that_is_not_here(user_task, splits, monkeypatch, tmp_path):
   with pytest.raises(DataError, match=r'data of wmt14_translate/de-en:1.0.0 is not on this machine'
                                       r'.*tfds build wmt14_translate/de-en.*TFDS_DATA_DIR=DIR'):
     tasks.open_components('users_task', 'train', LONG, 'byte')
+
+
+def test_every_name_is_known_without_tensorflow():
+  """What to write into files/task_names.txt where this fails: the names, sorted, a line each."""
+  ours = {*tasks.OURS, *paper_mixtures.MIXTURES, embedded_tasks.MIXTURE}
+  assert sorted(ours) == list(task_names.NAMES)
 
 
 def test_unknown_names():
