@@ -103,7 +103,8 @@ def time_both(c, pairs):
   assert int(runs['with'][1].step) == int(runs['without'][1].step) == pairs + 5
   a, b = (np.array(runs[which][3]) * 1e3 for which in ('without', 'with'))
   share = statistics.median(b - a) / statistics.median(a)
-  print(f'{jax.devices()[0].device_kind} {c.family} batch {c.data.batch_size}: '
+  kind = jax.devices()[0].device_kind
+  print(f'{kind} {c.family} batch {c.data.batch_size}: '
         f'{statistics.median(a):.3f} ms -> {statistics.median(b):.3f} ms a step, in pairs '
         f'{share:+.2%} ({pairs} pairs); temporary bytes {runs["without"][4]:,} -> {runs["with"][4]:,}')
 

@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
   except Exception as e:                   # a fault of ours: still one line, and how to see more
     if debug:
       raise
+    if together := sys.modules.get('t5lab.parallel.multihost'):
+      together.heed()
     what = ' '.join(str(e).split())[:300]
     return _end(Failure.code,
                 f'internal error, {type(e).__name__}: {what} (--debug shows the trace)')

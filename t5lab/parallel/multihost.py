@@ -265,6 +265,13 @@ def give_up(code: int, message: str) -> None:
   os._exit(code)
 
 
+def heed() -> None:
+  """Where a step failed because another process left it: lets this one end with that one's reason,
+  which its listener has within two looks."""
+  if count() > 1:
+    time.sleep(3 * POLL)
+
+
 def _follow(who: int, said: dict):
   if who == index():
     return

@@ -10,7 +10,6 @@ import faulthandler
 import os
 from pathlib import Path
 import statistics
-import sys
 import threading
 import time
 
@@ -122,7 +121,7 @@ class Watchdog:
     line = f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; exit code {EXIT}'
     # Nothing here may wait: neither for a full disk nor for a lock that the hanging thread holds.
     threading.Timer(10., os._exit, [EXIT]).start()
-    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    faulthandler.dump_traceback(2, all_threads=True)
     try:
       with open(self._path, 'w') as f:
         f.write(line + '\n')

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import socket
 import subprocess
@@ -161,6 +162,11 @@ def resumed_from(output: str) -> int:
   """The step that a run said it went on from, 0 if it began anew."""
   _, found, rest = output.partition('resuming from step ')
   return int(rest.split()[0]) if found else 0
+
+
+def made_a_step(output: str) -> bool:
+  """Whether a run has said its first step. (Its rows may be those of the life before.)"""
+  return re.search(r'^step \d+/\d+ ', output, re.M) is not None
 
 
 def assert_equal(workdir, reference, steps: int = STEPS) -> None:

@@ -107,7 +107,7 @@ def test_a_mesh_that_does_not_fit(tmp_path, devices, overrides, numbers):
 
 def test_compilation_would_be_seen(tmp_path):
   """That the test before can fail: a mesh that fits says what it compiles."""
-  with Process(train_command(tmp_path / 'run', {'total_steps': 1, 'eval.examples': 1}),
+  with Process(train_command(tmp_path / 'run', {'total_steps': 2, 'eval.examples': 1}),
                tmp_path / 'said', JAX_LOG_COMPILES='1') as p:
     assert p.wait() == 0, p.output()
-  assert 'Compiling jit(train_step)' in p.output() or 'Compiling' in p.output()
+  assert 'Compiling' in p.output()
