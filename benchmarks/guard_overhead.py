@@ -106,7 +106,8 @@ def time_both(c, pairs):
   kind = jax.devices()[0].device_kind
   print(f'{kind} {c.family} batch {c.data.batch_size}: '
         f'{statistics.median(a):.3f} ms -> {statistics.median(b):.3f} ms a step, in pairs '
-        f'{share:+.2%} ({pairs} pairs); temporary bytes {runs["without"][4]:,} -> {runs["with"][4]:,}')
+        f'{share:+.2%} ({pairs} pairs); temporary bytes {runs["without"][4]:,} -> '
+        f'{runs["with"][4]:,}')
 
 
 if __name__ == '__main__':

@@ -35,7 +35,8 @@ def call(*argv, capsys):
 def test_help_of_every_command(capsys):
   code, out, _ = call('--help', capsys=capsys)
   assert code == 0 and all(name in out for name in cli.COMMANDS)
-  needs = {'convert': 'SRC DST', 'cache': '--config', 'inspect': '--config', 'data': 'dedup'}
+  needs = {'convert': 'SRC DST', 'cache': '--config', 'inspect': '--config', 'data': 'dedup',
+           'plan': '--config', 'check': '--config', 'bisect': 'RUN_A'}
   for name in cli.COMMANDS:
     done = subprocess.run([sys.executable, '-m', 't5lab.cli', name, '--help'],
                           capture_output=True, text=True, timeout=60)

@@ -34,7 +34,8 @@ def test_the_stream_is_the_pipeline_that_the_config_describes(changes, same):
 
 def test_each_process_has_its_part():
   whole = streams.open_stream(tiny()).batches.batch(2)
-  parts = [streams.open_stream(tiny(), i, 2).batches.batch(2) for i in range(2)]
+  parts = [streams.open_stream(tiny(), rows).batches.batch(2)
+           for rows in (range(4), range(4, 8))]
   for name, x in whole.items():
     np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), x)
 

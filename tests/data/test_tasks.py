@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import seqio
 
-from t5lab.data import (corpora, embedded_tasks, objectives, paper_mixtures, prompts, seqio_tf,
-                        task_names, tasks, vocab)
+from t5lab.data import (
+  corpora,
+  embedded_tasks,
+  objectives,
+  paper_mixtures,
+  prompts,
+  seqio_tf,
+  task_names,
+  tasks,
+  vocab,
+)
 from t5lab.data.text_tasks import OBJECTIVES
 from t5lab.errors import DataError, UsageError
 from t5lab.evaluation import metrics
@@ -362,7 +371,6 @@ def test_tfds_data_that_is_not_here(user_task, splits, monkeypatch, tmp_path):
 
 
 def test_every_name_is_known_without_tensorflow():
-  """What to write into files/task_names.txt where this fails: the names, sorted, a line each."""
   ours = {*tasks.OURS, *paper_mixtures.MIXTURES, embedded_tasks.MIXTURE}
   assert sorted(ours) == list(task_names.NAMES)
 

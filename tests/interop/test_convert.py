@@ -140,9 +140,9 @@ def test_restores_onto_any_mesh(ours):
   from t5lab.parallel import sharding
   c = weights.read_config(ours('t5_1_1'))
   want = weights.load(ours('t5_1_1'), config=c).params
-  for data, model_axis, rules in ((8, 1, 'fsdp'), (2, 4, 'fsdp_tp')):
+  for fsdp, model_axis, rules in ((8, 1, 'fsdp'), (2, 4, 'fsdp_tp')):
     c = weights.read_config(ours('t5_1_1'))
-    c.mesh.data, c.mesh.model, c.rules = data, model_axis, rules
+    c.mesh.data, c.mesh.fsdp, c.mesh.model, c.rules = 1, fsdp, model_axis, rules
     got = weights.load(ours('t5_1_1'), config=c).params
     jax.tree.map(np.testing.assert_array_equal, got, want)
     kernel = got['encoder']['layers']['mlp']['wi_0']['kernel']
