@@ -6,6 +6,7 @@ A config is a Python file with `get_config(arg='')`; see configs/. On the comman
 
 import ast
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -185,10 +186,6 @@ def load(file_and_arg: str, overrides: dict[str, str] | None = None) -> ConfigDi
     raise UsageError(f'{path}: {" ".join(str(e).split())}') from e
   apply(c, overrides or {})
   check_trainable(c)
-  if not c.data.modules:          # whose tasks nobody knows yet
-    for name in {*c.data.mixture.split(','), *filter(None, c.eval.mixture.split(','))}:
-      if name != own_files.NAME and name not in task_names.NAMES:
-        raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, task_names.NAMES)}')
   return c
 
 
@@ -317,6 +314,15 @@ def check_trainable(c: ConfigDict) -> None:
                      'share in [0, 1], a temperature over 0, a limit of 0 or more')
 
 
+def check_names(c: ConfigDict) -> None:
+  """UsageError for a task or mixture that is none, told before TensorFlow is imported."""
+  if c.data.modules:              # whose tasks nobody knows yet
+    return
+  for name in {*c.data.mixture.split(','), *filter(None, c.eval.mixture.split(','))}:
+    if name != own_files.NAME and name not in task_names.NAMES:
+      raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, task_names.NAMES)}')
+
+
 def keys(c: ConfigDict) -> dict:
   """{'optim.lr': 0.001, …}."""
   flat = {}
@@ -329,6 +335,11 @@ def keys(c: ConfigDict) -> dict:
 def to_dict(c: ConfigDict) -> dict:
   """Plain JSON values: what is saved beside checkpoints and alone rebuilds the model."""
   return json.loads(json.dumps(c.to_dict()))
+
+
+def digest(c: ConfigDict) -> str:
+  """SHA-256 of `to_dict`."""
+  return hashlib.sha256(json.dumps(to_dict(c), sort_keys=True).encode()).hexdigest()
 
 
 def from_dict(d: dict) -> ConfigDict:

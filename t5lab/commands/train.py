@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
                       help='resume even though the data is not that of the checkpoint')
   args = parser.parse_args(argv)
   c = configs.load(args.config, overrides)
+  configs.check_names(c)
   from t5lab.parallel import multihost
   from t5lab.training import loop
   use_compilation_cache()
