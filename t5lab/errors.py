@@ -5,6 +5,9 @@ Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerica
 """
 
 
+WATCHDOG = 124       # training/watchdog.py leaves so, without an exception
+
+
 class Failure(Exception):
   """Ends a command with `code`. The message is one line: the value, the limit, the alternatives."""
   code = 70

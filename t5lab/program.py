@@ -55,6 +55,22 @@ class Program:
         return jax.jit(lambda: make(nn.unbox(init_params(c))), out_shardings=shardings)()
       return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
+  def load_initial(self) -> loading.Loaded:
+    """The weights of init.path; what it lacks and may lack comes from the seed."""
+    c = self.config
+    return loading.load_base(c, loading.boxed_params(c), self.mesh,
+                             functools.partial(fresh, c, self.mesh))
+
+  def first_state(self, initial: loading.Loaded | None) -> steps.TrainState:
+    """The state of step 0: from the seed, or from weights, which it takes over unless adapters are
+    trained on them."""
+    c = self.config
+    state = self.make_state(None if c.lora.rank or not initial else initial.params)
+    if c.init.optimizer == 'restore' and initial:
+      state = state.replace(opt_state=loading.load_optimizer(
+          c, self.abstract.opt_state, initial.step))
+    return state
+
   def make_guard(self, saved: dict | None = None) -> guards.Guard:
     """That of step 0, or what a checkpoint's meta holds of one."""
     return guards.place(guards.from_json(saved), sharding.replicated(self.mesh))

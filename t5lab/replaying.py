@@ -7,8 +7,6 @@ folder and nothing that lies there is executed.
 
 import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
 
 import jax
@@ -22,7 +20,8 @@ from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
 from t5lab.training import digest as digests
 from t5lab.training import faults, rundir, sentry
-from t5lab.training import guard as guards
+from t5lab.training import place as places
+from t5lab.training.place import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +75,23 @@ class Replay:
     c, program = self.config, self.program
     self.state = None                     # before the next one is made
     if step == 0:
-      self.state, self.base = first_state(program)
-      self._offset, self._digest, saved = 0, '', None
+      initial = program.load_initial() if c.init.path else None
+      self.base = initial.params if c.lora.rank else None
+      self.state, at = program.first_state(initial), Place()
     else:
       if step not in self.checkpoints.steps():
         raise CheckpointError(f'{self.workdir} has no checkpoint of step {step} to start from; '
                               f'there are: {", ".join(map(str, self.starts()))} (0 is the seed)')
       self.state, manifest = self.checkpoints.restore(program.abstract, step)
       if c.lora.rank and self.base is None:
-        initial = loading.load_base(c, loading.boxed_params(c), program.mesh)
+        initial = program.load_initial()
         loading.check_base(initial, manifest.meta, c, self.workdir)
         self.base = initial.params
-      data, saved = manifest.meta['data'], manifest.meta.get('guard')
-      self.data.check_position(data)
-      self._offset, self._digest = data.get('offset', 0), data.get('digest', '')
+      self.data.check_position(manifest.meta['data'])
+      at = Place.of(manifest)
     self.step, self._start = step, step
-    self._guard = program.make_guard(saved)
+    self._offset, self._digest = at.offset, at.digest
+    self._guard = program.make_guard(at.guard)
     self._updates = int(self.state.step)
 
   @property
@@ -122,9 +122,7 @@ class Replay:
 
   def meta(self) -> dict:
     """What a checkpoint of this state has to hold besides its arrays."""
-    position = self.data.position(self.step + self.offset)
-    return {'data': {**position, 'offset': self.offset, 'digest': self._digest},
-            'guard': guards.to_json(self._guard)}
+    return places.meta(self.step, self.offset, self._digest, self._guard, self.data)
 
   def put(self, batch):
     return sharding.put(batch, self.program.mesh)
@@ -146,23 +144,7 @@ class Replay:
     if step == 0:
       return False
     then = self.checkpoints.manifest(step).meta.get('config')
-    now = configs.to_dict(configs.from_dict(rundir.read_config(self.workdir)))
-    return then != hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
-
-
-def first_state(program):
-  """(state, frozen weights or None) of step 0: from the seed, or from init.path."""
-  c = program.config
-  initial = base = None
-  if c.init.path:
-    initial = loading.load_base(c, loading.boxed_params(c), program.mesh,
-                                functools.partial(programs.fresh, c, program.mesh))
-    base = initial.params if c.lora.rank else None
-  state = program.make_state(None if c.lora.rank or not initial else initial.params)
-  if c.init.optimizer == 'restore' and initial:
-    state = state.replace(opt_state=loading.load_optimizer(
-        c, program.abstract.opt_state, initial.step))
-  return state, base
+    return then != configs.digest(configs.from_dict(rundir.read_config(self.workdir)))
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -179,19 +161,8 @@ class Difference:
 
 def read_rows(workdir) -> dict[int, dict]:
   """{step: training row of metrics.jsonl without its timing}."""
-  found = {}
-  try:
-    lines = (Path(workdir) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-  except FileNotFoundError:
-    return found
-  for line in lines:
-    try:
-      row = json.loads(line)
-      if 'loss' in row:
-        found[int(row['step'])] = {k: v for k, v in row.items() if k != 'timing'}
-    except (ValueError, TypeError, KeyError):
-      continue                            # torn by a power cut
-  return found
+  return {row['step']: {k: v for k, v in row.items() if k != 'timing'}
+          for row in rundir.json_rows(Path(workdir) / 'metrics.jsonl', 'step') if 'loss' in row}
 
 
 def differing(a: dict, b: dict) -> list[str]:

@@ -1,7 +1,6 @@
 """Windows of finished runs again, and where two runs part: real runs in processes of their own."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+from processes import environment
 import pytest
 
 from t5lab import bisecting, config, replaying, trees
@@ -22,11 +22,8 @@ RUN = {'total_steps': '12', 'checkpoint.every': '4', 'checkpoint.keep': '10', 'l
 
 
 def t5lab(*argv, **env):
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-         'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
-         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2', **env}
-  return subprocess.run([sys.executable, '-m', 't5lab.cli', *map(str, argv)], env=env, timeout=240,
-                        capture_output=True, text=True)
+  return subprocess.run([sys.executable, '-m', 't5lab.cli', *map(str, argv)],
+                        env=environment(**env), timeout=240, capture_output=True, text=True)
 
 
 def train(workdir, overrides=RUN, code=0, **env):

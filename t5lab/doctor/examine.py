@@ -10,7 +10,6 @@ Every host draws the same conclusions from the same facts, so all end with the s
 
 import contextlib
 import dataclasses
-import math
 import os
 from pathlib import Path
 import shutil
@@ -27,7 +26,7 @@ from t5lab import trees
 from t5lab.doctor import facts
 from t5lab.errors import CheckpointError, Failure, UsageError
 from t5lab.parallel import meeting as meetings
-from t5lab.parallel import multihost
+from t5lab.parallel import multihost, sharding
 from t5lab.training import checkpoint
 
 SKEW = 5.             # seconds; logs and the order of files are by clock, and a certificate may not
@@ -263,9 +262,8 @@ def scaled_down(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   shape = []
   spec = tuple(x.sharding.spec) + (None,) * (len(x.shape) - len(x.sharding.spec))
   for size, axis in zip(x.shape, spec):
-    names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
-    shape.append(min(size, max(math.prod(x.sharding.mesh.shape[name] for name in names), 2)
-                     if not names else math.prod(x.sharding.mesh.shape[name] for name in names)))
+    shape.append(min(size, sharding.spread(x.sharding.mesh.shape, axis)
+                     if sharding.mesh_axes(axis) else 2))
   return jax.ShapeDtypeStruct(tuple(shape), x.dtype, sharding=x.sharding)
 
 

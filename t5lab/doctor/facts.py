@@ -13,7 +13,6 @@ import t5lab
 from t5lab import config as configs
 from t5lab import streams
 from t5lab.errors import Failure
-from t5lab.training import loop
 
 PARTS = 1 << 20       # bytes at the start, the middle and the end of a large file that are hashed
 WHOLE = 256 << 20     # bytes of all files up to which they are hashed whole
@@ -24,7 +23,7 @@ PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'num
 def versions(c) -> dict[str, str]:
   """What has to be the same on all hosts, by name."""
   return {'python': platform.python_version(), **{name: _version(name) for name in PACKAGES},
-          't5lab': t5lab.__version__, 't5lab source': _source(), 'config': loop.config_hash(c)[:12]}
+          't5lab': t5lab.__version__, 't5lab source': _source(), 'config': configs.digest(c)[:12]}
 
 
 def _version(package) -> str:

@@ -4,7 +4,7 @@ For `t5lab doctor`. JAX waits minutes for a process that never comes, and two ve
 even understand each other. Here who is missing is known after seconds, by number, and what the
 others have installed before anything is trusted to it. Lines of JSON; nothing else is understood.
 
-  with Meeting(*whereabouts(), seconds=30) as meeting:
+  with Meeting(whereabouts(30), 30) as meeting:
     facts = meeting.exchange({'jax': '0.10.2'})      # of every process, in all of them
 """
 

@@ -22,16 +22,16 @@ import threading
 import time
 
 import jax
-from jax._src import clusters, distributed  # the store has no public name; Orbax does the same
+from jax._src import distributed  # the store has no public name; Orbax does the same
 from jax.experimental import multihost_utils
 import numpy as np
 
 from t5lab import errors
 from t5lab.errors import Failure, UsageError
+from t5lab.parallel.meeting import whereabouts
 
 PORT = 8476                    # of the coordinator, on all platforms
 SECONDS = 300.                 # that processes wait for each other where nothing else is said
-WATCHDOG = 124                 # the exit code of training/watchdog.py
 POLL = 0.5                     # seconds between looks at what the others say
 _calls = itertools.count()     # every process asks the same questions in the same order
 
@@ -44,30 +44,22 @@ def start(seconds: float = SECONDS) -> None:
   """
   if distributed.global_state.client is not None:
     return
-  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
-  if not address and not _cluster():
+  place = whereabouts(seconds)
+  if place.count == 1:
     return
-  number = lambda name: int(os.environ[name]) if name in os.environ else None
   try:
-    total, mine = number('JAX_NUM_PROCESSES'), number('JAX_PROCESS_ID')
     heartbeat = int(os.environ.get('T5LAB_HEARTBEAT', 100))
   except ValueError as e:
-    raise UsageError(f'JAX_NUM_PROCESSES, JAX_PROCESS_ID, T5LAB_HEARTBEAT: {e}') from None
-  if total == 1:
-    return
+    raise UsageError(f'T5LAB_HEARTBEAT: {e}') from None
   try:
-    jax.distributed.initialize(address, total, mine, heartbeat_timeout_seconds=heartbeat,
+    jax.distributed.initialize(place.address, place.count, place.index,
+                               heartbeat_timeout_seconds=heartbeat,
                                initialization_timeout=int(seconds))
   except (ValueError, RuntimeError) as e:
-    raise UsageError(f'cannot join the run at {address or "the coordinator"} as process '
-                     f'{mine} of {total}: {_first_line(e)}; `t5lab doctor` looks further') from e
+    raise UsageError(f'cannot join the run at {place.address} as process {place.index} of '
+                     f'{place.count}: {_first_line(e)}; `t5lab doctor` looks further') from e
   _listener.start()
   atexit.register(_listener.stop)
-
-
-def _cluster() -> bool:
-  return any(not kind.opt_in_only_method and kind.is_env_present()
-             for kind in clusters.ClusterEnv._cluster_types)
 
 
 def index() -> int:
@@ -121,11 +113,10 @@ def gather(value, seconds: float = SECONDS) -> list:
   key = f't5lab/gather/{next(_calls)}'
   _store().key_value_set(f'{key}/{index()}', json.dumps(value))
   end, found = time.monotonic() + seconds, {}
-  late = [i for i in range(count())]
-  for i in late:
+  for i in range(count()):
     with contextlib.suppress(Failure):
       found[i] = json.loads(_get(f'{key}/{i}', max(end - time.monotonic(), 0.1), f'process {i}'))
-  if late := [i for i in late if i not in found]:
+  if late := [i for i in range(count()) if i not in found]:
     raise Failure(f'no sign of process {", ".join(map(str, late))} of {count()} after '
                   f'{seconds:g} s; look at their output, or run `t5lab doctor` on all hosts')
   return [found[i] for i in range(count())]
@@ -278,7 +269,7 @@ def _follow(who: int, said: dict):
   # while TensorFlow is imported, descriptor 2 leads nowhere (data/seqio_tf.py)
   os.write(_listener.stderr, f't5lab: process {index()} ends with process {who}: '
            f'{said["message"]}\n'.encode())
-  if said['code'] == WATCHDOG:            # what this one was waiting for may be the reason
+  if said['code'] == errors.WATCHDOG:            # what this one was waiting for may be the reason
     faulthandler.dump_traceback(_listener.stderr, all_threads=True)
   sys.stdout.flush()
   sys.stderr.flush()

@@ -7,7 +7,7 @@ outside `jax.set_mesh`, and a mistyped name silently means "replicated". Weights
 `product`, which pins where a weight is gathered and its gradient scattered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import contextvars
 import functools
@@ -113,7 +113,7 @@ def _arranged(shape: tuple[int, ...], devices, asked: str) -> np.ndarray:
 
 def check_mesh(mesh: Mesh, rules: str) -> None:
   """UsageError where devices would repeat each other's work, or the row could not do its own."""
-  uses = {name: {axis for target in row.values() for axis in _tuple(target)}
+  uses = {name: {axis for target in row.values() for axis in mesh_axes(target)}
           for name, row in RULES.items()}
   rules_row(rules)
   for axis, size in mesh.shape.items():
@@ -159,9 +159,14 @@ def use(mesh: Mesh, rules: str):
     _active.reset(token)
 
 
-def _tuple(target) -> tuple[str, ...]:
+def mesh_axes(target) -> tuple[str, ...]:
   """A part of a PartitionSpec, or a row's value, as mesh axes."""
   return target if isinstance(target, tuple) else () if target is None else (target,)
+
+
+def spread(sizes: Mapping[str, int], target) -> int:
+  """Over how many devices such a part, or value, spreads. sizes: a mesh's shape."""
+  return math.prod(sizes[axis] for axis in mesh_axes(target))
 
 
 def _part(axes: tuple[str, ...]):
@@ -174,7 +179,7 @@ def spec(axes: tuple[str | None, ...], rules: dict) -> P:
   for axis in axes:
     if axis is not None and axis not in AXES:
       raise UsageError(f'no logical axis {axis!r}.{did_you_mean(axis, AXES)}')
-    free = tuple(t for t in _tuple(rules.get(axis)) if t not in taken)
+    free = tuple(t for t in mesh_axes(rules.get(axis)) if t not in taken)
     taken.update(free)
     parts.append(_part(free))
   return P(*parts)
@@ -242,8 +247,7 @@ def shardings(boxed, mesh: Mesh, rules: str):
   def one(path, box):
     s = spec(box.names, row)
     for size, name, axis in zip(box.value.shape, box.names, s):
-      axes = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
-      devices = math.prod(mesh.shape[a] for a in axes)
+      devices = spread(mesh.shape, axis)
       if size % devices:
         raise UsageError(f"{path}: axis {name!r} has {size} rows, the mesh's {axis!r} axis has "
                          f'{devices} devices; one must divide the other, or choose '
@@ -263,10 +267,10 @@ def _zero(s: P, shape, names, mesh: Mesh) -> P:
 
   Not along `layers`: a scan makes the gradient of one layer after the other.
   """
-  rest = [axis for axis in ZERO if axis not in {a for part in s for a in _tuple(part)}]
+  rest = [axis for axis in ZERO if axis not in {a for part in s for a in mesh_axes(part)}]
   if math.prod(n for n, name in zip(shape, names) if name != 'layers') < SMALL:
     return s
-  parts = list(map(_tuple, s))
+  parts = list(map(mesh_axes, s))
   for axis in rest:
     for i, (n, name) in enumerate(zip(shape, names)):
       if name != 'layers' and n % math.prod(mesh.shape[a] for a in (*parts[i], axis)) == 0:
@@ -337,9 +341,9 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None
     where = batch_sharding(mesh, x.ndim)
     if rows is None or len(rows) == size:
       return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
-    place = {int(row): i for i, row in enumerate(rows)}
     def local(index):                     # a device's rows are neighbours, here as in the batch
       first, last, _ = index[0].indices(size)
-      return x[place[first]:place[first] + last - first]
+      at = np.searchsorted(rows, first)
+      return x[at:at + last - first]
     return jax.make_array_from_callback((size, *x.shape[1:]), where, local)
   return {k: one(x) for k, x in batch.items()}

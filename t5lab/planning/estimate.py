@@ -211,16 +211,10 @@ def _fsdp_minimum(s) -> float:
   if s.decodes:
     return 0.
   shape = s.mesh.shape
-  n = math.prod(shape[axis] for axis in _fsdp_axes(s.config.rules))
+  n = sharding.spread(shape, sharding.rules_row(s.config.rules).get('embed'))
   other = shape['model'] if sharding.rules_row(s.config.rules).get('mlp') else 1
   count = sum(math.prod(t.shape) for t in s.tensors if t.path.startswith('params/'))
   return 6. * count * s.config.optim.microbatches * (n - 1) / n / other
-
-
-def _fsdp_axes(rules: str) -> tuple[str, ...]:
-  """Mesh axes over which parameters are split while they rest and gathered for use."""
-  target = sharding.rules_row(rules).get('embed') or ()
-  return (target,) if isinstance(target, str) else tuple(target)
 
 
 def _assumptions(s, network) -> list[str]:
@@ -329,7 +323,7 @@ def _formula_times(s: Setup, shards, network) -> tuple[dict, list]:
       return network.seconds(one) * times
     return 0.
   rules = sharding.rules_row(c.rules)
-  fsdp = _fsdp_axes(c.rules)
+  fsdp = sharding.mesh_axes(rules.get('embed'))   # split while they rest, gathered for use
   local = shards.model
   gathers = move('all-gather', fsdp, (count + frozen) / local * item, 2 * micro)
   sums = move('reduce-scatter', fsdp, count / local * item, micro)

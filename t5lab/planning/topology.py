@@ -13,6 +13,7 @@ import os
 import re
 
 from t5lab.errors import UsageError, did_you_mean
+from t5lab.launching.topologies import GENERATIONS
 
 GIB = 2 ** 30
 
@@ -43,11 +44,16 @@ class Chip:
 # PERFORMANCE 1.3), and cloud.google.com/tpu/docs/v6e. Clock: peak / (2 * multipliers), v5e 4 units
 # of 128 x 128, v4 and v5p 8, v6e 4 of 256 x 256. DCN: 25 GB/s a host of 4 (v4, v5p) or 8 chips
 # (v5e), v6e 25.6 Tbit/s for 256 chips. Usable: what libtpu 0.0.42 says when a program exceeds it.
+def _chip(name: str, *numbers: float, ring: int) -> Chip:
+  known = GENERATIONS[name]
+  return Chip(name, known.prefix, *numbers, axes=known.dimensions, ring=ring, cores=known.cores)
+
+
 CHIPS = {chip.name: chip for chip in (
-    Chip('v4', 'v4', 1.05e9, 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 9e10, 6.25e9, 3, 4, 2),
-    Chip('v5e', 'v5litepod', 1.503e9, 197e12, 16 * GIB, 15.75 * GIB, 8.1e11, 9e10, 3.125e9, 2, 16),
-    Chip('v5p', 'v5p', 1.75e9, 459e12, 96 * GIB, 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, 3, 4, 2),
-    Chip('v6e', 'v6e', 1.75e9, 918e12, 32 * GIB, 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, 2, 16),
+    _chip('v4', 1.05e9, 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 9e10, 6.25e9, ring=4),
+    _chip('v5e', 1.503e9, 197e12, 16 * GIB, 15.75 * GIB, 8.1e11, 9e10, 3.125e9, ring=16),
+    _chip('v5p', 1.75e9, 459e12, 96 * GIB, 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, ring=4),
+    _chip('v6e', 1.75e9, 918e12, 32 * GIB, 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, ring=16),
 )}
 HOP = 1e-6                     # seconds a collective needs for each step around its ring, at least
 

@@ -20,6 +20,7 @@ import time
 
 from t5lab import config as configs
 from t5lab.errors import UsageError
+from t5lab.launching import local
 from t5lab.parallel import sharding
 
 PROCESSES, DEVICES = 2, 16     # virtual devices of all processes
@@ -77,8 +78,7 @@ def derive(c, sizes: dict[str, int]) -> Twin:
   notes = []
 
   def spread(name, mesh):
-    target = rules.get(name) or ()
-    return math.prod(mesh[axis] for axis in ((target,) if isinstance(target, str) else target))
+    return sharding.spread(mesh, rules.get(name))
 
   def size(name, value, least):
     return shrunk(value, spread(name, sizes), spread(name, small), least)
@@ -195,18 +195,11 @@ def get_config(arg=''):
 def environment(twin: Twin, number: int, port: int) -> dict[str, str]:
   """Of one process of the twin."""
   free = ('TPU_', 'JAX_', 'LIBTPU', 'ALLOW_MULTIPLE', 'XLA_')
-  env = {k: v for k, v in os.environ.items() if not k.startswith(free)}
-  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
-    env['JAX_COMPILATION_CACHE_DIR'] = os.environ['JAX_COMPILATION_CACHE_DIR']
-  env |= {
-      'JAX_PLATFORMS': 'cpu', 'JAX_LOG_COMPILES': '1', 'TF_CPP_MIN_LOG_LEVEL': '3',
-      # independent collectives of virtual devices deadlock in eigen's threads
-      'XLA_FLAGS': '--xla_force_host_platform_device_count='
-                   f'{twin.devices // twin.processes} --xla_cpu_multi_thread_eigen=false'}
-  if twin.processes > 1:
-    env |= {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'T5LAB_HEARTBEAT': '30',
-            'JAX_NUM_PROCESSES': str(twin.processes), 'JAX_PROCESS_ID': str(number)}
-  return env
+  env = {k: v for k, v in os.environ.items()
+         if not k.startswith(free) or k == 'JAX_COMPILATION_CACHE_DIR'}
+  return env | local.environment(
+      number, processes=twin.processes, devices=twin.devices // twin.processes, device='cpu',
+      port=port, given={'JAX_LOG_COMPILES': '1', 'T5LAB_HEARTBEAT': '30'})
 
 
 def _run(twin, folder, seconds) -> Outcome:

@@ -9,8 +9,6 @@ reads data, so `import t5lab.training.loop` stays light.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from pathlib import Path
 import subprocess
@@ -27,7 +25,8 @@ from t5lab.errors import DataError, NumericalError, Preempted, UsageError
 from t5lab.parallel import multihost, sharding
 from t5lab.training import digest as digests
 from t5lab.training import faults, rundir
-from t5lab.training import guard as guards
+from t5lab.training import place as places
+from t5lab.training.place import Place
 from t5lab.training.report import NoReport, Report
 from t5lab.training.sentry import Rewind, Sentry
 from t5lab.training.watchdog import Watchdog
@@ -65,7 +64,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   # -- the run's directory ------------------------------------------------------------------------
   checkpoints = loading.open_checkpoints(c, workdir, log=say)
   streams.settle_vocabulary(c)
-  _same_everywhere('config', config_hash(c), UsageError)
+  _same_everywhere('config', configs.digest(c), UsageError)
   multihost.agreed(lambda: _settle_directory(c, workdir, resume, checkpoints))
 
   # -- what runs: shapes first, then straight onto the devices ------------------------------------
@@ -81,25 +80,18 @@ def _train(c, workdir, stop, resume, allow_data_change):
 
   # -- start or resume ----------------------------------------------------------------------------
   restored = checkpoints.restore(abstract, quarantine=True)
-  base = initial = None
-  if c.init.path and (c.lora.rank or not restored):
-    initial = loading.load_base(c, loading.boxed_params(c), mesh,
-                                functools.partial(programs.fresh, c, mesh))
-    base = initial.params if c.lora.rank else None
+  initial = program.load_initial() if c.init.path and (c.lora.rank or not restored) else None
+  base = initial.params if c.lora.rank else None
   if restored:
     state, manifest = restored
     if base is not None:
       loading.check_base(initial, manifest.meta, c, workdir)
     if not allow_data_change:
       data.check_position(manifest.meta['data'])
-    at = _Place.of(manifest)
-    start = at.step
-    origin = f'resuming from step {start} in {workdir}: optimizer state restored'
+    at = Place.of(manifest)
+    origin = f'resuming from step {at.step} in {workdir}: optimizer state restored'
   else:
-    state = program.make_state(None if c.lora.rank or not initial else initial.params)
-    at, start = _Place(), 0
-    if c.init.optimizer == 'restore' and initial:
-      state = state.replace(opt_state=loading.load_optimizer(c, abstract.opt_state, initial.step))
+    state, at = program.first_state(initial), Place()
     origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
               f'weights from seed {c.seed}')
     origin += '; optimizer state ' + {'restore': 'restored'}.get(c.init.optimizer, 'fresh')
@@ -113,7 +105,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
     say(line)
 
   # -- what a step leaves behind ------------------------------------------------------------------
-  report = Report(workdir, resume_step=start, total_steps=c.total_steps) if (
+  report = Report(workdir, resume_step=at.step, total_steps=c.total_steps) if (
       multihost.is_main()) else NoReport()
   evaluated = multihost.agreed(lambda: sorted(report.evaluated))
   dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_leave)
@@ -125,11 +117,11 @@ def _train(c, workdir, stop, resume, allow_data_change):
       raise Preempted(f'{why} during evaluation: the step is saved, the same command goes on')
 
   evaluate = scoring.Evaluator(c, workdir, program.model, mesh, base, tick)
-  meta = dict(config=config_hash(c), revision=_revision(), mesh=dict(mesh.shape),
+  meta = dict(config=configs.digest(c), revision=_revision(), mesh=dict(mesh.shape),
               vocab=words.sha256)
   if initial:
     meta['init'] = dict(path=c.init.path, step=initial.step, sha256=initial.sha256)
-  saved, guard = start, program.make_guard(at.guard)
+  saved, guard = at.step, program.make_guard(at.guard)
   fault, diagnosis = faults.requested(), program.diagnosis()
 
   def on_devices(batch, number):
@@ -147,7 +139,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
     return max(checkpoints.steps(), default=None)
 
   sentry = Sentry(workdir, program.judged_by, data=data, vocabulary=words, explain=explain,
-                  newest=newest, step=start, offset=at.offset, log=report.log,
+                  newest=newest, step=at.step, offset=at.offset, log=report.log,
                   write=multihost.is_main())
   log = _Log(c, report, program.schedule, sentry, dog)
 
@@ -155,9 +147,8 @@ def _train(c, workdir, stop, resume, allow_data_change):
     nonlocal saved
     if step > saved:
       with dog.paused(f'the checkpoint of step {step}', patience):
-        position = {**data.position(step + at.offset), 'offset': at.offset, 'digest': log.digest}
-        checkpoints.save(step, state, meta={**meta, 'data': position,
-                                            'guard': guards.to_json(guard)})
+        checkpoints.save(step, state, meta={
+            **meta, **places.meta(step, at.offset, log.digest, guard, data)})
       saved = step
 
   def evaluate_at(step):
@@ -215,29 +206,10 @@ def _train(c, workdir, stop, resume, allow_data_change):
         if not (found := checkpoints.restore(abstract, quarantine=True)):
           raise NumericalError(f'{e}; there is no checkpoint to rewind to yet') from e
         state, manifest = found
-        at = dataclasses.replace(_Place.of(manifest), offset=sentry.rewound(e.step, manifest.step))
+        at = dataclasses.replace(Place.of(manifest), offset=sentry.rewound(e.step, manifest.step))
         guard, saved = program.make_guard(at.guard), at.step
         report.rewind(at.step)
   return result or scoring.read_evaluation(workdir, c.total_steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-  """Where a run stands, as a checkpoint's manifest knows it.
-
-  offset: batches that rewinds left out: step s reads batch s + offset of the stream, counted from
-  1. digest: of the batches so far. guard: training/guard.py's, as JSON.
-  """
-  step: int = 0
-  offset: int = 0
-  digest: str = ''
-  guard: dict | None = None
-
-  @classmethod
-  def of(cls, manifest) -> '_Place':
-    data = manifest.meta['data']
-    return cls(manifest.step, data.get('offset', 0), data.get('digest', ''),
-               manifest.meta.get('guard'))
 
 
 def _leave(code: int) -> None:
@@ -268,7 +240,7 @@ class _Log:
     self._every, self._last = c.log.every, c.total_steps
     self._report, self._schedule, self._sentry, self._dog = report, schedule, sentry, dog
 
-  def restart(self, at: _Place, updates: int):
+  def restart(self, at: Place, updates: int):
     """From the place `at`, where the state has seen so many updates: skipped steps are none."""
     self.digest, self._updates = at.digest, updates       # of all batches up to the last flush
     self._pending = []
@@ -344,10 +316,6 @@ def _same_everywhere(what: str, value: str, error) -> None:
   if (first := multihost.agreed(lambda: value)) != value:
     raise error(f'the {what} of process {multihost.index()} is not that of process 0 '
                 f'({value[:12]}, {first[:12]}): give every host the same; `t5lab doctor` compares')
-
-
-def config_hash(c) -> str:
-  return hashlib.sha256(json.dumps(configs.to_dict(c), sort_keys=True).encode()).hexdigest()
 
 
 def _revision() -> str:

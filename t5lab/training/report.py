@@ -208,27 +208,9 @@ class _Board:
 
 
 def _truncate(path: Path, resume_step: int) -> set[int]:
-  """Keeps the whole rows up to resume_step (none if 0) -> steps with an evaluation row.
-
-  The file is replaced in one rename, and only if something changes.
-  """
-  try:
-    text = path.read_bytes()
-  except FileNotFoundError:
-    return set()
-  kept, evaluated = [], set()
-  for line in text.splitlines() if resume_step else ():
-    try:
-      row = json.loads(line)
-      if row['step'] <= resume_step:
-        kept.append(line.decode() + '\n')
-        if 'eval' in row:
-          evaluated.add(row['step'])
-    except (ValueError, TypeError, KeyError):
-      continue  # torn by a power cut
-  if (new := ''.join(kept)).encode() != text:
-    rundir.atomic_write_text(path, new)
-  return evaluated
+  """Keeps the whole rows up to resume_step (none if 0) -> steps with an evaluation row."""
+  last = resume_step or -1              # from the beginning, not even an evaluation of step 0
+  return {row['step'] for row in rundir.keep_rows(path, 'step', last) if 'eval' in row}
 
 
 def _scalars(values: Mapping) -> dict:

@@ -54,7 +54,7 @@ class Sentry:
     self._log = log if write else lambda text: None
     self._write = write
     if write:
-      self._truncate(step + offset)
+      rundir.keep_rows(self._path, 'batch', step + offset)
 
   def check(self, pending: list, state) -> list:
     """[(step, metrics)] from the host, steps in order -> those that are rows of the run.
@@ -159,13 +159,6 @@ class Sentry:
       with open(self._path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(record, ensure_ascii=False) + '\n')
 
-  def _truncate(self, read):
-    """Keeps the records of batches up to number `read`."""
-    kept = [record for record in records(self._path.parent) if record['batch'] <= read]
-    text = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept)
-    if self._path.exists() and text != self._path.read_text(encoding='utf-8'):
-      rundir.atomic_write_text(self._path, text)
-
 
 def step_name(state) -> str:
   return f'update {int(state.step)}'
@@ -173,16 +166,4 @@ def step_name(state) -> str:
 
 def records(workdir) -> list[dict]:
   """The whole lines of a run's anomalies.jsonl; [] where there is none."""
-  try:
-    lines = (Path(workdir) / NAME).read_text(encoding='utf-8').split('\n')
-  except FileNotFoundError:
-    return []
-  found = []
-  for line in lines:
-    try:
-      record = json.loads(line)
-      int(record['batch'])
-      found.append(record)
-    except (ValueError, TypeError, KeyError):
-      continue           # torn by a power cut
-  return found
+  return rundir.json_rows(Path(workdir) / NAME, 'batch')

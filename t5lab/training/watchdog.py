@@ -13,7 +13,8 @@ import statistics
 import threading
 import time
 
-EXIT = 124
+from t5lab.errors import WATCHDOG
+
 FACTOR = 20          # times the median time of a step
 STEPS = 100          # that the median is taken of
 
@@ -118,9 +119,9 @@ class Watchdog:
                    f'waiting for: {doing}')
 
   def _bite(self, reason):
-    line = f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; exit code {EXIT}'
+    line = f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; exit code {WATCHDOG}'
     # Nothing here may wait: neither for a full disk nor for a lock that the hanging thread holds.
-    threading.Timer(10., os._exit, [EXIT]).start()
+    threading.Timer(10., os._exit, [WATCHDOG]).start()
     faulthandler.dump_traceback(2, all_threads=True)
     try:
       with open(self._path, 'w') as f:
@@ -130,4 +131,4 @@ class Watchdog:
     except OSError:
       pass
     os.write(2, (line + '\n').encode())
-    self._leave(EXIT)
+    self._leave(WATCHDOG)

@@ -1,34 +1,13 @@
 """Two processes that train together: one is killed, told to end, or stalls (F15)."""
 
-import contextlib
 import signal
-import socket
 import time
 
 import processes
-from processes import Process, R, train_command
+from processes import R, together
 import pytest
 
-HEARTBEAT = 10
 LONG = {**R, 'total_steps': 20_000, 'checkpoint.every': 500, 'eval.every': 0, 'guard.watchdog': 20.}
-
-
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
-@contextlib.contextmanager
-def pair(workdir, tmp_path, overrides, name='', **env):
-  """Two processes of a run, one device each, that have made their first steps."""
-  address = f'localhost:{free_port()}'
-  with contextlib.ExitStack() as stack:
-    both = [stack.enter_context(Process(
-        train_command(workdir, overrides), tmp_path / f'said{name}{i}',
-        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2', JAX_PROCESS_ID=str(i),
-        T5LAB_HEARTBEAT=str(HEARTBEAT), **env)) for i in range(2)]
-    yield both
 
 
 def started(both, workdir, step=10):
@@ -40,7 +19,7 @@ def started(both, workdir, step=10):
 def test_one_is_killed(tmp_path, record, victim):
   """F15. The other, be it the coordinator or not, ends within 30 s and not with success."""
   workdir = tmp_path / 'run'
-  with pair(workdir, tmp_path, LONG) as both:
+  with together(2, workdir, tmp_path / 'said', LONG) as both:
     started(both, workdir)
     sent = both[victim].send(signal.SIGKILL)
     other = both[1 - victim]
@@ -57,11 +36,12 @@ def test_what_two_lost_two_or_one_go_on_with(reference, tmp_path):
   """F15. R on two processes, one killed during the save of step 12; then two again to the end."""
   workdir = tmp_path / 'run'
   both_halves = {**R, 'mesh.data': 2}
-  with pair(workdir, tmp_path, both_halves, 'a', T5LAB_FAILPOINT='before_rename@12') as both:
+  with together(2, workdir, tmp_path / 'saida', both_halves,
+                T5LAB_FAILPOINT='before_rename@12') as both:
     assert both[0].wait(200) == -signal.SIGKILL, both[0].output()
     assert both[1].wait(60) not in (0, 75), both[1].output()
   assert processes.committed(workdir) == [6]
-  with pair(workdir, tmp_path, both_halves, 'b') as both:
+  with together(2, workdir, tmp_path / 'saidb', both_halves) as both:
     codes = [p.wait(200) for p in both]
   assert codes == [0, 0], both[0].output() + both[1].output()
   assert processes.resumed_from(both[0].output()) == 6
@@ -70,7 +50,7 @@ def test_what_two_lost_two_or_one_go_on_with(reference, tmp_path):
   for step in ours:                      # other devices, other sums: as on any other mesh (F13)
     assert float.fromhex(ours[step]) == pytest.approx(float.fromhex(theirs[step]), rel=1e-4), step
   whole = tmp_path / 'whole'             # and what was not killed, on the same two, bit for bit
-  with pair(whole, tmp_path, both_halves, 'c') as both:
+  with together(2, whole, tmp_path / 'saidc', both_halves) as both:
     assert [p.wait(200) for p in both] == [0, 0], both[0].output()
   processes.assert_equal(workdir, whole)
 
@@ -79,7 +59,7 @@ def test_what_two_lost_two_or_one_go_on_with(reference, tmp_path):
 def test_one_is_told_to_end(tmp_path, record, told):
   """F15. Both save the same step and exit 75; nothing that was made is lost."""
   workdir = tmp_path / 'run'
-  with pair(workdir, tmp_path, LONG) as both:
+  with together(2, workdir, tmp_path / 'said', LONG) as both:
     started(both, workdir)
     sent = both[told].send(signal.SIGTERM)
     codes = [p.wait(60) for p in both]
@@ -101,7 +81,7 @@ def test_one_is_stopped(tmp_path, record, stopped):
   JAX's heartbeat may be sooner than the watchdog: a stopped process sends none.
   """
   workdir = tmp_path / 'run'
-  with pair(workdir, tmp_path, LONG) as both:
+  with together(2, workdir, tmp_path / 'said', LONG) as both:
     started(both, workdir)
     sent = both[stopped].send(signal.SIGSTOP)
     other = both[1 - stopped]
@@ -116,7 +96,7 @@ def test_one_is_stopped(tmp_path, record, stopped):
 def test_one_is_stuck(tmp_path, record, stuck):
   """F15. Alive and with a heartbeat, but it never comes to its step: the watchdog's case."""
   workdir = tmp_path / 'run'
-  with pair(workdir, tmp_path, LONG, T5LAB_FAULT=f'hang@12:{stuck}') as both:
+  with together(2, workdir, tmp_path / 'said', LONG, T5LAB_FAULT=f'hang@12:{stuck}') as both:
     both[0].until(lambda: processes.last_row(workdir) >= 10 or both[1].code() is not None)
     began = time.monotonic()
     codes = [p.wait(120) for p in both]

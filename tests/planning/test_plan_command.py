@@ -134,7 +134,7 @@ def test_buffers_warnings_and_replicated_state():
 LOWERED = """HloModule jit_f
 
 FileNames
-1 "/work/t5lab/models/layers.py"
+1 "/home/me/t5lab/models/layers.py"
 2 "/site-packages/flax/linen.py"
 
 FunctionNames

@@ -10,6 +10,7 @@ import flax.linen as nn
 from hf_models import save
 import jax
 import numpy as np
+from processes import arrays
 import pytest
 
 import t5lab
@@ -33,14 +34,6 @@ def tiny(init='', **overrides):
   for key, value in overrides.items():
     config.override(c, key.replace('__', '.'), str(value))
   return c
-
-
-def arrays(workdir, step):
-  """{path: numpy array} of a checkpoint."""
-  checkpoints = Checkpoints(pathlib.Path(workdir) / 'checkpoints')
-  abstract = {path: jax.ShapeDtypeStruct(shape, dtype)
-              for path, (shape, dtype) in checkpoints.manifest(step).leaves.items()}
-  return trees.flatten(checkpoints.restore(trees.unflatten(abstract), step)[0])
 
 
 def base_of(c, fresh=None):

@@ -1,7 +1,6 @@
 """A run as a person has it: trained, killed, resumed, refused; bits compared, processes real."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -9,14 +8,13 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
+from processes import arrays, environment, rows
 import pytest
 
-from t5lab import config, trees
+from t5lab import config
 from t5lab.errors import CheckpointError, DataError, NumericalError, UsageError
 from t5lab.training import loop, sentry
-from t5lab.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 QUICKSTART = str(ROOT / 'configs' / 'quickstart.py')
@@ -29,30 +27,9 @@ def tiny(**overrides):
   return config.load(QUICKSTART + ':tiny', {k.replace('__', '.'): v for k, v in overrides.items()})
 
 
-def rows(workdir):
-  """metrics.jsonl without what the clock decides."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if k != 'timing'} for line in lines]
-
-
-def arrays(workdir, step):
-  """{path: numpy array} of a checkpoint."""
-  manifest = Checkpoints(workdir / 'checkpoints').manifest(step)
-  abstract = {path: jax.ShapeDtypeStruct(shape, dtype)
-              for path, (shape, dtype) in manifest.leaves.items()}
-  state, _ = Checkpoints(workdir / 'checkpoints').restore(trees.unflatten(abstract), step)
-  return trees.flatten(state)
-
-
 def command(workdir, overrides, *more):
   return [sys.executable, '-m', 't5lab.cli', 'train', '--config', QUICKSTART + ':tiny',
           '--workdir', str(workdir), *(f'--config.{k}={v}' for k, v in overrides.items()), *more]
-
-
-def environment(**more):
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-          'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2', **more}
 
 
 def run(workdir, overrides, *more, **env):

@@ -7,6 +7,7 @@ import shutil
 import flax.linen as nn
 import jax
 import numpy as np
+from processes import arrays
 import pytest
 from small_models import BATCH, CONFIGS, random_params
 
@@ -44,14 +45,6 @@ def tiny(init='', **overrides):
   for key, value in overrides.items():
     config.override(c, key.replace('__', '.'), str(value))
   return c
-
-
-def arrays(workdir, step_):
-  """{path: numpy array} of a checkpoint."""
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  abstract = {path: jax.ShapeDtypeStruct(shape, dtype)
-              for path, (shape, dtype) in checkpoints.manifest(step_).leaves.items()}
-  return trees.flatten(checkpoints.restore(trees.unflatten(abstract), step_)[0])
 
 
 def losses(workdir):
