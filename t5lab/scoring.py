@@ -32,10 +32,7 @@ class Evaluator:
     return streams.open_evaluation(self._c)
 
   def __call__(self, step, state, report) -> 'Result':
-    weights = {'raw': state.params}
-    if self._c.optim.ema:      # split further than parameters are: decoding would gather it anew
-      lie = jax.tree.map(lambda x: x.sharding, state.params)
-      weights['ema'] = jax.device_put(state.ema, lie)
+    weights = weights_of(state)
     if self._base is not None:
       scale = loading.lora_scale(self._c)
       weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}
@@ -51,6 +48,15 @@ class Evaluator:
       report.text(step, f'{p.task}/{name}/{p.index}',
                   f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
     return result
+
+
+def weights_of(state) -> dict:
+  """{'raw': parameters, 'ema': their average, where there is one}, both lying as parameters do: the
+  average is split further, and decoding would gather it anew for each token."""
+  if not state.ema:
+    return {'raw': state.params}
+  lie = jax.tree.map(lambda x: x.sharding, state.params)
+  return {'raw': state.params, 'ema': jax.device_put(state.ema, lie)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # cores: 4 of 4 aborted; with a pool of 32 threads 1 of 4; without 1 of 16. It has one device now.)
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-    ' --xla_cpu_multi_thread_eigen=false')
+    ' --xla_cpu_multi_thread_eigen=false'
+    # Most of the suite's time is compilation: at LLVM's -O0 it takes 40 % less of it.
+    ' --xla_backend_optimization_level=0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402

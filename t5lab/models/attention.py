@@ -21,6 +21,12 @@ def segment_mask(query_segments, key_segments):
   return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
+def add_bias(scores, bias):
+  """scores[B, ...] + bias[R, ...], each of whose rows is for B / R rows of scores."""
+  parts = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
+  return (parts + bias[:, None]).reshape(scores.shape)
+
+
 class Attention(nn.Module):
   """Multi-head attention; kernels [D, N * H], for keys and values [D, K * H], and [N * H, D].
 
@@ -68,7 +74,8 @@ class Attention(nn.Module):
     return q * c.d_head ** -0.5 if c.scale_attn else q
 
   def __call__(self, x, kv, mask, bias=None, positions=None):
-    """x[B, T, D] attends to kv; mask is bool[B, 1, T, S] or None, bias float[1, N, T, S] or None.
+    """x[B, T, D] attends to kv; mask is bool[B, 1, T, S] or None, bias float[R, N, T, S] or None,
+    R equal copies for as many parts of the batch.
 
     kv may have B / R rows: each serves R consecutive rows of x (beams), which are then queries of
     one row, so that beam search neither copies nor reorders the encoder's keys.
@@ -80,7 +87,7 @@ class Attention(nn.Module):
     q = self.queries(x, positions).reshape(rows, B // rows * T, K, G, c.d_head)
     scores = jnp.einsum('BTKGH,BKSH->BKGTS', q, kv['k'], preferred_element_type=jnp.float32)
     if bias is not None:
-      scores += bias.reshape(bias.shape[0], K, G, *bias.shape[2:])
+      scores = add_bias(scores, bias.reshape(bias.shape[0], K, G, *bias.shape[2:]))
     if mask is not None:
       scores = jnp.where(mask[:, :, None], scores, MASKED)
     probs = jax.nn.softmax(scores).astype(c.dtype)

@@ -99,6 +99,12 @@ class TransformerConfig:
     if self.experts and not 1 <= self.expert_top_k <= min(2, self.experts):
       raise UsageError(f'model.expert_top_k={self.expert_top_k}: 1 or 2, and at most '
                        f'model.experts={self.experts}')
+    for stack in ('enc_layers', 'dec_layers'):
+      if self.experts and 0 < getattr(self, stack) < self.moe_every:
+        raise UsageError(f'model.moe_every={self.moe_every}: model.{stack}={getattr(self, stack)} '
+                         f'would have no layer with experts; choose 1 to {getattr(self, stack)}')
+    if self.experts and self.moe_every < 1:
+      raise UsageError(f'model.moe_every={self.moe_every}: it must be 1 or more')
     if self.pool == 'pooler' and not self.pooler or self.nsp and not self.pooler:
       raise UsageError('model.pool=pooler and model.nsp need model.pooler=True')
     if self.classes and self.dec_layers:

@@ -8,7 +8,7 @@ tokens (length / global_block).
 import jax
 import jax.numpy as jnp
 
-from t5lab.models.attention import MASKED, Attention
+from t5lab.models.attention import MASKED, Attention, add_bias
 from t5lab.models.layers import Norm, dropout
 from t5lab.parallel.sharding import constrain
 
@@ -82,7 +82,7 @@ class LongAttention(Attention):
     kv = {k: v.swapaxes(1, 2) for k, v in self.keys_values(x).items()}
     k, v = (with_neighbours(blocks(kv[name], b)) for name in ('k', 'v'))
     scores = jnp.einsum('BnqNH,BnkNH->BnNqk', q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(near['mask'][:, :, None], scores + near['bias'], MASKED)
+    scores = jnp.where(near['mask'][:, :, None], add_bias(scores, near['bias'][:, None]), MASKED)
     scores = constrain(scores, 'batch', 'length', 'act_heads', None, None)
     if c.enc_attention == 'transient_global':
       P = near['side_mask'].shape[-1]
@@ -100,12 +100,14 @@ class LongAttention(Attention):
     return self.o(constrain(out, 'batch', 'length', 'act_heads'))
 
 
-def share(c, segments, bias, side_bias) -> dict:
+def share(c, segments, bias, side_bias, copies: int = 1) -> dict:
   """What the layers of a stack share, from int[B, S] segments (0 is padding).
 
-  bias, side_bias: RelativeBias of the stack, for keys and for global tokens.
+  bias, side_bias: RelativeBias of the stack, for keys (in so many copies) and for global tokens.
   """
-  near = {'mask': local_mask(segments, c.local_radius), 'bias': bias(local_offsets(c.local_radius))}
+  near = {'mask': local_mask(segments, c.local_radius),
+          'bias': constrain(bias(local_offsets(c.local_radius), copies),
+                            'batch', 'act_heads', None, None)}
   if c.enc_attention == 'transient_global':
     b = c.local_radius + 1
     block, owner = global_blocks(segments, c.global_block)

@@ -19,7 +19,7 @@ from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init
 from t5lab.models.moe import Moe
 from t5lab.models.positions import RelativeBias, sinusoids
-from t5lab.parallel.sharding import constrain, product
+from t5lab.parallel.sharding import batch_shards, constrain, product
 
 Array = jax.Array
 
@@ -36,9 +36,15 @@ def rows(table, indices, axis: str, dtype):
   return product(take, indices, table, axis, 'embed', dtype=dtype)
 
 
-def _bias(table, relative):
-  """RelativeBias, int[T, S] -> float32[1, N, T, S]."""
-  return constrain(table(relative)[None], None, 'act_heads', 'length', 'kv_length')
+def _copies(train: bool) -> int:
+  """In how many copies layers get relative biases: in training one for each device of the batch."""
+  return batch_shards() if train else 1
+
+
+def _bias(table, relative, copies: int):
+  """RelativeBias, int[T, S] -> float32[copies, N, T, S]."""
+  bias = table(relative, copies)
+  return constrain(bias, 'batch', 'act_heads', 'length', 'kv_length')
 
 
 class Block(nn.Module):
@@ -75,7 +81,8 @@ class Block(nn.Module):
         new['self'] = kv
       bias = shared['bias']
       if c.per_layer_bias:
-        bias = _bias(RelativeBias(c, not self.causal, name='relpos'), shared['relative'])
+        bias = _bias(RelativeBias(c, not self.causal, name='relpos'), shared['relative'],
+                     _copies(self.train))
       return attn(h, kv, shared['mask'], bias, shared['positions'])
 
     def attend_memory(h):
@@ -153,9 +160,9 @@ class Stack(nn.Module):
           side = None
           if c.enc_attention == 'transient_global':
             side = RelativeBias(c, True, name='global_relpos')
-          shared['near'] = long_attention.share(c, segments, table, side)
+          shared['near'] = long_attention.share(c, segments, table, side, _copies(self.train))
         else:
-          shared['bias'] = _bias(table, relative)
+          shared['bias'] = _bias(table, relative, _copies(self.train))
     x, cache = self._blocks(dropout(self, x, c.dropout, self.train), cache, shared)
     if not c.post_norm:
       x = Norm(c, name='norm')(x)

@@ -132,6 +132,11 @@ def batch_devices(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def batch_shards() -> int:
+  """`batch_devices` of the mesh under `use`, 1 elsewhere."""
+  return batch_devices(_active.get()[0]) if _active.get() else 1
+
+
 def check_heads(mesh: Mesh, rules: str, n_heads: int, kv_heads: int) -> None:
   """UsageError unless the heads can be spread as the rules say."""
   for name, heads in (('n_heads', n_heads), ('n_kv_heads', kv_heads)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from small_models import jit
 
-from t5lab import trees
+from t5lab import scoring, trees
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
@@ -23,7 +24,7 @@ DECODER = dataclasses.replace(ENCODER_DECODER, enc_layers=0, positions='rope', n
                               scale_attn=True, acts=('silu', 'linear'))
 # each second layer is 4 experts, of which a token asks 2: some find no place
 EXPERTS = dataclasses.replace(DECODER, positions='relative', tied=True, experts=4, expert_top_k=2,
-                              eval_capacity_factor=1.)
+                              capacity_factor=1.)
 MODELS = {'encoder_decoder': ENCODER_DECODER, 'decoder': DECODER, 'experts': EXPERTS}
 TX = optim.optimizer('adafactor', 1e-2, min_factored=8)
 
@@ -48,8 +49,8 @@ def numpy_params(config):
       lambda x: (r.randn(*x.shape) / np.sqrt(x.shape[-1])).astype(np.float32), abstract)
 
 
-def first_step(config, mesh, rules, tx=TX, **loss):
-  """(metrics on the host, the next state) of one update whose state lies as the program's does."""
+def make_step(config, mesh, rules, tx=TX, **loss):
+  """(the jitted update, its first state), lying as the program's does."""
   boxed, abstract = steps.abstract_params(Transformer(config), batch())
   new = lambda p: steps.new_state(p, tx, 0.9)
   shapes = jax.eval_shape(new, abstract)
@@ -58,9 +59,15 @@ def first_step(config, mesh, rules, tx=TX, **loss):
                             spread(shapes.opt_state), spread(shapes.ema))
   state = jax.device_put(new(numpy_params(config)), placed)
   step = jit(functools.partial(
-      steps.train_step, model=Transformer(config), tx=tx, ema=0.9,
+      steps.train_step, model=Transformer(config, train=True), tx=tx, ema=0.9,
       loss=steps.Loss(1e-4, balance=0.1, router_z=0.01, **loss)),
       out_shardings=(placed, sharding.replicated(mesh)))
+  return step, state
+
+
+def first_step(config, mesh, rules, tx=TX, **loss):
+  """(metrics on the host, the next state) of one update."""
+  step, state = make_step(config, mesh, rules, tx, **loss)
   with sharding.use(mesh, rules):
     state, metrics = step(state, sharding.put(batch(), mesh))
   return jax.device_get(metrics), state
@@ -70,7 +77,7 @@ def first_step(config, mesh, rules, tx=TX, **loss):
 def on_one_device(config):
   """The same step where no mesh exists and nothing is pinned."""
   step = jit(functools.partial(
-      steps.train_step, model=Transformer(config), tx=TX, ema=0.9,
+      steps.train_step, model=Transformer(config, train=True), tx=TX, ema=0.9,
       loss=steps.Loss(1e-4, balance=0.1, router_z=0.01)))
   state, metrics = step(steps.new_state(numpy_params(config), TX, 0.9), batch())
   return jax.device_get(metrics), jax.device_get(state.ema)
@@ -155,6 +162,31 @@ def test_moments_of_dp_are_an_eighth_on_each_of_eight_devices():
   assert local(kernel) == (2, 32, 64)
   held = lambda tree: sum(np.prod(local(x)) for x in jax.tree.leaves(tree))
   assert held(state.opt_state[0].mu) < held(state.params) / 7
+
+
+def test_what_is_scored_lies_as_parameters_do():
+  """The average too, which between steps is split over the devices that share the batch."""
+  _, state = first_step(ENCODER_DECODER, sharding.make_mesh(8), 'dp')
+  scored = scoring.weights_of(state)
+  where = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
+  assert where(state.ema) != where(state.params) == where(scored['ema']) == where(scored['raw'])
+  jax.tree.map(np.testing.assert_array_equal, scored['ema'], state.ema)
+  assert list(scoring.weights_of(dataclasses.replace(state, ema={}))) == ['raw']
+
+
+@pytest.mark.parametrize('changes', [{}, dict(per_layer_bias=True),
+                                     dict(enc_attention='local', local_radius=1)])
+def test_no_relative_bias_is_summed_whole(changes):
+  """Gradients of scores [B, N, T, T] are summed over devices as the table of 32 buckets."""
+  mesh = sharding.make_mesh(8)
+  step, state = make_step(dataclasses.replace(ENCODER_DECODER, **changes), mesh, 'dp')
+  with sharding.use(mesh, 'dp'):
+    text = step.lower(state, sharding.put(batch(), mesh)).compile().as_text()
+  summed = re.findall(r' = .*? all-reduce(?:-start)?\(', text)
+  shapes = {s for line in summed for s in re.findall(r'f32\[([\d,]+)\]', line)}
+  assert any(s.endswith('32,8') for s in shapes), shapes        # the table itself
+  heads_and_scores = [s for s in shapes if re.search(r'\b8,8,8\b|\b8,2,6\b', s)]
+  assert not heads_and_scores, heads_and_scores
 
 
 def test_boxes_carry_known_axes_only():
