@@ -11,25 +11,12 @@ import itertools
 from t5lab.data import own_files, rows, text_tasks
 from t5lab.data import task_parts as parts
 from t5lab.data.seqio_tf import seqio, tf
-from t5lab.errors import DataError, Failure, UsageError, did_you_mean
+from t5lab.errors import DataError, Failure
 from t5lab.evaluation import metrics
 
 SEVERAL = {f.__name__: f for f in (                  # metrics over several right answers
     metrics.bleu, metrics.chrf, metrics.squad, metrics.trivia_qa)}
 METRICS = {**SEVERAL, **{f.__name__: f for f in (metrics.rouge, metrics.exact_match)}}
-
-
-def check(files: own_files.OwnFiles) -> None:
-  """UsageError for a metric or an objective that is none."""
-  for name in files.metrics:
-    if name not in METRICS:
-      raise UsageError(f'data.metrics names {name!r}.{did_you_mean(name, METRICS)}')
-  if files.objective and files.objective not in text_tasks.OBJECTIVES:
-    raise UsageError(f'data.objective={files.objective!r}.'
-                     + did_you_mean(files.objective, text_tasks.OBJECTIVES))
-  if not files.objective and not files.fields['inputs'] and not files.prompt:
-    raise UsageError("data.fields.inputs='' is text without inputs: say what to learn from it with "
-                     f'data.objective, one of {", ".join(text_tasks.OBJECTIVES)}')
 
 
 class FileSource(seqio.FunctionDataSource):
@@ -94,7 +81,6 @@ def _of_first(metric: Callable) -> Callable:
 def add(spec: str, files: own_files.OwnFiles) -> None:
   """Registers the task 'files' on the vocabulary `spec`."""
   files.check()
-  check(files)
   source = FileSource(files)
   if files.objective:
     text_tasks.add(own_files.NAME, spec, source, files.objective, column='targets')

@@ -7,6 +7,7 @@ import json
 import string
 
 from t5lab.data import rows
+from t5lab.data.task_names import METRICS, OBJECTIVES
 from t5lab.errors import DataError, UsageError, did_you_mean
 
 NAME = 'files'   # of the seqio task that file_tasks.py makes of them
@@ -22,8 +23,8 @@ class OwnFiles:
     targets column may hold a list of texts: all are right answers, the first is trained on.
   prompt: the inputs text, each {column} replaced by that column's text; {{ and }} are braces.
     '' is the inputs column as it is. 'translate English to German: {en}'
-  bad_rows: as rows.Reader's. metrics, objective: names, of file_tasks.METRICS and of
-    text_tasks.OBJECTIVES; an objective learns from text without inputs.
+  bad_rows: as rows.Reader's. metrics, objective: names, of task_names.METRICS and OBJECTIVES; an
+    objective learns from text without inputs.
   """
   files: dict[str, str]
   fields: dict[str, str]
@@ -46,6 +47,15 @@ class OwnFiles:
     if self.objective and (self.fields['inputs'] or self.prompt):
       raise UsageError(f'data.objective={self.objective!r} makes inputs of its own from the column '
                        "data.fields.targets: set data.fields.inputs='' and data.prompt=''")
+    for name in self.metrics:
+      if name not in METRICS:
+        raise UsageError(f'data.metrics names {name!r}.{did_you_mean(name, METRICS)}')
+    if self.objective and self.objective not in OBJECTIVES:
+      raise UsageError(f'data.objective={self.objective!r}.'
+                       + did_you_mean(self.objective, OBJECTIVES))
+    if not (self.objective or self.fields['inputs'] or self.prompt):
+      raise UsageError("data.fields.inputs='' is text without inputs: say what to learn from it "
+                       f'with data.objective, one of {", ".join(OBJECTIVES)}')
     if not self.prompt:
       return
     if not self.fields['inputs']:

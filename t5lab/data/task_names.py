@@ -1,4 +1,10 @@
-"""The name of every task and mixture of ours: a typo is told before TensorFlow is imported."""
+"""Names of our tasks, objectives and metrics: a typo is told before TensorFlow is imported."""
+
+# of text_tasks.py; each learns from text alone
+OBJECTIVES = ('span_corruption', 'iid_denoising', 'prefix_lm', 'lm', 'document_lm', 'ul2', 'mlm',
+              'bert', 'gap_sentences', 'fill_in_the_middle')
+# of evaluation/metrics.py, for files of one's own
+METRICS = ('bleu', 'chrf', 'squad', 'trivia_qa', 'rouge', 'exact_match')
 
 NAMES = tuple("""
   books_bert books_document_lm books_fill_in_the_middle books_gap_sentences books_iid_denoising

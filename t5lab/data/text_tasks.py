@@ -24,10 +24,9 @@ import numpy as np
 from t5lab.data import bert, denoisers, gap_sentences, infilling, objectives, sentences, vocab
 from t5lab.data import task_parts as parts
 from t5lab.data.seqio_tf import NumpyObjective, seqio, tf
+from t5lab.data.task_names import OBJECTIVES
 from t5lab.errors import UsageError
 
-OBJECTIVES = ('span_corruption', 'iid_denoising', 'prefix_lm', 'lm', 'document_lm', 'ul2', 'mlm',
-              'bert', 'gap_sentences', 'fill_in_the_middle')
 BOTH, TARGETS = ('inputs', 'targets'), ('targets',)
 MASKED = ('inputs', 'targets', 'weights', 'types')
 UL2_MODES = ('[NLU] ', '[S2S] ', '[NLG] ')       # of R, S and X

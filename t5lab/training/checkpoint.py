@@ -15,6 +15,7 @@ step is never written to again.
 import asyncio
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 import re
 import shutil
 import signal
+import sys
 import threading
 import uuid
 
@@ -191,6 +193,7 @@ class Checkpoints:
           epath.Path(temporary / 'state' / part),
           args=ocp.args.PyTreeSave(jax.tree.map(_snapshot, tree))) or ()]
 
+    _mute_late_writes()
     if not self._loop:       # a notebook's main thread has its own; TensorStore reports to it late
       self._loop = asyncio.new_event_loop()
       threading.Thread(target=self._loop.run_forever, name='saves', daemon=True).start()
@@ -404,6 +407,19 @@ def failpoint(name: str, step: int) -> None:
   """Kills this process here if T5LAB_FAILPOINT is `name` or `name@step`. For tests of F2 and F3."""
   if os.environ.get('T5LAB_FAILPOINT', '') in (name, f'{name}@{step}'):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@functools.cache
+def _mute_late_writes():
+  """The first failed write ends a save, and Orbax's thread closes its loop; TensorStore's threads
+  still report every other failed one to it, for each of which Python would print a trace."""
+  hook = sys.excepthook
+
+  def said(kind, error, trace):
+    late = kind is RuntimeError and str(error) == 'Event loop is closed'
+    if not late or threading.current_thread() is threading.main_thread():
+      hook(kind, error, trace)
+  sys.excepthook = said
 
 
 def _without_copies() -> dict:

@@ -10,6 +10,7 @@ import seqio
 from t5lab.data import (
   corpora,
   embedded_tasks,
+  file_tasks,
   objectives,
   paper_mixtures,
   prompts,
@@ -373,6 +374,7 @@ def test_tfds_data_that_is_not_here(user_task, splits, monkeypatch, tmp_path):
 def test_every_name_is_known_without_tensorflow():
   ours = {*tasks.OURS, *paper_mixtures.MIXTURES, embedded_tasks.MIXTURE}
   assert sorted(ours) == list(task_names.NAMES)
+  assert set(file_tasks.METRICS) == set(task_names.METRICS)
 
 
 def test_unknown_names():
