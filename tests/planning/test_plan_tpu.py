@@ -108,6 +108,16 @@ def test_a_small_step_is_planned_and_kept(tmp_path, monkeypatch, where, more):
   assert again['cached'] and again['step_seconds'] == plan['step_seconds']
 
 
+def test_no_product_is_computed_twice(tmp_path, monkeypatch):
+  """Where nothing is recomputed; collective matmuls do (program.TPU_OPTIONS)."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  done = t5lab('plan', '--config', str(ROOT / 'configs/t5_1_1_base_c4.py'), '--json',
+               '--topology', 'v5e:4x4', '--config.model.remat=dots', '--config.model.enc_layers=2',
+               '--config.model.dec_layers=2', '--config.data.batch_size=512',
+               '--config.optim.microbatches=1')
+  assert json.loads(done.stdout)['flops_ratio'] < 1.1, done.stderr
+
+
 def test_a_step_that_does_not_fit_says_what_takes_the_memory(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   more = ['--topology', 'v5e:1x1', '--config.data.batch_size=4096', '--config.mesh.fsdp=1',
