@@ -24,10 +24,10 @@ from t5lab.training import guard as guards
 from t5lab.training import step as steps
 from t5lab.training.diagnosis import Diagnosis
 
-# Of the TPU's compiler. Products whose result is scattered over fsdp become loops of partial products
-# and sends (collective matmul), each of which libtpu 0.0.42 computes twice, once for each of two
-# fusions that use half of it: 1.37 times the FLOPs and 1.3 times the estimated time of the step of
-# T5 1.1 base on v5e:4x4 with remat=dots. Nothing is smaller than this many MiB.
+# Of the TPU's compiler. Products whose result is scattered over fsdp would become loops of partial
+# products and sends (collective matmul), each of which libtpu 0.0.42 computes twice, once for each
+# of two fusions that use half of it: 1.37 times the FLOPs and 1.3 times the estimated time of the
+# step of T5 1.1 base on v5e:4x4 with remat=dots. Nothing is larger than this many MiB.
 TPU_OPTIONS = {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
 
 
