@@ -12,10 +12,8 @@ flushes and hashes them, writes the manifest, renames, flushes the parent and pr
 step is never written to again.
 """
 
-import asyncio
 from collections.abc import Mapping
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -23,21 +21,18 @@ from pathlib import Path
 import re
 import shutil
 import signal
-import sys
 import threading
 import uuid
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from t5lab import trees
 from t5lab.errors import CheckpointError, NumericalError
 from t5lab.parallel import multihost
+from t5lab.training import array_files, rundir
 from t5lab.training import manifest as manifests
-from t5lab.training import rundir
 
 STEP = re.compile(r'step_(\d{8,})')
 ANNOTATIONS = 'annotations.json'
@@ -64,11 +59,8 @@ class Checkpoints:
     self._log = log
     self._main = multihost.is_main()
     self._thread: threading.Thread | None = None
-    self._loop: asyncio.AbstractEventLoop | None = None
     self._error: CheckpointError | None = None
-    # float32 parameters shrink by 8 % under zstd, at the price of the cores that train
-    self._orbax = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_compression=False, **({} if copy else _without_copies()))
+    self._writer = array_files.Writer(copy)
 
   # --- listing ---------------------------------------------------------------------------------
 
@@ -158,7 +150,8 @@ class Checkpoints:
       for part in parts if self._main else ():
         (temporary / 'state' / part).mkdir(parents=True)
       self._barrier(f'{temporary.name}_made')
-      writes = self._start_writing(temporary, parts)
+      writes = self._writer.start(
+          {temporary / 'state' / part: tree for part, tree in parts.items()})
     except BaseException as e:
       if self._main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -182,23 +175,6 @@ class Checkpoints:
       error, self._error = self._error, None
       raise error
 
-  def _start_writing(self, temporary, parts) -> list:
-    """Copies the arrays and has Orbax write them -> its futures."""
-    for x in jax.tree.leaves(parts):  # all copies under way before the first is waited for
-      if isinstance(x, jax.Array) and x.is_fully_addressable:
-        x.copy_to_host_async()
-
-    async def start():
-      return [write for part, tree in parts.items() for write in await self._orbax.async_save(
-          epath.Path(temporary / 'state' / part),
-          args=ocp.args.PyTreeSave(jax.tree.map(_snapshot, tree))) or ()]
-
-    _mute_late_writes()
-    if not self._loop:       # a notebook's main thread has its own; TensorStore reports to it late
-      self._loop = asyncio.new_event_loop()
-      threading.Thread(target=self._loop.run_forever, name='saves', daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(start(), self._loop).result()
-
   def _commit(self, manifest, temporary, parts, writes):
     step = manifest.step
     try:
@@ -213,7 +189,7 @@ class Checkpoints:
       self._barrier(temporary.name + '_written')
       if self._main:
         for part in parts:
-          self._orbax.finalize(epath.Path(temporary / 'state' / part))
+          self._writer.finish(temporary / 'state' / part)
         files = manifests.seal(temporary)
         failpoint('before_manifest', step)
         manifests.write(temporary, dataclasses.replace(manifest, files=files))
@@ -303,15 +279,11 @@ class Checkpoints:
                             f'{len(wanted.keys() | found.keys())} arrays differ' +
                             ''.join('\n  ' + line for line in lines[:10]) + more)
     values = {}
-    # the largest array's bytes at once, and not a second copy of the model
-    most = max((math.prod(shape) * 4 for shape, _ in wanted.values()), default=0) // 10 ** 9 + 1
-    reader = ocp.PyTreeCheckpointHandler(use_ocdbt=True, restore_concurrent_gb=most)
+    read = array_files.reader(wanted.values())
     for part, flat in _by_part(trees.flatten(abstract)).items():
       tree = trees.unflatten(flat)
       try:
-        tree = reader.restore(
-            epath.Path(self.path(chosen) / 'state' / part), args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
+        tree = read(self.path(chosen) / 'state' / part, tree)
       except Exception as e:
         # The bytes are those that were saved: no fall-back would help, and none is tried.
         reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
@@ -409,37 +381,9 @@ def failpoint(name: str, step: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@functools.cache
-def _mute_late_writes():
-  """The first failed write ends a save, and Orbax's thread closes its loop; TensorStore's threads
-  still report every other failed one to it, for each of which Python would print a trace."""
-  hook = sys.excepthook
-
-  def said(kind, error, trace):
-    late = kind is RuntimeError and str(error) == 'Event loop is closed'
-    if not late or threading.current_thread() is threading.main_thread():
-      hook(kind, error, trace)
-  sys.excepthook = said
-
-
-def _without_copies() -> dict:
-  numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-  return dict(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, numpy), (jax.Array, ocp.type_handlers.ArrayHandler())))
-
-
 @jax.jit
 def _finite(leaves):  # -> bool[len(leaves)]
   return jnp.stack([jnp.isfinite(x).all() for x in leaves])
-
-
-def _snapshot(x):
-  """Array -> what Orbax saves: numpy if this host holds it all, else the shards of each process.
-
-  Orbax copies either to the host before async_save returns, so `x` may then be donated. (On CPU
-  np.asarray is a view; JAX does not reuse a donated buffer while a view of it lives.)
-  """
-  return x if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
 
 
 def _by_part(flat: dict) -> dict[str, dict]:
