@@ -87,6 +87,9 @@ class TransformerConfig:
                        f'model.n_kv_heads={self.n_kv_heads}')
     if self.positions == 'learned' and self.max_length < 1:
       raise UsageError('model.positions=learned needs model.max_length, the rows of its table')
+    if self.positions == 'relative' and not 4 <= self.rel_buckets < 2 * self.rel_max_distance:
+      raise UsageError(f'model.rel_buckets={self.rel_buckets}: 4 or more, of which the first half '
+                       f'ends before model.rel_max_distance={self.rel_max_distance}')
     if self.positions == 'rope' and self.d_head % 2:
       raise UsageError(f'model.d_head={self.d_head} is odd: rope rotates pairs')
     if self.enc_attention != 'full' and (self.positions != 'relative' or self.per_layer_bias

@@ -52,7 +52,7 @@ class RelativeBias(nn.Module):
     if copies:
       table = jnp.broadcast_to(table, (copies, *table.shape))
       table = constrain(table, 'batch', 'buckets', 'rel_heads')
-      return jnp.moveaxis(jnp.take(table, bucket, axis=1), -1, 1)
+      return jnp.moveaxis(jnp.take(table, bucket, axis=1, mode='clip'), -1, 1)
     return jnp.moveaxis(table[bucket], -1, -3)
 
 

@@ -100,7 +100,7 @@ def derive(c, sizes: dict[str, int]) -> Twin:
     every = old.moe_every if old.experts else 1
     m[stack] = min(layers, max(2, m.moe_every) if old.experts else 2) + (
         1 if old.experts and layers % every else 0)
-  m.eos_id, m.pad_id, m.start_id, m.rel_max_distance = 1, 0, 0, min(16, old.rel_max_distance)
+  m.eos_id, m.pad_id, m.start_id = 1, 0, 0
   m.local_radius, m.global_block = min(7, old.local_radius), min(4, old.global_block)
 
   for feature, length in c.data.lengths.items():

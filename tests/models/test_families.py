@@ -150,6 +150,8 @@ def test_every_row_is_a_size_of_a_kind_that_the_laws_test():
     (dict(experts=4, expert_top_k=3), '1 or 2'),
     (dict(experts=4, moe_every=3, enc_layers=2, dec_layers=3), 'enc_layers=2 would have no layer'),
     (dict(experts=4, moe_every=3, enc_layers=0, dec_layers=2), 'dec_layers=2 would have no layer'),
+    (dict(rel_max_distance=16), 'rel_buckets=32: 4 or more, of which the first half ends before'),
+    (dict(rel_buckets=3), 'rel_buckets=3: 4 or more'),
     (dict(experts=4, moe_every=0), 'moe_every=0: it must be 1 or more'),
     (dict(pool='pooler'), 'pooler=True'), (dict(nsp=True), 'pooler=True'),
     (dict(classes=2), 'dec_layers=0'),
