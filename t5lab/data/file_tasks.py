@@ -11,7 +11,7 @@ import itertools
 from t5lab.data import own_files, rows, text_tasks
 from t5lab.data import task_parts as parts
 from t5lab.data.seqio_tf import seqio, tf
-from t5lab.errors import DataError, Failure
+from t5lab.errors import DataError, Failure, UsageError
 from t5lab.evaluation import metrics
 
 SEVERAL = {f.__name__: f for f in (                  # metrics over several right answers
@@ -81,6 +81,9 @@ def _of_first(metric: Callable) -> Callable:
 def add(spec: str, files: own_files.OwnFiles) -> None:
   """Registers the task 'files' on the vocabulary `spec`."""
   files.check()
+  if not (files.objective or files.fields['inputs'] or files.prompt):
+    raise UsageError("data.fields.inputs='' is text without inputs: say what to learn from it with "
+                     f'data.objective, one of {", ".join(text_tasks.OBJECTIVES)}')
   source = FileSource(files)
   if files.objective:
     text_tasks.add(own_files.NAME, spec, source, files.objective, column='targets')

@@ -53,9 +53,6 @@ class OwnFiles:
     if self.objective and self.objective not in OBJECTIVES:
       raise UsageError(f'data.objective={self.objective!r}.'
                        + did_you_mean(self.objective, OBJECTIVES))
-    if not (self.objective or self.fields['inputs'] or self.prompt):
-      raise UsageError("data.fields.inputs='' is text without inputs: say what to learn from it "
-                       f'with data.objective, one of {", ".join(OBJECTIVES)}')
     if not self.prompt:
       return
     if not self.fields['inputs']:
