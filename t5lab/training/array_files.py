@@ -60,13 +60,12 @@ def reader(signatures):
 def _mute_late_writes():
   """The first failed write ends a save, and Orbax's thread closes its loop; TensorStore's threads
   still report every other failed one to it, for each of which Python would print a trace."""
-  hook = sys.excepthook
+  hook = sys.unraisablehook
 
-  def said(kind, error, trace):
-    late = kind is RuntimeError and str(error) == 'Event loop is closed'
-    if not late or threading.current_thread() is threading.main_thread():
-      hook(kind, error, trace)
-  sys.excepthook = said
+  def said(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed' or unraisable.object is not None:
+      hook(unraisable)
+  sys.unraisablehook = said
 
 
 def _without_copies() -> dict:
