@@ -50,7 +50,7 @@ def base(family: str, **model) -> ConfigDict:
   d.fields = ConfigDict({'inputs': 'inputs', 'targets': 'targets'})   # columns; inputs '': none
   d.prompt = ''                      # as 'question: {question} context: {context}'; '': inputs
   d.metrics = ()                     # of data/task_names.py, as ('squad', 'rouge')
-  d.objective = ''                   # for text without inputs, one of data/text_tasks.py
+  d.objective = ''                   # for text without inputs, one of data/task_names.py
   d.bad_rows = 0.01                  # share of rows that may be skipped; 0: none
   d.modules = ()                     # own modules that register seqio Tasks, as ('my.tasks',)
   d.cache = ''                       # a folder that `t5lab cache` filled; '': all in memory

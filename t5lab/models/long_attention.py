@@ -113,7 +113,7 @@ def share(c, segments, bias, side_bias, copies: int = 1) -> dict:
     block, owner = global_blocks(segments, c.global_block)
     mask = (segments[..., None] == owner[:, None, :]) & (segments > 0)[..., None]    # [B, S, P]
     relative = jnp.arange(owner.shape[1]) - block[..., None]   # [B, S, P]
-    table = side_bias(relative)                                # [B, N, S, P]
+    table, = side_bias(relative)                               # [B, N, S, P]
     near.update(block=block, side_mask=blocks(mask, b),
                 side_bias=constrain(blocks(table.swapaxes(1, 2), b).swapaxes(2, 3),
                                     'batch', 'length', 'act_heads', None, None))

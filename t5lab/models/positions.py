@@ -40,20 +40,19 @@ class RelativeBias(nn.Module):
   bidirectional: bool
 
   @nn.compact
-  def __call__(self, relative, copies: int = 0):   # int[..., T, S] -> float32[..., N, T, S]
-    """copies: float32[copies, N, T, S], each from its own copy of the table: where every device of
-    the batch has one, gradients of the scores are summed over devices as a table and not whole."""
+  def __call__(self, relative, copies: int = 1):
+    """int[..., T, S] -> float32[copies, ..., N, T, S], each from its own copy of the table: where
+    every device of the batch has one, gradients are summed over devices as a table and not whole.
+    """
     c = self.config
     init = nn.with_logical_partitioning(
         nn.initializers.variance_scaling(1., 'fan_avg', 'uniform'), ('buckets', 'rel_heads'))
     table = self.param('table', init, (c.rel_buckets, c.n_heads), jnp.float32)
     bucket = relative_bucket(relative, bidirectional=self.bidirectional, buckets=c.rel_buckets,
                              max_distance=c.rel_max_distance)
-    if copies:
-      table = jnp.broadcast_to(table, (copies, *table.shape))
-      table = constrain(table, 'batch', 'buckets', 'rel_heads')
-      return jnp.moveaxis(jnp.take(table, bucket, axis=1, mode='clip'), -1, 1)
-    return jnp.moveaxis(table[bucket], -1, -3)
+    table = constrain(jnp.broadcast_to(table, (copies, *table.shape)),
+                      'batch', 'buckets', 'rel_heads')
+    return jnp.moveaxis(jnp.take(table, bucket, axis=1, mode='clip'), -1, -3)
 
 
 def rope_frequencies(c: TransformerConfig):
