@@ -93,7 +93,8 @@ def check_remote(job: Job) -> None:
   """UsageError unless other machines can see the workdir under this name."""
   if job.on_bucket:
     if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/[^\s]+', job.workdir):
-      raise UsageError(f'--workdir {job.workdir}: gs://BUCKET/FOLDER')
+      raise UsageError(f'--workdir {job.workdir} is not gs://BUCKET/FOLDER: a bucket has 3 to 63 '
+                       'small letters, digits, ".", "_" and "-", a folder no spaces')
   elif '://' in job.workdir or not job.workdir.startswith('/'):
     raise UsageError(f'--workdir {job.workdir}: gs://BUCKET/FOLDER, or the absolute path of a '
                      'folder that every host has mounted (NFS, Filestore, Lustre)')
