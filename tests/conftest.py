@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 
 # Before jax is imported anywhere: the number of devices is fixed when the backend starts.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -54,3 +55,22 @@ def on_bytes():
 def no_tfds_data(monkeypatch, tmp_path):
   """TFDS looks where there is nothing, unless a test puts something there."""
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+
+
+@pytest.fixture
+def mounted(tmp_path):
+  """mount(options) -> a tmpfs of its own, unmounted afterwards; skips where that is not allowed."""
+  places = []
+
+  def mount(options):
+    place = tmp_path / f'disk{len(places)}'
+    place.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'none', place],
+                          capture_output=True, text=True)
+    if done.returncode:
+      pytest.skip(f'cannot mount a tmpfs: {done.stderr.strip()} (root is needed)')
+    places.append(place)
+    return place
+  yield mount
+  for place in places:
+    subprocess.run(['umount', '-l', place], check=True)

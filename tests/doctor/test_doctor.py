@@ -1,6 +1,5 @@
 """Faults planted on one of two real processes: each has its own sentence and exit code."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -61,30 +60,18 @@ def test_a_workdir_that_is_a_file(tmp_path, capsys):
   assert '-  save and restore' in said                                # not tried: no second fault
 
 
-@contextlib.contextmanager
-def small_disk(path, size):
-  path.mkdir()
-  if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', path],
-                    capture_output=True).returncode:
-    pytest.skip('no right to mount a small disk')
-  try:
-    yield path
-  finally:
-    subprocess.run(['umount', path], check=True)
-
-
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')   # of Orbax
-def test_a_disk_that_is_full(tmp_path, capsys):
+def test_a_disk_that_is_full(mounted, capsys):
   argv = ['doctor', '--config', CONFIG, '--seconds', '600', '--workdir']
-  with small_disk(tmp_path / 'disk', '64k') as disk:
-    assert cli.main([*argv, str(disk)]) == 4
-    said = capsys.readouterr().out
-    assert 'BAD  disk' in said and 'GB free in' in said
-    assert cli.main([*argv, str(disk), '--free-gb', '1e-9']) == 4
-    said = capsys.readouterr().out
-    assert 'ok  disk' in said and 'BAD  save and restore' in said
-    assert 'No space left' in said or 'RESOURCE_EXHAUSTED' in said or 'cannot write' in said
-    assert not list(disk.iterdir())
+  disk = mounted('size=64k')
+  assert cli.main([*argv, str(disk)]) == 4
+  said = capsys.readouterr().out
+  assert 'BAD  disk' in said and 'GB free in' in said
+  assert cli.main([*argv, str(disk), '--free-gb', '1e-9']) == 4
+  said = capsys.readouterr().out
+  assert 'ok  disk' in said and 'BAD  save and restore' in said
+  assert 'No space left' in said or 'RESOURCE_EXHAUSTED' in said or 'cannot write' in said
+  assert not list(disk.iterdir())
 
 
 def test_a_state_that_comes_back_other_than_it_went(tmp_path, monkeypatch):
@@ -269,20 +256,18 @@ def test_a_workdir_that_is_not_shared(tmp_path, port):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be_written(tmp_path, port):
-  run = tmp_path / 'run'
-  with small_disk(run, '1m'):
-    subprocess.run(['mount', '-o', 'remount,ro', run], check=True)
-    ended = two(tmp_path, port, ('--free-gb', '1e-9'))
+def test_a_workdir_that_cannot_be_written(tmp_path, port, mounted):
+  disk = mounted('size=1m')
+  subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+  ended = two(tmp_path, port, ('--free-gb', '1e-9', '--workdir', str(disk)))
   expect(ended, 4, 'workdir', 'Read-only file system; host 1: cannot write to')
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_while_two_save(tmp_path, port):
+def test_a_disk_that_fills_while_two_save(tmp_path, port, mounted):
   """Process 0 finds out, and process 1 does not wait for it for ever."""
-  with small_disk(tmp_path / 'run', '64k'):
-    (code0, table, _), (code1, _, err) = two(tmp_path, port, (
-        '--free-gb', '1e-9', '--workdir', str(tmp_path / 'run')))
+  (code0, table, _), (code1, _, err) = two(tmp_path, port, (
+      '--free-gb', '1e-9', '--workdir', str(mounted('size=64k'))))
   assert (code0, code1) == (4, 4), (table, err)
   assert 'BAD  save and restore' in table or 'process 0 ends with process 1' in table
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 import signal
-import subprocess
 
 import processes
 import pytest
@@ -45,22 +44,3 @@ def common(tmp_path_factory):
 def reference(common):
   """The run R without a fault, in a process of its own with one device."""
   return processes.shared(common, 'R', processes.train)
-
-
-@pytest.fixture
-def mounted(tmp_path):
-  """mount(options) -> a tmpfs of its own, unmounted afterwards; skips where that is not allowed."""
-  places = []
-
-  def mount(options):
-    place = tmp_path / f'disk{len(places)}'
-    place.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'none', place],
-                          capture_output=True, text=True)
-    if done.returncode:
-      pytest.skip(f'cannot mount a tmpfs: {done.stderr.strip()} (root is needed)')
-    places.append(place)
-    return place
-  yield mount
-  for place in places:
-    subprocess.run(['umount', '-l', place], check=True)
