@@ -223,8 +223,10 @@ def product(f: Callable, x, w, *axes: str | None, dtype=None):
   rest = spec(axes, rules)
   whole = spec([None if axis == 'embed' else axis for axis in axes], rules)
   # In two steps the TPU's compiler makes two reduce-scatters, the first among neighbours, where it
-  # would sum whole gradients over all devices in one. A scattered sum of rows is first made whole:
-  # else their cotangents, cut by rows, are all replicated to be cut along D.
+  # would sum whole gradients over all devices in one. (Where these are one axis it does so whatever
+  # it is told, psum_scatter included: on both axes of a torus at once that takes as long as a
+  # scatter along one, then the other.) A scattered sum of rows is first made whole: else their
+  # cotangents, cut by rows, are all replicated to be cut along D.
   steps = (whole,) * lookup + (rest, _zero(rest, w.shape, axes, mesh))
   pin = jax.lax.with_sharding_constraint
 
