@@ -3,9 +3,9 @@
 Runs `t5lab train` (or --command doctor) on every host of a job. --dry-run prints every command and
 manifest, as one script, and does nothing: it needs no account.
 
-  tpu-vm  --topology v5e:4x4 --zone us-west4-a [--queue] [--spot | --reserved]
-          creates or queues a slice, installs this checkout as git has it, starts the job on all
-          workers, shows the log, deletes the slice. Spot: preempted, it is created again.
+  tpu-vm  --topology v5e:4x4 --zone us-west4-a [--queue [--slices N]] [--spot | --reserved]
+          creates a slice or queues N, installs this checkout as git has it, starts the job on all
+          workers, shows the log, deletes the machines. Spot: preempted, they are created again.
   gke     --topology v5e:4x4 --image IMAGE [--build] [--slices N] [--spot]
           a JobSet; the image holds t5lab in its working folder, --build makes and pushes it.
   slurm   --nodes N --gpus-per-node G [--partition P] [--time 24:00:00]
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     capacity = 'spot' if args.spot else 'reserved' if args.reserved else ''
     if args.platform == 'tpu-vm':
       plan = tpu_vm.plan(job, machine, zone=args.zone, project=args.project, queue=args.queue,
-                         capacity=capacity, runtime=args.runtime_version)
+                         capacity=capacity, runtime=args.runtime_version, slices=args.slices)
     else:
       plan = gke.plan(job, machine, image=args.image, slices=args.slices, build=args.build,
                       service_account=args.service_account, namespace=args.namespace,
@@ -119,7 +119,7 @@ THEIRS = {
     'topology': ('tpu-vm', 'gke'), 'zone': ('tpu-vm',), 'project': ('tpu-vm',),
     'queue': ('tpu-vm',), 'runtime_version': ('tpu-vm',), 'spot': ('tpu-vm', 'gke'),
     'reserved': ('tpu-vm',), 'allow_dirty': ('tpu-vm', 'gke'), 'keep': ('tpu-vm', 'gke'),
-    'attach': ('tpu-vm', 'gke'), 'image': ('gke',), 'build': ('gke',), 'slices': ('gke',),
+    'attach': ('tpu-vm', 'gke'), 'slices': ('tpu-vm', 'gke'), 'image': ('gke',), 'build': ('gke',),
     'namespace': ('gke',), 'service_account': ('gke',), 'nodes': ('slurm',),
     'gpus_per_node': ('slurm',), 'partition': ('slurm',), 'account': ('slurm',),
     'time': ('slurm',), 'processes': ('local',), 'devices_per_process': ('local',),

@@ -20,44 +20,59 @@ GONE = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'HIDDEN')
 
 
 def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool = False,
-         capacity: str = '', runtime: str = '') -> Plan:
+         capacity: str = '', runtime: str = '', slices: int = 1) -> Plan:
+  """slices: more than one are nodes of one queued resource, which is created, asked and reached as
+  a whole; on their hosts JAX finds the first slice through the metadata server."""
   check_remote(job)
   if not zone:
     raise UsageError('--platform tpu-vm needs --zone, as us-central2-b')
+  if slices < 1 or slices > 1 and not queue:
+    raise UsageError(f'--slices {slices}: 1, or several as one queued resource, with --queue')
   where = (f'--zone={zone}', *(f'--project={project}',) * bool(project))
-  base = ('gcloud', 'compute', 'tpus')
   extra = (f'--{capacity}',) * bool(capacity)
   runtime = runtime or machine.generation.runtime
-  vm = lambda verb, *rest: (*base, 'tpu-vm', verb, *rest, *where)
+  several = slices > 1
+  call = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *where)
+  queued = lambda verb, *rest: call('queued-resources', verb, job.name, *rest)
+  vm = lambda verb, *rest: call('tpu-vm', verb, *rest)
+  # ssh and scp, to these workers
+  reach = lambda verb, workers, *rest: call(
+      'queued-resources' if several else 'tpu-vm', verb, *rest,
+      *(f'--node={workers}',) * several, f'--worker={workers}', '--quiet')
+  on = lambda workers, command: reach('ssh', workers, job.name, f'--command={command}')
+  queue_state = queued('describe', '--format=value(state.state)')
+  node_state = vm('describe', job.name, '--format=value(state)')
 
   if queue:
-    queued = lambda verb, *rest: (*base, 'queued-resources', verb, job.name, *where, *rest)
+    nodes = ((f'--node-count={slices}', f'--node-prefix={job.name}') if several else
+             (f'--node-id={job.name}',))
     create = (
-        Step('queue the slice', queued(
-            'create', f'--node-id={job.name}', f'--accelerator-type={machine.accelerator}',
+        Step('queue the slices' if several else 'queue the slice', queued(
+            'create', *nodes, f'--accelerator-type={machine.accelerator}',
             f'--runtime-version={runtime}', *extra, '--async', '--quiet')),
-        Step('wait for capacity; this may take hours',
-             queued('describe', '--format=value(state.state)'), until=('ACTIVE',),
+        Step('wait for capacity; this may take hours', queue_state, until=('ACTIVE',),
              unless=QUEUED_DEAD, every=30.))
-    delete = Step('delete the slice', queued('delete', '--force', '--quiet'))
+    delete = Step('delete the slices' if several else 'delete the slice',
+                  queued('delete', '--force', '--quiet'))
   else:
     create = (Step('create the slice', vm(
         'create', job.name, f'--accelerator-type={machine.accelerator}', f'--version={runtime}',
         *extra, '--quiet')),)
     delete = Step('delete the slice', vm('delete', job.name, '--quiet'))
 
-  def on(workers, command):
-    return vm('ssh', job.name, f'--worker={workers}', '--quiet', f'--command={command}')
-
   files = {'install.sh': _install(job), 'run.sh': _run(job), 'follow.sh': _follow()}
-  state = vm('describe', job.name, '--format=value(state)')
+  # a queued resource is active once all of its nodes are up, and suspended when it loses them
+  state, up, gone = ((queue_state, 'ACTIVE', QUEUED_DEAD) if several else
+                     (node_state, 'READY', GONE))
+  wait = () if several else (Step('wait until it is up', state, until=(up,), unless=gone),)
   return Plan(
-      notes=tuple(_notes(job, machine, runtime, capacity)), files=files, create=create, start=(
-          Step('wait until it is up', state, until=('READY',), unless=GONE),
+      notes=tuple(_notes(job, machine, runtime, capacity, slices)), files=files, create=create,
+      start=(
+          *wait,
           Step('a folder on every worker', on('all', f'mkdir -p {job.name}')),
-          Step('copy the checkout and the scripts', vm(
-              'scp', '{files}/bundle.tar.gz', *('{files}/' + name for name in files),
-              f'{job.name}:{job.name}/', '--worker=all', '--quiet')),
+          Step('copy the checkout and the scripts', reach(
+              'scp', 'all', '{files}/bundle.tar.gz', *('{files}/' + name for name in files),
+              f'{job.name}:{job.name}/')),
           Step('install', on('all', f'bash {job.name}/install.sh')),
           Step('start the job on all workers', on(
               # detached: it outlives the connection, which would wait for an open output
@@ -66,18 +81,19 @@ def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool 
       ),
       follow=Step('the log of worker 0', on('0', f'bash {job.name}/follow.sh')),
       state=Step('is it still there?', state),
-      states={'READY': 'ask', **dict.fromkeys(GONE, 'gone')},
+      states={up: 'ask', **dict.fromkeys(gone, 'gone')},
       codes=Step('how each worker ended',
                  on('all', f'test -f {job.name}/exit && echo t5lab-exit=$(cat {job.name}/exit)')),
       delete=(delete,), recreate=capacity == 'spot', bundle=True)
 
 
-def _notes(job, machine, runtime, capacity):
-  yield f'{job.name}: {machine.accelerator}, {machine.chips} chips, runtime {runtime}'
+def _notes(job, machine, runtime, capacity, slices):
+  many = f'{slices} x ' if slices > 1 else ''
+  yield f'{job.name}: {many}{machine.accelerator}, {machine.chips} chips, runtime {runtime}'
   if job.on_bucket:
     yield (f'gs://{job.bucket} is mounted with Cloud Storage FUSE, the run writes to {job.folder}; '
            'best in a bucket with a hierarchical namespace, where renames are atomic')
-  yield f'coordinator: worker 0, port {PORT}'
+  yield f'coordinator: worker 0{" of slice 0" * (slices > 1)}, port {PORT}'
   if capacity == 'spot':
     yield 'spot: preempted machines are created again while this command runs'
 

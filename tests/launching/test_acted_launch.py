@@ -25,21 +25,30 @@ here, argv = pathlib.Path(os.environ['ACT']), sys.argv[1:]
 with open(here / 'calls', 'a') as f: f.write(' '.join(argv) + '\n')
 state, verb = here / 'state', argv[3]
 flags = dict(a.partition('=')[::2] for a in argv if a.startswith('--'))
+several = here / 'several'                  # two slices of one worker, not one of two
 if verb == 'create':
   if state.exists():
     sys.exit('ERROR: ALREADY_EXISTS')
   state.write_text('READY')
+  if '--node-count' in flags:
+    assert flags['--node-count'] == '2' and flags['--node-prefix'] == argv[4]
+    several.touch()
+elif several.exists() and argv[2] != 'queued-resources':
+  sys.exit('ERROR: (gcloud) NOT_FOUND: the nodes are NAME-0 and NAME-1')
 elif verb == 'delete':
   state.unlink()
+  several.unlink(missing_ok=True)
   shutil.rmtree(here / 'worker0'); shutil.rmtree(here / 'worker1')
 elif not state.exists():
   sys.exit('ERROR: (gcloud) NOT_FOUND: no such thing')
 elif verb == 'describe':
-  print('ACTIVE' if 'state.state' in ' '.join(argv) else state.read_text())
+  queue = 'SUSPENDED' if several.exists() and state.read_text() == 'PREEMPTED' else 'ACTIVE'
+  print(queue if 'state.state' in ' '.join(argv) else state.read_text())
 elif state.read_text() != 'READY':
   sys.exit(255)
 else:
-  for worker in ([0, 1] if flags['--worker'] == 'all' else [int(flags['--worker'])]):
+  which = flags['--node' if several.exists() else '--worker']
+  for worker in ([0, 1] if which == 'all' else [int(which)]):
     home = here / f'worker{worker}'
     home.mkdir(exist_ok=True)
     if verb == 'scp':
@@ -111,7 +120,7 @@ def tpu(act, ends, capfd, capacity='', restarts=3, **options):
   (act / 'ends').write_text('\n'.join(map(str, ends)) + '\n')
   plan = tpu_vm.plan(Job('configs/x.py', 'gs://bucket/run', restarts=restarts),
                      topologies.parse('v5e:4x4'), zone='z', capacity=capacity,
-                     queue=options.pop('queue', False))
+                     queue=options.pop('queue', False), slices=options.pop('slices', 1))
   def bundle(path):
     subprocess.run(['tar', '-czf', path, '-C', act, 'job'], check=True)
   try:
@@ -130,6 +139,17 @@ def test_a_tpu_job_runs_on_all_workers_and_its_machines_are_deleted(act, capfd):
   verbs = [line.split()[3] for line in calls(act)]
   assert verbs == ['create', 'describe', 'ssh', 'scp', 'ssh', 'ssh', 'ssh', 'describe', 'ssh',
                    'delete']
+  assert not (act / 'state').exists()
+
+
+def test_several_slices_are_one_queued_resource(act, capfd):
+  assert tpu(act, ['preempted', 0], capfd, 'spot', queue=True, slices=2) == 0
+  assert [(act / f'starts{n}').read_text() for n in (0, 1)] == ['2\n', '2\n']
+  said = (act / 'said').read_text()
+  assert 'worker 0 start 1' in said and '# preempted; starting again' in said
+  assert {line.split()[2] for line in calls(act)} == {'queued-resources'}
+  verbs = [line.split()[3] for line in calls(act)]
+  assert verbs.count('create') == verbs.count('delete') == 2
   assert not (act / 'state').exists()
 
 

@@ -23,6 +23,8 @@ LAUNCHES = {
     'tpu-vm': ('--topology', 'v5e:4x4', '--zone', 'us-west4-a', '--project', 'p'),
     'tpu-vm queued spot': ('--topology', 'v4:2x2x2', '--zone', 'us-central2-b', '--queue',
                            '--spot'),
+    'tpu-vm slices': ('--topology', 'v5p:2x2x2', '--zone', 'us-east5-a', '--queue', '--slices',
+                      '3', '--reserved'),
     'gke': ('--topology', 'v6e:4x4', '--image', 'r/t5lab', '--build', '--slices', '2', '--spot',
             '--service-account', 'trainer', '--namespace', 'ml'),
     'slurm': ('--nodes', '4', '--gpus-per-node', '8', '--time', '24:00:00', '--partition', 'a100'),
@@ -130,6 +132,8 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(checkout, capsys, 
     (('--platform', 'local', '--workdir', 'gs://b1b/x'), 'a folder of this machine'),
     (('--platform', 'local', '--workdir', '/x', '--env', 'HOME=/x'), 'LIBTPU_INIT_ARGS'),
     (('--platform', 'local', '--workdir', '/x', '--name', 'Big_One'), 'small letter'),
+    (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5e:4x4', '--zone', 'z',
+      '--slices', '2'), 'with --queue'),
     (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5:4x4', '--zone', 'z'),
      "Did you mean 'v5p' or 'v5e'"),
     (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5p:4x4', '--zone', 'z'),
@@ -163,18 +167,32 @@ def test_tpu_vm_commands(checkout, capsys):
   name = name_of('gs://bucket/runs/big')
   lines = '\n'.join(commands_of(script))
   at = [lines.index(part) for part in (
-      'git', f'queued-resources create {name} --zone=us-central2-b', 'in ACTIVE)', 'in READY)',
+      'git', f'queued-resources create {name} --node-id={name} ', 'in ACTIVE)', 'in READY)',
       f'command=mkdir -p {name}', 'scp ./t5lab-launch/bundle.tar.gz',
       f'command=bash {name}/install.sh', 'setsid bash run.sh', '--worker=0', 't5lab-exit',
       f'queued-resources delete {name}')]
   assert at == sorted(at)
-  for part in ('--accelerator-type=v4-16', '--runtime-version=tpu-ubuntu2204-base', '--spot'):
+  for part in ('--accelerator-type=v4-16', '--runtime-version=tpu-ubuntu2204-base', '--spot',
+               '--zone=us-central2-b'):
     assert part in lines
   run = files_of(script)['run.sh']
   assert 'export JAX_COORDINATOR_PORT=8476' in run
   assert '--workdir /mnt/t5lab/bucket/runs/big' in run and f'--config {CONFIG}:tiny' in run
   assert 'gcsfuse --implicit-dirs' in files_of(script)['install.sh']
   assert 'delete' not in '\n'.join(commands_of(dry_run(capsys, 'tpu-vm', '--keep')))
+
+
+def test_slices_of_tpu_vm_are_made_asked_and_reached_as_one(checkout, capsys):
+  name = name_of('gs://bucket/runs/big')
+  script = dry_run(capsys, 'tpu-vm slices')
+  gcloud = [line for line in commands_of(script) if 'gcloud' in line]
+  assert all(f'queued-resources {verb} ' in line for verb, line in zip(
+      ('create', 'describe', 'ssh', 'scp', 'ssh', 'ssh', 'ssh', 'describe', 'ssh', 'delete'),
+      gcloud, strict=True))
+  assert f'create {name} --node-count=3 --node-prefix={name} --accelerator-type=v5p-16' in gcloud[0]
+  assert all('--node=all --worker=all' in line for line in gcloud[2:6] + gcloud[8:9])
+  assert '--node=0 --worker=0' in gcloud[6]
+  assert f'# {name}: 3 x v5p-16' in script
 
 
 def schema():
@@ -226,7 +244,7 @@ def test_slurm_stores_no_environment(checkout, capsys):
 
 
 def test_doctor_is_told_how_many_devices_there_should_be(checkout, capsys):
-  for launch, devices in (('tpu-vm', 16), ('slurm', 32), ('local', 8)):
+  for launch, devices in (('tpu-vm', 16), ('tpu-vm slices', 24), ('slurm', 32), ('local', 8)):
     assert f'--expect-devices {devices}' in dry_run(capsys, launch, '--command', 'doctor')
   made = json.loads(files_of(dry_run(capsys, 'gke', '--command', 'doctor'))['jobset.json'])
   hosts = made['spec']['replicatedJobs'][0]['template']['spec']
@@ -263,11 +281,11 @@ def test_gcloud_has_the_flags(checkout, capsys, monkeypatch, tmp_path):
   """Of its own help: nothing is called, and no account is looked at."""
   monkeypatch.setenv('CLOUDSDK_CONFIG', str(tmp_path / 'gcloud'))
   seen = {}
-  for launch in ('tpu-vm', 'tpu-vm queued spot'):
+  for launch in ('tpu-vm', 'tpu-vm queued spot', 'tpu-vm slices'):
     for line in commands_of(dry_run(capsys, launch)):
       for verb, rest in re.findall(r'gcloud (compute tpus [\w-]+ [\w-]+) ([^\n]*)', line):
         seen.setdefault(verb, set()).update(re.findall(r'(?<![\w-])--([a-z][a-z-]+)', rest))
-  assert len(seen) == 8
+  assert len(seen) == 10
   for verb, flags in seen.items():
     help_text = subprocess.run(['gcloud', *verb.split(), '--help'], capture_output=True, text=True,
                                timeout=60).stdout
