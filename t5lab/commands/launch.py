@@ -3,10 +3,10 @@
 Runs `t5lab train` (or --command doctor) on every host of a job. --dry-run prints every command and
 manifest, as one script, and does nothing: it needs no account.
 
-  tpu-vm  --topology v5e:4x4 --zone us-west4-a [--queue [--slices N]] [--spot | --reserved]
-          creates a slice or queues N, installs this checkout as git has it, starts the job on all
+  tpu-vm  --topology v5e:4x4 --zone us-west4-a [--queue] [--spot | --reserved]
+          creates or queues machines, installs this checkout as git has it, starts the job on all
           workers, shows the log, deletes the machines. Spot: preempted, they are created again.
-  gke     --topology v5e:4x4 --image IMAGE [--build] [--slices N] [--spot]
+  gke     --topology v5e:4x4 --image IMAGE [--build] [--spot]
           a JobSet; the image holds t5lab in its working folder, --build makes and pushes it.
   slurm   --nodes N --gpus-per-node G [--partition P] [--time 24:00:00]
           an sbatch script, requeued when it may go on.
@@ -62,13 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     machine = topologies.parse(args.topology)
     root = bundle.root_of(args.config)
     job = _job(args, overrides, passed, lambda config: bundle.inside(config, root),
-               machine.chips * args.slices)
+               machine.chips)
     capacity = 'spot' if args.spot else 'reserved' if args.reserved else ''
     if args.platform == 'tpu-vm':
       plan = tpu_vm.plan(job, machine, zone=args.zone, project=args.project, queue=args.queue,
-                         capacity=capacity, runtime=args.runtime_version, slices=args.slices)
+                         capacity=capacity, runtime=args.runtime_version)
     else:
-      plan = gke.plan(job, machine, image=args.image, slices=args.slices, build=args.build,
+      plan = gke.plan(job, machine, image=args.image, build=args.build,
                       service_account=args.service_account, namespace=args.namespace,
                       capacity=capacity)
   if args.dry_run:
@@ -119,7 +119,7 @@ THEIRS = {
     'topology': ('tpu-vm', 'gke'), 'zone': ('tpu-vm',), 'project': ('tpu-vm',),
     'queue': ('tpu-vm',), 'runtime_version': ('tpu-vm',), 'spot': ('tpu-vm', 'gke'),
     'reserved': ('tpu-vm',), 'allow_dirty': ('tpu-vm', 'gke'), 'keep': ('tpu-vm', 'gke'),
-    'attach': ('tpu-vm', 'gke'), 'slices': ('tpu-vm', 'gke'), 'image': ('gke',), 'build': ('gke',),
+    'attach': ('tpu-vm', 'gke'), 'image': ('gke',), 'build': ('gke',),
     'namespace': ('gke',), 'service_account': ('gke',), 'nodes': ('slurm',),
     'gpus_per_node': ('slurm',), 'partition': ('slurm',), 'account': ('slurm',),
     'time': ('slurm',), 'processes': ('local',), 'devices_per_process': ('local',),
@@ -150,7 +150,8 @@ def _parser() -> Parser:
   add('--dry-run', action='store_true', help='print all of it, do nothing')
 
   tpu = parser.add_argument_group('tpu-vm and gke').add_argument
-  tpu('--topology', default='', help='v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4')
+  tpu('--topology', default='', help='v4:2x2x2, v5e:4x4, v5p:2x2x2; v6e:4x4*2 are two '
+                                   'slices, joined by the data centre network')
   tpu('--spot', action='store_true', help='cheaper, may be taken away')
   tpu('--reserved', action='store_true', help='from your reservation (tpu-vm)')
   tpu('--allow-dirty', action='store_true', help='send changes that are not committed')
@@ -162,7 +163,6 @@ def _parser() -> Parser:
   tpu('--runtime-version', default='', help='of the image; the one for JAX')
   tpu('--image', default='', help='container image for gke')
   tpu('--build', action='store_true', help='build and push it from this checkout, with docker')
-  tpu('--slices', type=int, default=1, help='slices, joined by the data centre network')
   tpu('--namespace', default='', help='of Kubernetes')
   tpu('--service-account', default='', help='of Kubernetes, which may write to the bucket')
 

@@ -14,7 +14,7 @@ from t5lab.errors import UsageError
 from t5lab.launching import scripts
 from t5lab.launching.job import FINAL, MOUNT, PORT, Job, check_remote
 from t5lab.launching.plan import Plan, Step
-from t5lab.launching.topologies import Slice
+from t5lab.launching.topologies import Machine
 
 GRACE = 120                       # seconds from SIGTERM to SIGKILL: time to save
 # ADD unpacks the archive of the checkout.
@@ -27,7 +27,7 @@ RUN pip install --no-cache-dir -c constraints.txt -e '.[tpu,gcs]'
 PORTS = (8471, 8080, PORT)        # TPU runtime, MegaScale, JAX [GKE's multislice guide]
 
 
-def manifest(job: Job, machine: Slice, *, image: str, slices: int = 1, service_account: str = '',
+def manifest(job: Job, machine: Machine, *, image: str, service_account: str = '',
              namespace: str = '', capacity: str = '') -> dict:
   """The JobSet (jobset.x-k8s.io/v1alpha2) as JSON values."""
   chips = {'google.com/tpu': str(machine.chips_a_node)}
@@ -73,12 +73,13 @@ def manifest(job: Job, machine: Slice, *, image: str, slices: int = 1, service_a
               'maxRestarts': job.restarts,
               'rules': [{'name': 'endedForGood', 'action': 'FailJobSet',
                          'onJobFailureReasons': ['PodFailurePolicy']}]},
-          'replicatedJobs': [{'name': 'slice', 'replicas': slices, 'template': {'spec': hosts}}],
+          'replicatedJobs': [{'name': 'slice', 'replicas': machine.slices,
+                              'template': {'spec': hosts}}],
       },
   }
 
 
-def plan(job: Job, machine: Slice, *, image: str, slices: int = 1, service_account: str = '',
+def plan(job: Job, machine: Machine, *, image: str, service_account: str = '',
          namespace: str = '', capacity: str = '', build: bool = False) -> Plan:
   check_remote(job)
   if not image:
@@ -86,15 +87,16 @@ def plan(job: Job, machine: Slice, *, image: str, slices: int = 1, service_accou
   if not job.on_bucket:
     raise UsageError(f'--workdir {job.workdir}: on GKE it is gs://BUCKET/FOLDER, which every pod '
                      'mounts')
-  if slices < 1 or slices > 1 and machine.nodes == 1:
-    raise UsageError(f'--slices {slices}: 1 or more, and several only of slices with several hosts')
-  made = manifest(job, machine, image=image, slices=slices, service_account=service_account,
+  if machine.slices > 1 and machine.nodes == 1:
+    raise UsageError(f'--topology: {machine.slices} slices of one host each; GKE joins only slices '
+                     'of several hosts')
+  made = manifest(job, machine, image=image, service_account=service_account,
                   namespace=namespace, capacity=capacity)
   kubectl = ('kubectl', *(f'--namespace={namespace}',) * bool(namespace))
   mine = f'jobset.sigs.k8s.io/jobset-name={job.name}'
   get = lambda *what: (*kubectl, 'get', *what)
   return Plan(
-      notes=(f'{job.name}: {slices} x {machine.generation.label} {machine.topology}, '
+      notes=(f'{job.name}: {machine.slices} x {machine.generation.label} {machine.topology}, '
              f'{machine.nodes} hosts of {machine.chips_a_node} chips each',
              f'gs://{job.bucket} is mounted by the Cloud Storage FUSE CSI driver, the run writes '
              f'to {job.folder}; best in a bucket with a hierarchical namespace',

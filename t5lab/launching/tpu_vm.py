@@ -13,25 +13,26 @@ from t5lab.errors import UsageError
 from t5lab.launching import scripts
 from t5lab.launching.job import MOUNT, PORT, Job, check_remote
 from t5lab.launching.plan import Plan, Step
-from t5lab.launching.topologies import Slice
+from t5lab.launching.topologies import Machine
 
 QUEUED_DEAD = ('FAILED', 'SUSPENDED', 'SUSPENDING', 'DELETING')
 GONE = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'HIDDEN')
 
 
-def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool = False,
-         capacity: str = '', runtime: str = '', slices: int = 1) -> Plan:
-  """slices: more than one are nodes of one queued resource, which is created, asked and reached as
-  a whole; on their hosts JAX finds the first slice through the metadata server."""
+def plan(job: Job, machine: Machine, *, zone: str, project: str = '', queue: bool = False,
+         capacity: str = '', runtime: str = '') -> Plan:
+  """Several slices are nodes of one queued resource, which is created, asked and reached as a
+  whole; on their hosts JAX finds the first slice through the metadata server."""
   check_remote(job)
   if not zone:
     raise UsageError('--platform tpu-vm needs --zone, as us-central2-b')
-  if slices < 1 or slices > 1 and not queue:
-    raise UsageError(f'--slices {slices}: 1, or several as one queued resource, with --queue')
+  several = machine.slices > 1
+  if several and not queue:
+    raise UsageError(f'--topology: {machine.slices} slices come only as one queued resource: '
+                     'add --queue')
   where = (f'--zone={zone}', *(f'--project={project}',) * bool(project))
   extra = (f'--{capacity}',) * bool(capacity)
   runtime = runtime or machine.generation.runtime
-  several = slices > 1
   call = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *where)
   queued = lambda verb, *rest: call('queued-resources', verb, job.name, *rest)
   vm = lambda verb, *rest: call('tpu-vm', verb, *rest)
@@ -44,7 +45,7 @@ def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool 
   node_state = vm('describe', job.name, '--format=value(state)')
 
   if queue:
-    nodes = ((f'--node-count={slices}', f'--node-prefix={job.name}') if several else
+    nodes = ((f'--node-count={machine.slices}', f'--node-prefix={job.name}') if several else
              (f'--node-id={job.name}',))
     create = (
         Step('queue the slices' if several else 'queue the slice', queued(
@@ -66,7 +67,7 @@ def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool 
                      (node_state, 'READY', GONE))
   wait = () if several else (Step('wait until it is up', state, until=(up,), unless=gone),)
   return Plan(
-      notes=tuple(_notes(job, machine, runtime, capacity, slices)), files=files, create=create,
+      notes=tuple(_notes(job, machine, runtime, capacity)), files=files, create=create,
       start=(
           *wait,
           Step('a folder on every worker', on('all', f'mkdir -p {job.name}')),
@@ -87,13 +88,14 @@ def plan(job: Job, machine: Slice, *, zone: str, project: str = '', queue: bool 
       delete=(delete,), recreate=capacity == 'spot', bundle=True)
 
 
-def _notes(job, machine, runtime, capacity, slices):
-  many = f'{slices} x ' if slices > 1 else ''
-  yield f'{job.name}: {many}{machine.accelerator}, {machine.chips} chips, runtime {runtime}'
+def _notes(job, machine, runtime, capacity):
+  several = machine.slices > 1
+  many = f'{machine.slices} x ' * several
+  yield f'{job.name}: {many}{machine.accelerator}, {machine.slice_chips} chips, runtime {runtime}'
   if job.on_bucket:
     yield (f'gs://{job.bucket} is mounted with Cloud Storage FUSE, the run writes to {job.folder}; '
            'best in a bucket with a hierarchical namespace, where renames are atomic')
-  yield f'coordinator: worker 0{" of slice 0" * (slices > 1)}, port {PORT}'
+  yield f'coordinator: worker 0{" of slice 0" * several}, port {PORT}'
   if capacity == 'spot':
     yield 'spot: preempted machines are created again while this command runs'
 

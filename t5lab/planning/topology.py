@@ -8,12 +8,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import math
 import os
-import re
 
-from t5lab.errors import UsageError, did_you_mean
-from t5lab.launching.topologies import GENERATIONS
+from t5lab.errors import UsageError
+from t5lab.launching import topologies
 
 GIB = 2 ** 30
 
@@ -27,7 +25,6 @@ class Chip:
   ring: the length from which an axis of a slice is closed to a ring.
   """
   name: str
-  accelerator: str             # the prefix of TPU_ACCELERATOR_TYPE
   clock: float                 # Hz of the matrix unit, peak / (2 * its multipliers)
   peak: float                  # bfloat16 FLOP/s
   hbm: float
@@ -35,70 +32,41 @@ class Chip:
   hbm_bandwidth: float
   ici: float
   dcn: float
-  axes: int                    # physical axes of the network
   ring: int
-  cores: int = 1               # counted in the accelerator's name
 
 
 # Peaks, memory, bandwidths of HBM and ICI: the JAX scaling book, tpus.md (v4 v5e v5p as in
 # PERFORMANCE 1.3), and cloud.google.com/tpu/docs/v6e. Clock: peak / (2 * multipliers), v5e 4 units
 # of 128 x 128, v4 and v5p 8, v6e 4 of 256 x 256. DCN: 25 GB/s a host of 4 (v4, v5p) or 8 chips
 # (v5e), v6e 25.6 Tbit/s for 256 chips. Usable: what libtpu 0.0.42 says when a program exceeds it.
-def _chip(name: str, *numbers: float, ring: int) -> Chip:
-  known = GENERATIONS[name]
-  return Chip(name, known.prefix, *numbers, axes=known.dimensions, ring=ring, cores=known.cores)
-
-
 CHIPS = {chip.name: chip for chip in (
-    _chip('v4', 1.05e9, 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 9e10, 6.25e9, ring=4),
-    _chip('v5e', 1.503e9, 197e12, 16 * GIB, 15.75 * GIB, 8.1e11, 9e10, 3.125e9, ring=16),
-    _chip('v5p', 1.75e9, 459e12, 96 * GIB, 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, ring=4),
-    _chip('v6e', 1.75e9, 918e12, 32 * GIB, 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, ring=16),
+    Chip('v4', 1.05e9, 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 9e10, 6.25e9, ring=4),
+    Chip('v5e', 1.503e9, 197e12, 16 * GIB, 15.75 * GIB, 8.1e11, 9e10, 3.125e9, ring=16),
+    Chip('v5p', 1.75e9, 459e12, 96 * GIB, 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, ring=4),
+    Chip('v6e', 1.75e9, 918e12, 32 * GIB, 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, ring=16),
 )}
 HOP = 1e-6                     # seconds a collective needs for each step around its ring, at least
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-  """`slices` slices of `shape` chips each."""
-  chip: Chip
-  shape: tuple[int, ...]
-  slices: int = 1
+class Topology(topologies.Machine):
+  """Slices with the numbers of their chips."""
 
   @property
-  def chips(self) -> int:
-    return math.prod(self.shape) * self.slices
-
-  @property
-  def name(self) -> str:
-    return (f'{self.chip.name}:{"x".join(map(str, self.shape))}'
-            + f'*{self.slices}' * (self.slices > 1))
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
 
   def closed(self, axis: int) -> bool:
     """Whether the slice's physical axis is a ring: v5e and v6e at 16; v4 and v5p, whose optical
     links join cubes of 4, where every axis is a multiple of 4."""
-    if self.chip.axes == 2:
+    if len(self.shape) == 2:
       return self.shape[axis] >= self.chip.ring
     return all(n % self.chip.ring == 0 for n in self.shape)
 
 
 def parse(text: str) -> Topology:
   """'v5e:4x4', 'v5p:2x2x2', 'v5e:16x16*2' (two slices)."""
-  found = re.fullmatch(r'(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?', text.strip())
-  if not found:
-    raise UsageError(f'--topology {text!r}: a chip, the sizes of a slice and, for several, how '
-                     'many: v5e:4x4, v5p:2x2x2, v6e:16x16, v5e:16x16*2')
-  name, sizes, slices = found.groups()
-  if name not in CHIPS:
-    raise UsageError(f'--topology {text!r}: no chip {name!r}.{did_you_mean(name, CHIPS)}')
-  chip, shape = CHIPS[name], tuple(int(n) for n in sizes.split('x'))
-  if len(shape) != chip.axes or 0 in shape:
-    raise UsageError(f'--topology {text!r}: slices of {name} have {chip.axes} sizes, as '
-                     + {2: f'{name}:4x4', 3: f'{name}:2x2x2'}[chip.axes])
-  if chip.axes == 2 and max(shape) > 16:
-    raise UsageError(f'--topology {text!r}: a pod of {name} is 16x16; more chips are more slices, '
-                     f'{name}:16x16*2')
-  return Topology(chip, shape, int(slices or 1))
+  return topologies.parse(text, Topology)
 
 
 def versions() -> dict[str, str]:
@@ -120,7 +88,6 @@ def has_compiler() -> bool:
 
 def environment(topology: Topology) -> dict[str, str]:
   """What the process that compiles needs set, before it touches jax."""
-  chips = math.prod(topology.shape) * topology.chip.cores
   virtual = {} if has_compiler() else {
       'XLA_FLAGS': ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_'
                              f'device_count={topology.chips}']).strip()}
@@ -128,7 +95,7 @@ def environment(topology: Topology) -> dict[str, str]:
       **virtual,
       'JAX_PLATFORMS': 'cpu',
       'TPU_SKIP_MDS_QUERY': '1',                     # asks no metadata server
-      'TPU_ACCELERATOR_TYPE': f'{topology.chip.accelerator}-{chips}',
+      'TPU_ACCELERATOR_TYPE': topology.accelerator,
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',             # two plans at a time share libtpu's lock file
       # the partitioner's warnings are to be counted: libtpu writes them to stderr only if told so
@@ -140,7 +107,7 @@ def environment(topology: Topology) -> dict[str, str]:
 @functools.lru_cache
 def devices(topology: Topology) -> tuple:
   """The slice's devices, described; UsageError for a shape that there is not."""
-  from jax.experimental import topologies
+  from jax.experimental.topologies import get_topology_desc
   options = {}
   if topology.chip.name == 'v4':
     options['chip_config_name'] = 'megacore'         # both cores as one device, as JAX runs it
@@ -148,9 +115,9 @@ def devices(topology: Topology) -> tuple:
     options['num_slices'] = topology.slices
   if topology.chips == 1:
     options['chips_per_host_bounds'] = (1, 1, 1)
-  name = f'{topology.chip.name}:{"x".join(map(str, topology.shape))}'
+  name = f'{topology.kind}:{topology.topology}'
   try:
-    found = topologies.get_topology_desc(name, platform='tpu', **options).devices
+    found = get_topology_desc(name, platform='tpu', **options).devices
   except Exception as e:                             # jaxlib's own class is not public
     raise UsageError(f'--topology {topology.name}: the TPU compiler knows no such slice '
                      f'({" ".join(str(e).split())[:160]})') from e

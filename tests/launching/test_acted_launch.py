@@ -119,8 +119,8 @@ def calls(act):
 def tpu(act, ends, capfd, capacity='', restarts=3, **options):
   (act / 'ends').write_text('\n'.join(map(str, ends)) + '\n')
   plan = tpu_vm.plan(Job('configs/x.py', 'gs://bucket/run', restarts=restarts),
-                     topologies.parse('v5e:4x4'), zone='z', capacity=capacity,
-                     queue=options.pop('queue', False), slices=options.pop('slices', 1))
+                     topologies.parse(options.pop('topology', 'v5e:4x4')), zone='z',
+                     capacity=capacity, queue=options.pop('queue', False))
   def bundle(path):
     subprocess.run(['tar', '-czf', path, '-C', act, 'job'], check=True)
   try:
@@ -143,7 +143,7 @@ def test_a_tpu_job_runs_on_all_workers_and_its_machines_are_deleted(act, capfd):
 
 
 def test_several_slices_are_one_queued_resource(act, capfd):
-  assert tpu(act, ['preempted', 0], capfd, 'spot', queue=True, slices=2) == 0
+  assert tpu(act, ['preempted', 0], capfd, 'spot', queue=True, topology='v5e:4x4*2') == 0
   assert [(act / f'starts{n}').read_text() for n in (0, 1)] == ['2\n', '2\n']
   said = (act / 'said').read_text()
   assert 'worker 0 start 1' in said and '# preempted; starting again' in said

@@ -23,9 +23,9 @@ LAUNCHES = {
     'tpu-vm': ('--topology', 'v5e:4x4', '--zone', 'us-west4-a', '--project', 'p'),
     'tpu-vm queued spot': ('--topology', 'v4:2x2x2', '--zone', 'us-central2-b', '--queue',
                            '--spot'),
-    'tpu-vm slices': ('--topology', 'v5p:2x2x2', '--zone', 'us-east5-a', '--queue', '--slices',
-                      '3', '--reserved'),
-    'gke': ('--topology', 'v6e:4x4', '--image', 'r/t5lab', '--build', '--slices', '2', '--spot',
+    'tpu-vm slices': ('--topology', 'v5p:2x2x2*3', '--zone', 'us-east5-a', '--queue',
+                      '--reserved'),
+    'gke': ('--topology', 'v6e:4x4*2', '--image', 'r/t5lab', '--build', '--spot',
             '--service-account', 'trainer', '--namespace', 'ml'),
     'slurm': ('--nodes', '4', '--gpus-per-node', '8', '--time', '24:00:00', '--partition', 'a100'),
     'local': ('--processes', '2', '--devices-per-process', '4'),
@@ -132,12 +132,12 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(checkout, capsys, 
     (('--platform', 'local', '--workdir', 'gs://b1b/x'), 'a folder of this machine'),
     (('--platform', 'local', '--workdir', '/x', '--env', 'HOME=/x'), 'LIBTPU_INIT_ARGS'),
     (('--platform', 'local', '--workdir', '/x', '--name', 'Big_One'), 'small letter'),
-    (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5e:4x4', '--zone', 'z',
-      '--slices', '2'), 'with --queue'),
+    (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5e:4x4*2', '--zone', 'z'),
+     '2 slices come only as one queued resource: add --queue'),
     (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5:4x4', '--zone', 'z'),
-     "Did you mean 'v5p' or 'v5e'"),
+     "no chip 'v5'. Did you mean 'v5p' or 'v5e'"),
     (('--platform', 'tpu-vm', '--workdir', 'gs://b1b/x', '--topology', 'v5p:4x4', '--zone', 'z'),
-     '3 dimensions, as v5p:2x2x2'),
+     'have 3 sizes, as v5p:2x2x2'),
 ])
 def test_usage_errors_are_one_line(checkout, capsys, argv, says):
   assert cli.main(['launch', '--config', CONFIG, '--dry-run', *argv]) == 2
@@ -152,11 +152,12 @@ def test_usage_errors_are_one_line(checkout, capsys, argv, says):
     ('v5p:2x2x2', 'v5p-16', 8, 2, 4)])
 def test_topologies(text, accelerator, chips, nodes, a_node):
   found = topologies.parse(text)
-  assert (found.accelerator, found.chips, found.nodes, found.chips_a_node) == (
+  assert (found.accelerator, found.slice_chips, found.nodes, found.chips_a_node) == (
       accelerator, chips, nodes, a_node)
 
 
-@pytest.mark.parametrize('text', ['v5e', 'v5e:3x1', 'v5e:4', 'v5e:0x4', 'v4:1x3x3', ''])
+@pytest.mark.parametrize('text', ['v5e', 'v5e:3x1', 'v5e:4', 'v5e:0x4', 'v4:1x3x3', '',
+                                  'v5e:4x4*0', 'v5e:4x32'])
 def test_topologies_that_are_none(text):
   with pytest.raises(UsageError):
     topologies.parse(text)
