@@ -5,8 +5,9 @@ Compiles the real train step (with --decode the decode step) for v4, v5e, v5p or
 compiler of libtpu, on a machine without an accelerator: pip install 't5lab[tpu]'. Without libtpu an
 analytic estimate, labelled as such. Several slices: --topology v5e:16x16*2.
 
---search tries meshes, rules, remat policies and microbatches with the formula, compiles the best
-and prints lines for the config. Results are kept in ~/.cache/t5lab/plan.
+--search tries meshes, rules, remat policies and microbatches with the formula, compiles what the
+config has and the most promising others, one after the other, each correcting the formula for the
+next, and prints lines for the config. Results are kept in ~/.cache/t5lab/plan.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--decode', action='store_true',
                       help='the decode step: eval.batch_size rows, eval.max_length tokens')
   parser.add_argument('--search', action='store_true', help='look for a better mesh')
-  parser.add_argument('--finalists', type=int, default=3, metavar='N',
-                      help='of --search: how many the compiler sees (default 3)')
+  parser.add_argument('--finalists', type=int, default=6, metavar='N',
+                      help='of --search: how many the compiler sees (default 6)')
   parser.add_argument('--json', action='store_true', help='one JSON object and nothing else')
   parser.add_argument('--prices', metavar='FILE', help='instead of t5lab/planning/prices.json')
   parser.add_argument('--no-cache', action='store_true', help='compile again')

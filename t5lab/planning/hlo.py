@@ -111,11 +111,12 @@ class Computation:
         found.setdefault(name, []).append(op)
     return found
 
-  def source(self, name: str) -> Op | None:
-    """The operation that makes a value, through copies and through tuples taken apart again."""
+  def source(self, name: str, through=('copy', 'bitcast', 'convert', 'copy-done', 'copy-start'),
+             ) -> Op | None:
+    """The operation that makes a value, through these and through tuples taken apart again."""
     op = self.by_name.get(name)
     while op is not None:
-      if op.kind in ('copy', 'bitcast', 'convert', 'copy-done', 'copy-start'):
+      if op.kind in through:
         op = self.by_name.get(op.operands[0])
       elif op.kind == 'get-tuple-element':
         inner = self.source(op.operands[0])
@@ -370,53 +371,66 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
   if op.kind in ('copy-start', 'slice-start'):     # (result, source, …), ((source), result, …)
     ends = op.shapes[:2]
     return min(s.bytes for s in ends) * sum(s.space == 0 for s in ends)
-  inner = module.called(op)[0] if op.kind == 'fusion' and module.called(op) else None
+  inner = _inside(module, op)
   total = 0.
   for i, name in enumerate(op.operands):
     made = computation.by_name.get(name)
-    if made is None:
-      continue
-    whole = made.hbm_bytes
-    total += min(whole, _touched(inner, i, whole)) if inner is not None else whole
-  return total + _written(op, inner, computation)
-
-
-def _touched(inner: Computation, number: int, whole: float) -> float:
-  """Bytes of a fusion's parameter that it reads."""
-  parameter = inner.parameters.get(number)
-  if parameter is None:
-    return whole
-  total = 0.
-  for user in inner.users.get(parameter.name, []):
-    if user.kind in ('dynamic-slice', 'slice', 'gather'):
-      total += user.bytes
-    elif user.kind == 'dynamic-update-slice' and user.operands[0] == parameter.name:
-      continue                                      # in place: only the update is written
-    else:
-      return whole
-  return total
-
-
-def _written(op: Op, inner: Computation | None, computation: Computation) -> float:
+    if made is not None:
+      total += _read(module, inner, i, made.hbm_bytes)
   if op.kind == 'dynamic-update-slice':
     update = computation.by_name.get(op.operands[1])
-    return update.bytes if update is not None and op.hbm_bytes else 0.
+    return total + (update.bytes if update is not None and op.hbm_bytes else 0.)
   if inner is None or not op.hbm_bytes:
-    return op.hbm_bytes
-  roots = [inner.root]
+    return total + op.hbm_bytes
+  roots = [inner.root.name]
   if inner.root.kind == 'tuple':
-    roots = [inner.source(name) for name in inner.root.operands]
+    roots = list(inner.root.operands)
   if len(roots) != len(op.shapes):
-    return op.hbm_bytes
-  total = 0.
-  for root, shape in zip(roots, op.shapes):
-    if shape.space:
-      continue
-    while root is not None and root.kind == 'bitcast':
-      root = inner.by_name.get(root.operands[0])
-    if root is not None and root.kind == 'dynamic-update-slice':
-      update = inner.by_name.get(root.operands[1])
-      total += update.bytes if update is not None else shape.bytes
-    else:
-      total += shape.bytes
-  return total
+    return total + op.hbm_bytes
+  return total + sum(_written(module, inner, root, shape.bytes)
+                     for root, shape in zip(roots, op.shapes) if not shape.space)
+
+
+def _inside(module: Module, op: Op) -> Computation | None:
+  return next(iter(module.called(op)), None) if op.kind == 'fusion' else None
+
+
+def _read(module: Module, inner: Computation | None, number: int, whole: float) -> float:
+  """Bytes of its operand `number`, of `whole` bytes, that a fusion with this inside reads."""
+  if inner is None or number not in inner.parameters:
+    return whole
+
+  def by_users(name) -> float:
+    total = 0.
+    for user in inner.users.get(name, []):
+      if user.kind in ('dynamic-slice', 'slice', 'gather'):
+        total += user.bytes
+      elif user.kind == 'dynamic-update-slice' and user.operands[0] == name:
+        continue                                    # in place: only the update is written
+      elif user.kind == 'tuple' and user.root:
+        continue                                    # handed on as it is
+      elif user.kind == 'bitcast':
+        total += by_users(user.name)
+      elif (nested := _inside(module, user)) is not None:
+        total += sum(_read(module, nested, i, whole)
+                     for i, operand in enumerate(user.operands) if operand == name)
+      else:
+        return whole
+    return total
+  return min(whole, by_users(inner.parameters[number].name))
+
+
+def _written(module: Module, inner: Computation, name: str, whole: float) -> float:
+  """Bytes that a fusion writes of its result `name`, of `whole` bytes."""
+  made = inner.source(name, through=('bitcast',))
+  if made is None:
+    return whole
+  if made.kind == 'parameter':
+    return 0.                                       # handed on as it is
+  if made.kind == 'dynamic-update-slice':
+    update = inner.by_name.get(made.operands[1])
+    return update.bytes if update is not None else whole
+  nested = _inside(module, made)
+  if nested is None or nested.root.kind == 'tuple':
+    return whole
+  return _written(module, nested, nested.root.name, whole)

@@ -174,9 +174,11 @@ def show_search(found: dict, console: Console | None = None) -> None:
       numbers = (f'{plan["step_seconds"] * 1e3:.1f}' + '!' * (not plan['fits']),
                  f'{plan["mfu"]:.1%}', f'{plan["hbm"]["total"] / GIB:.2f}',
                  f'{plan["collective_bytes"] / GIB:.2f}')
-    table.add_row(str(i), mesh, row['rules'], row['remat'], str(row['microbatches']), *numbers,
-                  f'{row["formula_seconds"] * 1e3:.1f}')
+    table.add_row(f'{i}{"*" * row["own"]}', mesh, row['rules'], row['remat'],
+                  str(row['microbatches']), *numbers, f'{row["formula_seconds"] * 1e3:.1f}')
   out.print(table)
+  if any(row['own'] for row in found['finalists']):
+    out.print(' * what the config has now')
   if not found['best']:
     out.print('[bold red]None of them fits[/]: more chips, a smaller batch, or more microbatches')
     return

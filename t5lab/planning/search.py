@@ -1,10 +1,12 @@
 """`t5lab plan --search`: meshes x rules x remat x microbatches, by formula first, then compiled.
 
-The formula sorts out what does not fit or cannot be fast; the compiler decides between the best.
+The formula sorts out what does not fit; the compiler decides between those that may be fast, and
+what it says of one corrects the formula for the next.
 """
 
 from collections.abc import Callable
 import itertools
+import math
 import time
 
 from t5lab import config as configs
@@ -56,11 +58,12 @@ def variant(c, rules: str, mesh: dict[str, int], remat: str, micro: int):
   return v
 
 
-def search(c, topology, prices: dict, finalists: int = 3, say: Callable = lambda text: None,
+def search(c, topology, prices: dict, finalists: int = 6, say: Callable = lambda text: None,
            use_cache: bool = True) -> dict:
   """Tries, compiles the best, and returns {'tried', 'fitting', 'finalists', 'best', …}.
 
-  finalists: rows with mesh, rules, remat, microbatches, formula_seconds and the plan, best first.
+  finalists: rows with mesh, rules, remat, microbatches, formula_seconds, own (what c has now) and
+  the plan, best first.
   best: the first that fits, with `lines` for the config and `overrides` for the command line.
   """
   tried, found = 0, []
@@ -86,20 +89,23 @@ def search(c, topology, prices: dict, finalists: int = 3, say: Callable = lambda
       say(f'{number} of {len(options)} meshes, {len(found)} combinations fit, '
           f'{spent / number * (len(options) - number):.0f} s to go')
   found.sort(key=lambda row: (row[0], row[4]))
-  chosen = _different(found, finalists)
   say(f'{tried} combinations, {len(found)} fit by the formula; '
-      + (f'compiling the best {len(chosen)}' if topologies.has_compiler() else 'no compiler here'))
-  rows = []
-  for i, (seconds, rules, mesh, remat, micro, v) in enumerate(chosen, 1):
-    begun = time.monotonic()
+      + (f'compiling {min(finalists, len(found))}' if topologies.has_compiler()
+         else 'no compiler here'))
+  rows, measured = [], []
+  own = _own(found, c, topology)
+  begun = time.monotonic()
+  for i in range(1, min(finalists, len(found)) + 1):
+    seconds, rules, mesh, remat, micro, v = chosen = (
+        own if own and not measured else _next(found, measured))
     plan, _ = estimate.plan(estimate.set_up(v, topology), prices, use_cache)
-    took = time.monotonic() - begun
-    left = f', about {took * (len(chosen) - i):.0f} s to go' if i < len(chosen) else ''
-    say(f'{i} of {len(chosen)}: {rules} {_shown(mesh)} remat {remat} x{micro}: '
+    measured.append((chosen, plan.get('step_seconds')))
+    left = (time.monotonic() - begun) / i * (min(finalists, len(found)) - i)
+    say(f'{i} of {min(finalists, len(found))}: {rules} {_shown(mesh)} remat {remat} x{micro}: '
         + (f'{plan["step_seconds"] * 1e3:.1f} ms, MFU {plan["mfu"]:.1%}' if 'mfu' in plan
-           else 'does not fit') + f' ({took:.0f} s{left})')
+           else 'does not fit') + (f', about {left:.0f} s to go' if left else ''))
     rows.append(dict(mesh=mesh, rules=rules, remat=remat, microbatches=micro,
-                     formula_seconds=seconds, plan=plan))
+                     formula_seconds=seconds, own=chosen is own, plan=plan))
   rows = ranked(rows)
   best = next((row for row in rows if row['plan']['fits']), None)
   return dict(family=c.family, topology=topology.name, tried=tried, fitting=len(found),
@@ -108,22 +114,54 @@ def search(c, topology, prices: dict, finalists: int = 3, say: Callable = lambda
                   'mesh', 'rules', 'remat', 'microbatches')}, **_paste(best, c)})
 
 
+def _own(found, c, topology):
+  """The combination that the config has now; None if it is not among them."""
+  try:
+    shape = estimate.set_up(c, topology).mesh.shape
+  except UsageError:
+    return None
+  mine = (c.rules, c.model.remat, c.optim.microbatches)
+  return next((row for row in found if (row[1], row[3], row[4]) == mine and all(
+      row[2].get(axis, 1) == n for axis, n in shape.items())), None)
+
+
+NEW = 0.05                     # of its time: how much faster an untried part may turn out
+
+
+def _parts(row) -> tuple:
+  """What a combination is made of: mesh and rules, remat, microbatches."""
+  _, rules, mesh, remat, micro, _ = row
+  return (rules, *mesh.items()), remat, micro
+
+
+def _next(found, measured):
+  """The combination that the compiler sees next: the one that may be the fastest.
+
+  found: combinations by the formula's seconds; measured: [(combination, the compiler's seconds or
+  None where it does not fit)]. The formula is off by more than its best combinations differ, but
+  off alike where they share a part: each part's time is corrected by what the compiler said of the
+  combinations that have it, and a part that none has yet gets the benefit of the doubt.
+  """
+  seen = [(_parts(row), math.log((seconds or 2 * row[0]) / row[0])) for row, seconds in measured]
+  mean = lambda values: sum(values) / len(values)
+  tried = {parts for parts, _ in seen}
+
+  def hoped(row):
+    total = math.log(row[0])
+    if seen:
+      overall = mean([error for _, error in seen])
+      total += overall
+      for i, part in enumerate(_parts(row)):
+        mine = [error for parts, error in seen if parts[i] == part]
+        total += mean(mine) - overall if mine else -NEW
+    return total
+  return min((row for row in found if _parts(row) not in tried), key=hoped)
+
+
 def ranked(rows: list[dict]) -> list[dict]:
   """What fits first, then the fastest."""
   return sorted(rows, key=lambda row: (
       not row['plan']['fits'], row['plan'].get('step_seconds', float('inf'))))
-
-
-def _different(found, count):
-  """The best `count`, at most two of the same mesh and rules, so that one good mesh with many remat
-  policies does not fill the list."""
-  chosen, seen = [], {}
-  for row in found:
-    key = (row[1], tuple(row[2].items()))
-    if seen.get(key, 0) < 2 and len(chosen) < count:
-      seen[key] = seen.get(key, 0) + 1
-      chosen.append(row)
-  return chosen
 
 
 def _paste(row, c) -> dict:

@@ -142,6 +142,33 @@ def test_of_a_sliced_buffer_only_the_slice_counts():
   assert whole == 128 * 4 + 4 + 128 * 4          # the update read, the index, the update written
 
 
+NESTED = SLICED[:SLICED.index('ENTRY')] + """%outer (q0: f32[8,128], q1: s32[], q2: f32[8,128]) -> (f32[8,128], f32[1,128], f32[8,128]) {
+  %q0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q1 = s32[]{:T(128)} parameter(1)
+  %q2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %cast = f32[8,128]{1,0:T(8,128)} bitcast(%q0)
+  %line = f32[1,128]{1,0:T(8,128)} fusion(%cast, %q1), kind=kLoop, calls=%inner
+  %twice = f32[1,128]{1,0:T(8,128)} add(%line, %line)
+  %new = f32[8,128]{1,0:T(8,128)} fusion(%q0, %twice, %q1), kind=kLoop, calls=%update
+  ROOT %out = (f32[8,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%new, %twice, %q2)
+}
+
+ENTRY %main (a: f32[8,128], i: s32[], b: f32[8,128]) -> (f32[8,128], f32[1,128], f32[8,128]) {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %b = f32[8,128]{1,0:T(8,128)} parameter(2)
+  ROOT %all = (f32[8,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) fusion(%a, %i, %b), kind=kLoop, calls=%outer
+}
+"""                                                                    # noqa: E501
+
+
+def test_slices_and_updates_in_fusions_of_a_fusion_count_alone():
+  """As in the TPU's fusions with a collective: what only passes through moves nothing."""
+  m = hlo.parse(NESTED)
+  # read: the slice, the index; written: the row of the update, the row itself
+  assert hlo.hbm_bytes(m, m.entry.root, m.entry) == 128 * 4 + 4 + 2 * 128 * 4
+
+
 def loop(condition, start='0'):
   return f"""HloModule m
 

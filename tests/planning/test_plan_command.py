@@ -213,6 +213,23 @@ def test_what_fits_comes_first_then_what_is_fast():
   assert [plans.index(row['plan']) for row in ranked] == [3, 1, 2, 0]
 
 
+def combination(seconds, mesh=(('data', 2),), remat='none', micro=1):
+  return seconds, 'dp', dict(mesh), remat, micro, None
+
+
+def test_the_next_is_what_may_be_fastest_after_what_the_compiler_said():
+  a, b = combination(1.), combination(1.04, remat='full')
+  c, d = combination(1.02, micro=2), combination(1.05, remat='full', micro=2)
+  e, f = combination(1.03, remat='full', micro=4), combination(1., micro=4)
+  assert search._next([a, c, b, d], []) is a                       # the formula's best
+  # slower than hoped: what is new in most parts gets the benefit of the doubt, not the runner-up
+  assert search._next([a, c, b, d], [(a, 1.2)]) is d
+  # remat full was less slow than none: another combination with it, though the formula's second
+  assert search._next([a, d, f, e], [(a, 1.2), (d, 1.15)]) is e
+  assert search._next([a, d, f, e], [(a, 1.15), (d, 1.3)]) is f
+  assert search._next([a, b], [(a, None)]) is b                    # a does not fit
+
+
 def test_the_search_ends_in_lines_that_can_be_pasted():
   path = str(ROOT / 'configs/t5_1_1_base_c4.py')
   done = t5lab('plan', '--config', path, '--search', '--json', '--finalists', '2',
@@ -220,6 +237,9 @@ def test_the_search_ends_in_lines_that_can_be_pasted():
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
   assert found['fitting'] > 0 and len(found['finalists']) == 2
+  [own] = [row for row in found['finalists'] if row['own']]        # compared with what it has
+  assert (own['rules'], own['remat'], own['microbatches']) == ('fsdp', 'full', 4)
+  assert own['mesh'] == {'dcn_data': 1, 'data': 1, 'fsdp': 4}
   first = found['finalists'][0]
   overrides = dict(o.removeprefix('--config.').split('=') for o in found['best']['overrides'])
   c = config.load(path, overrides)                    # they are read back
