@@ -49,8 +49,9 @@ def both(program):
 
   alone = sharding.replicated(program.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, program.abstract)
-  return {'without': jax.jit(plain, donate_argnums=(0, 3), out_shardings=(shardings, alone, alone)),
-          'with': program.step}
+  without = jax.jit(plain, donate_argnums=(0, 3), out_shardings=(shardings, alone, alone),
+                    compiler_options=programs.compiler_options(program.mesh))
+  return {'without': without, 'with': program.step}
 
 
 def compiled(program, step):

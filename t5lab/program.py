@@ -113,8 +113,7 @@ def build(c, devices=None) -> Program:
     state, guard, metrics = guarded(state, batch, base, guard)
     return state, guard, {**metrics, 'batch': digest.of_batch(batch)}
 
-  options = TPU_OPTIONS if mesh.devices.flat[0].platform == 'tpu' else None
-  step = jax.jit(train_step, donate_argnums=(0, 3), compiler_options=options,
+  step = jax.jit(train_step, donate_argnums=(0, 3), compiler_options=compiler_options(mesh),
                  out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), alone, alone))
   batch = {k: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
                                    sharding=sharding.batch_sharding(mesh, len(x.shape)))
@@ -123,6 +122,11 @@ def build(c, devices=None) -> Program:
   guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone),
                        guards.new())
   return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, judged_by, step)
+
+
+def compiler_options(mesh) -> dict | None:
+  """Of a training step on these devices, for jax.jit."""
+  return TPU_OPTIONS if mesh.devices.flat[0].platform == 'tpu' else None
 
 
 def _step_options(c) -> dict:
