@@ -179,7 +179,7 @@ def _played(s, r: timeline.Result, compiled, network) -> dict:
   floor = sum(size for _, (_, size) in unpriced) / chip.hbm_bandwidth
   limits = {
       'matrix unit': r.flops / chip.peak,
-      'HBM bandwidth': (r.hbm_bytes + 0.) / chip.hbm_bandwidth,
+      'HBM bandwidth': r.hbm_bytes / chip.hbm_bandwidth,
       'ICI': sum(t.exposed for t in rows if not t.between_slices),
       'DCN': sum(t.exposed for t in rows if t.between_slices),
       'vector unit and overheads': r.cycles / chip.clock - max(
