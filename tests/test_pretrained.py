@@ -135,6 +135,7 @@ def test_minilm_finds_what_is_alike(converted):
   assert max(x[0] @ x[2], x[1] @ x[2]) < 0.2
 
 
+@pytest.mark.slow
 def test_minilm_learns_to_match(converted, tmp_path):
   got = losses('minilm_match.py', converted('minilm'), tmp_path, **{
       'total_steps': 8, 'data.batch_size': 8, 'eval.examples': 64})    # 32 tokens cut the summaries
@@ -158,6 +159,7 @@ def test_g2p_spells_most_words_of_the_dictionary(converted):
   assert (lab.score(words[:8], said) >= lab.score(words[:8], said[1:] + said[:1])).all()
 
 
+@pytest.mark.slow
 def test_g2p_learns_on(converted, tmp_path):
   got = losses('g2p_en_us.py', converted('g2p'), tmp_path, **{
       'total_steps': 20, 'eval.examples': 256, 'eval.every': 1})
