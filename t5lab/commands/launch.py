@@ -22,6 +22,9 @@ another, 124, a signal as 128 + N, 75, 0.
 namespace. The path of a folder that all hosts share (NFS, Filestore, Lustre) is passed as it is.
 The processes meet at port 8476 of the first. No variable of your environment reaches a host but
 what --env sets. Arguments after -- go to the command.
+
+What would end the job on every host is told before a machine is paid for: a mistake in the config,
+a vocabulary or a file that the checkout lacks, TFDS data without --env TFDS_DATA_DIR=gs://….
 """
 
 import argparse
@@ -29,7 +32,9 @@ import os
 from pathlib import Path
 import sys
 
+from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
+from t5lab.data import task_names, vocab
 from t5lab.errors import UsageError
 from t5lab.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
 from t5lab.launching.job import PORT, Job
@@ -71,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
       plan = gke.plan(job, machine, image=args.image, build=args.build,
                       service_account=args.service_account, namespace=args.namespace,
                       capacity=capacity)
+  if not args.attach:
+    _check_config(args.config, overrides, job, root if plan.bundle else None)
   if args.dry_run:
     archive = ''
     if plan.bundle:
@@ -84,6 +91,28 @@ def main(argv: list[str] | None = None) -> int:
   if plan.follow:
     print(f't5lab: {executor.code_says(code)}', file=sys.stderr)
   return code
+
+
+def _check_config(file, overrides, job, root) -> None:
+  """UsageError for what would end the job on its hosts, before they are paid for: a mistake in the
+  config, and data that they would not have. root: of the checkout that is all that they get, or
+  None."""
+  c = configs.load(file, overrides)
+  configs.check_names(c)
+  if root is None:
+    return
+  local = lambda text: [part.strip() for part in text.split(',') if part.strip()]
+  paths = {f'data.files.{split}': [p for p in local(text) if '://' not in p]     # read by fsspec
+           for split, text in c.data.files.items() if isinstance(text, str)}
+  if c.data.vocab.endswith(vocab.KINDS):
+    paths['data.vocab'] = [c.data.vocab]
+  paths |= {'init.path': local(c.init.path), 'data.cache': local(c.data.cache)}
+  bundle.check_sent(root, job, paths)
+  named = {name for name in local(f'{c.data.mixture},{c.eval.mixture}')
+           if name in task_names.NAMES and not name.startswith(task_names.EMBEDDED)}
+  if named and not c.data.cache and 'TFDS_DATA_DIR' not in job.environment:
+    raise UsageError(f'data.mixture={sorted(named)[0]}: new hosts have no TFDS data; say where it '
+                     'is with --env TFDS_DATA_DIR=gs://BUCKET/FOLDER')
 
 
 def _local(args, overrides, passed) -> int:
@@ -146,7 +175,8 @@ def _parser() -> Parser:
                                  'a second launch of a workdir collides')
   add('--restarts', type=int, help='how often it may start again (default: 100, local 0)')
   add('--env', action='append', default=[], metavar='KEY=VALUE',
-      help='for the processes: T5LAB_…, JAX_…, XLA_…, NCCL_…, LIBTPU_INIT_ARGS')
+      help='for the processes: T5LAB_…, JAX_…, XLA_…, NCCL_…, LIBTPU_INIT_ARGS, '
+           'TFDS_DATA_DIR')
   add('--dry-run', action='store_true', help='print all of it, do nothing')
 
   tpu = parser.add_argument_group('tpu-vm and gke').add_argument

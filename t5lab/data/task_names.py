@@ -6,6 +6,9 @@ OBJECTIVES = ('span_corruption', 'iid_denoising', 'prefix_lm', 'lm', 'document_l
 # of evaluation/metrics.py, for files of one's own
 METRICS = ('bleu', 'chrf', 'squad', 'trivia_qa', 'rouge', 'exact_match')
 
+# The first parts of the names of tasks whose data the package carries.
+EMBEDDED = ('books_', 'docs_', 'embedded_', 'g2p_', 'ha_', 'numpydoc_')
+
 NAMES = tuple("""
   books_bert books_document_lm books_fill_in_the_middle books_gap_sentences books_iid_denoising
   books_lm books_mlm books_prefix_lm books_span_corruption books_ul2 c4_v220_full_lm

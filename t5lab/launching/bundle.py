@@ -9,6 +9,7 @@ import shlex
 import subprocess
 
 from t5lab.errors import UsageError
+from t5lab.launching.job import MOUNT, Job
 
 
 def root_of(config: str) -> Path:
@@ -43,6 +44,22 @@ def check_clean(root: Path, dirty: bool) -> None:
     raise UsageError(f'{root} has changes that are not committed ({", ".join(names[:5])}'
                      f'{", …" * (len(names) > 5)}): commit them, so that the run can be repeated, '
                      'or --allow-dirty sends them as they are')
+
+
+def check_sent(root: Path, job: Job, paths: dict[str, list[str]]) -> None:
+  """UsageError for a path that no host would have, before the hosts are paid for.
+
+  paths: knob -> paths or globs that the job reads. What is relative, the checkout has to hold.
+  """
+  where = f'{MOUNT}/{job.bucket}/…, in the bucket of the workdir' if job.on_bucket else (
+      'a folder that all hosts share')
+  for knob, path in ((knob, path) for knob, some in paths.items() for path in some):
+    if os.path.isabs(path):
+      if job.on_bucket and not path.startswith(f'{MOUNT}/{job.bucket}/'):
+        raise UsageError(f'{knob}={path}: no host has it; they have the checkout and {where}')
+    elif not _git(root, 'ls-files', '--', path):
+      raise UsageError(f'{knob}={path}: git does not track it in {root}, so no host would have it: '
+                       f'git add it, or put it into {where}')
 
 
 def shell(root: Path, dirty: bool, to: str) -> str:

@@ -20,7 +20,8 @@ AGAIN = (75, 124)
 FINAL = (2, 3, 4, 70)          # usage, data, checkpoint, numerical: the same again ends the same
 
 # The environment of a job is what we set, of these names alone. What XLA and JAX read is no secret.
-ENVIRONMENT = re.compile(r'(T5LAB_|JAX_|XLA_|NCCL_|LIBTPU_INIT_ARGS$|TF_CPP_MIN_LOG_LEVEL$)\w*')
+ENVIRONMENT = re.compile(r'(T5LAB_|JAX_|XLA_|NCCL_|LIBTPU_INIT_ARGS$|TFDS_DATA_DIR$|'
+                         r'TF_CPP_MIN_LOG_LEVEL$)\w*')
 
 SECRETS = (
     re.compile(r'://[^/\s@]+:[^/\s@]+@'),                           # user:password@ in a URL
@@ -56,8 +57,9 @@ class Job:
       refuse_secret(what, text)
     for key in self.environment:
       if not ENVIRONMENT.fullmatch(key):
-        raise UsageError(f'--env {key}: a job gets only T5LAB_…, JAX_…, XLA_…, NCCL_… and '
-                         'LIBTPU_INIT_ARGS, for its environment is printed and stored')
+        raise UsageError(f'--env {key}: a job gets only T5LAB_…, JAX_…, XLA_…, NCCL_…, '
+                         'LIBTPU_INIT_ARGS and TFDS_DATA_DIR, for its environment is printed and '
+                         'stored')
     if self.restarts < 0:
       raise UsageError(f'--restarts={self.restarts}: 0 or more')
     if not self.name:

@@ -377,6 +377,14 @@ def test_every_name_is_known_without_tensorflow():
   assert set(file_tasks.METRICS) == set(task_names.METRICS)
 
 
+def test_which_names_need_data_that_the_package_lacks():
+  for name in task_names.NAMES:
+    found = seqio.get_mixture_or_task(name)
+    parts = found.tasks if isinstance(found, seqio.Mixture) else [found]
+    carried = all(type(part.source) is seqio.FunctionDataSource for part in parts)
+    assert carried == name.startswith(task_names.EMBEDDED), name
+
+
 def test_unknown_names():
   with pytest.raises(UsageError, match="no task or mixture 'ha_endee'. Did you mean 'ha_ende'"):
     tasks.open_components('ha_endee', 'train', LONG)

@@ -296,7 +296,9 @@ def test_the_sbatch_script_requeues_what_may_go_on(act, tmp_path, end, restarts,
 
 def test_only_what_git_tracks_is_sent(act, tmp_path, monkeypatch, capfd):
   root = tmp_path / 'checkout'
-  for name, text in {'t5lab/__init__.py': '', 'configs/x.py': '', '.gitignore': '*.env\n'}.items():
+  config = (Path(__file__).parent.parent.parent / 'configs/quickstart.py').read_text()
+  for name, text in {'t5lab/__init__.py': '', 'configs/x.py': config,
+                     '.gitignore': '*.env\n'}.items():
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(text)
   git = lambda *argv: subprocess.run(

@@ -6,6 +6,7 @@ from pathlib import Path
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import urllib.parse
 
@@ -18,6 +19,7 @@ from t5lab.launching import gke, topologies
 from t5lab.launching.job import PORT, Job, again, name_of, worst
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 CONFIG = 'configs/quickstart.py'
 LAUNCHES = {
     'tpu-vm': ('--topology', 'v5e:4x4', '--zone', 'us-west4-a', '--project', 'p'),
@@ -40,7 +42,7 @@ def checkout(tmp_path, monkeypatch):
   (root / 't5lab').mkdir(parents=True)
   (root / 'configs').mkdir()
   (root / 't5lab/__init__.py').write_text('')
-  (root / CONFIG).write_text('')
+  shutil.copy(ROOT / CONFIG, root / CONFIG)
   (root / '.gitignore').write_text('*.env\n')
   git(root, 'init', '-q')
   git(root, 'add', '.')
@@ -143,6 +145,51 @@ def test_usage_errors_are_one_line(checkout, capsys, argv, says):
   assert cli.main(['launch', '--config', CONFIG, '--dry-run', *argv]) == 2
   said = capsys.readouterr()
   assert says in said.err and said.err.count('\n') == 1 and not said.out
+
+
+TFDS = ('--env', 'TFDS_DATA_DIR=gs://bucket/tfds')
+FILES = ('--config.data.files.validation=gs://b/dev.jsonl', '--config.checkpoint.best=')
+
+
+@pytest.mark.parametrize('launch, argv, says', [
+    ('tpu-vm', ('--config.optim.lrr=1',), "unknown config key 'optim.lrr'. Did you mean"),
+    ('slurm', ('--config.data.mixture=ha_ened',), "no task or mixture 'ha_ened'. Did you mean"),
+    ('tpu-vm', ('--config.data.vocab=x/spiece.model',),
+     'data.vocab=x/spiece.model: git does not track it in'),
+    ('tpu-vm', ('--config.data.vocab=keys.env/spiece.model',), 'git add it, or put it into '
+     '/mnt/t5lab/bucket/…, in the bucket of the workdir'),
+    ('tpu-vm', ('--config.data.vocab=/home/me/spiece.model',), 'no host has it'),
+    ('tpu-vm', ('--config.data.vocab=/mnt/t5lab/other/spiece.model',), 'no host has it'),
+    ('gke', (*FILES, '--config.data.files.train=gs://b/t.jsonl, t.jsonl'),
+     'data.files.train=t.jsonl: git'),
+    ('tpu-vm', ('--config.data.cache=tokens',), 'data.cache=tokens: git'),
+    ('tpu-vm', ('--config.init.path=runs/a',), 'init.path=runs/a: git'),
+    ('tpu-vm', ('--config.data.mixture=c4_v220_lm',), "Did you mean 'c4_v220_full_lm'"),
+    ('tpu-vm', ('--config.data.mixture=ha_ende,xsum',), 'data.mixture=xsum: new hosts have no TFDS '
+     'data; say where it is with --env TFDS_DATA_DIR='),
+])
+def test_what_would_end_every_run_ends_here(checkout, capsys, monkeypatch, launch, argv, says):
+  monkeypatch.delitem(sys.modules, 'seqio', raising=False)    # who has it may have made such a task
+  platform = launch.split()[0]
+  code = cli.main(['launch', '--platform', platform, '--config', CONFIG, '--workdir',
+                   workdir_of(platform), *LAUNCHES[launch], '--dry-run', *argv])
+  said = capsys.readouterr()
+  assert code == 2 and says in said.err and said.err.count('\n') == 1 and not said.out
+
+
+@pytest.mark.parametrize('launch, argv', [
+    ('tpu-vm', ('--config.data.vocab=/mnt/t5lab/bucket/spiece.model',)),
+    ('tpu-vm', ('--config.data.vocab=here/spiece.model',)),
+    ('gke', ('--config.data.files.train=gs://b/t-*.jsonl,here/*.jsonl', *FILES)),
+    ('tpu-vm', ('--config.data.mixture=ha_ende,xsum', *TFDS)),
+    ('slurm', ('--config.data.mixture=xsum', '--config.data.vocab=/home/me/spiece.model')),
+])
+def test_what_the_hosts_have_passes(checkout, capsys, launch, argv):
+  for name in ('spiece.model', 't.jsonl'):
+    (checkout / 'here').mkdir(exist_ok=True)
+    (checkout / 'here' / name).write_text('')
+  git(checkout, 'add', '.')
+  assert argv[0].partition('=')[2].split(',')[0] in dry_run(capsys, launch, *argv)
 
 
 @pytest.mark.parametrize('text, accelerator, chips, nodes, a_node', [
