@@ -101,14 +101,15 @@ def _check_config(file, overrides, job, root) -> None:
   configs.check_names(c)
   if root is None:
     return
-  local = lambda text: [part.strip() for part in text.split(',') if part.strip()]
-  paths = {f'data.files.{split}': [p for p in local(text) if '://' not in p]     # read by fsspec
-           for split, text in c.data.files.items() if isinstance(text, str)}
+  parts = lambda value: [part.strip() for part in (     # as rows.expand reads them
+      value.split(',') if isinstance(value, str) else value) if part.strip()]
+  paths = {f'data.files.{split}': [path for path in parts(value) if '://' not in path]
+           for split, value in c.data.files.items()}     # of a URL fsspec takes care
   if c.data.vocab.endswith(vocab.KINDS):
     paths['data.vocab'] = [c.data.vocab]
-  paths |= {'init.path': local(c.init.path), 'data.cache': local(c.data.cache)}
+  paths |= {'init.path': parts(c.init.path), 'data.cache': parts(c.data.cache)}
   bundle.check_sent(root, job, paths)
-  named = {name for name in local(f'{c.data.mixture},{c.eval.mixture}')
+  named = {name for name in parts(f'{c.data.mixture},{c.eval.mixture}')
            if name in task_names.NAMES and not name.startswith(task_names.EMBEDDED)}
   if named and not c.data.cache and 'TFDS_DATA_DIR' not in job.environment:
     raise UsageError(f'data.mixture={sorted(named)[0]}: new hosts have no TFDS data; say where it '
