@@ -6,8 +6,10 @@ An error is one line; --debug shows the trace.
 """
 
 import importlib
+import importlib.util
 import logging
 import os
+from pathlib import Path
 import sys
 
 from t5lab.errors import Failure, Preempted, UsageError, did_you_mean
@@ -80,7 +82,24 @@ def _run(argv):
     return 0
   if argv[0] not in COMMANDS:
     raise UsageError(f'no command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}')
+  choose_platform()
   return importlib.import_module(f't5lab.commands.{argv[0]}').main(argv[1:]) or 0
+
+
+PCI, GOOGLE = Path('/sys/bus/pci/devices'), '0x1ae0'      # its devices, and a vendor's number
+
+
+def choose_platform() -> None:
+  """JAX_PLATFORMS=cpu where libtpu is installed and no TPU is: there for `t5lab plan`.
+
+  JAX would start libtpu all the same, which looks for a metadata server and complains at length.
+  Nothing is chosen where somebody has, or where another accelerator's plugin is installed.
+  """
+  found = importlib.util.find_spec
+  if 'JAX_PLATFORMS' in os.environ or not found('libtpu') or found('jax_plugins'):
+    return
+  if not any(vendor.read_text().strip() == GOOGLE for vendor in PCI.glob('*/vendor')):
+    os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_help_of_every_command(capsys):
     assert needs.get(name, '--workdir') in done.stdout
   code, out, _ = call('--version', capsys=capsys)
   assert code == 0 and out.count('.') == 2
+
+
+@pytest.mark.parametrize('packages, vendor, given, chosen', [
+    (('libtpu',), '0x8086', None, 'cpu'),                      # there for the planner
+    (('libtpu',), '0x1ae0', None, None),                       # a TPU machine
+    (('libtpu', 'jax_plugins'), '0x8086', None, None),         # a GPU's
+    (('libtpu',), '0x8086', 'tpu', 'tpu'), ((), '0x8086', None, None)])
+def test_libtpu_without_a_tpu_is_left_alone(monkeypatch, tmp_path, packages, vendor, given, chosen):
+  monkeypatch.setenv('JAX_PLATFORMS', given or '')
+  if given is None:
+    monkeypatch.delenv('JAX_PLATFORMS')
+  monkeypatch.setattr(cli.importlib.util, 'find_spec', lambda name: name in packages or None)
+  (tmp_path / '0000:00:04.0').mkdir()
+  (tmp_path / '0000:00:04.0/vendor').write_text(f'{vendor}\n')
+  monkeypatch.setattr(cli, 'PCI', tmp_path)
+  cli.choose_platform()
+  assert os.environ.get('JAX_PLATFORMS') == chosen
 
 
 @pytest.mark.parametrize('argv, code, message', [
