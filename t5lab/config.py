@@ -315,11 +315,21 @@ def check_trainable(c: ConfigDict) -> None:
                      'share in [0, 1], a temperature over 0, a limit of 0 or more')
 
 
+def mixtures(c: ConfigDict) -> set[str]:
+  """The names of the tasks and mixtures that c trains on and evaluates."""
+  return {*c.data.mixture.split(','), *filter(None, c.eval.mixture.split(','))}
+
+
+def embedded(name: str) -> bool:
+  """Whether the package carries the data of this task or mixture of ours."""
+  return name.startswith(task_names.EMBEDDED)
+
+
 def check_names(c: ConfigDict) -> None:
   """UsageError for a task or mixture that is none, told before TensorFlow is imported."""
   if c.data.modules or 'seqio' in sys.modules:   # tasks of the user's own may be among seqio's
     return
-  for name in {*c.data.mixture.split(','), *filter(None, c.eval.mixture.split(','))}:
+  for name in mixtures(c):
     if name != own_files.NAME and name not in task_names.NAMES:
       raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, task_names.NAMES)}')
 

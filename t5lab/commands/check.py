@@ -65,8 +65,9 @@ def of_plan(c, topology, say) -> list:
 
 
 def of_twin(c, topology, seconds, say) -> list:
+  from t5lab.parallel import sharding
   from t5lab.planning import gate, twin
-  made = twin.derive(c, twin.mesh_sizes(c, topology.chips))
+  made = twin.derive(c, sharding.mesh_sizes(c.mesh.to_dict(), topology.chips, topology.name))
   for note in made.notes:
     say(f'toy twin: {note}')
   return gate.twin_ran(twin.run(made, seconds, say))

@@ -34,7 +34,7 @@ import sys
 
 from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
-from t5lab.data import task_names, vocab
+from t5lab.data import rows, task_names, vocab
 from t5lab.errors import UsageError
 from t5lab.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
 from t5lab.launching.job import PORT, Job
@@ -101,16 +101,14 @@ def _check_config(file, overrides, job, root) -> None:
   configs.check_names(c)
   if root is None:
     return
-  parts = lambda value: [part.strip() for part in (     # as rows.expand reads them
-      value.split(',') if isinstance(value, str) else value) if part.strip()]
-  paths = {f'data.files.{split}': [path for path in parts(value) if '://' not in path]
-           for split, value in c.data.files.items()}     # of a URL fsspec takes care
-  if c.data.vocab.endswith(vocab.KINDS):
-    paths['data.vocab'] = [c.data.vocab]
-  paths |= {'init.path': parts(c.init.path), 'data.cache': parts(c.data.cache)}
+  paths = [(f'data.files.{split}', path) for split, patterns in c.data.files.items()
+           for path in rows.listed(patterns) if '://' not in path]      # of a URL fsspec takes care
+  paths += [(knob, path) for knob, path in (
+      ('data.vocab', c.data.vocab if c.data.vocab.endswith(vocab.KINDS) else ''),
+      ('init.path', c.init.path), ('data.cache', c.data.cache)) if path]
   bundle.check_sent(root, job, paths)
-  named = {name for name in parts(f'{c.data.mixture},{c.eval.mixture}')
-           if name in task_names.NAMES and not name.startswith(task_names.EMBEDDED)}
+  named = {name for name in configs.mixtures(c)
+           if name in task_names.NAMES and not configs.embedded(name)}
   if named and not c.data.cache and 'TFDS_DATA_DIR' not in job.environment:
     raise UsageError(f'data.mixture={sorted(named)[0]}: new hosts have no TFDS data; say where it '
                      'is with --env TFDS_DATA_DIR=gs://BUCKET/FOLDER')

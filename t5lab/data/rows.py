@@ -33,17 +33,22 @@ class Row:
   fields: dict[str, object]
 
 
+def listed(patterns: str | Sequence[str]) -> list[str]:
+  """Comma-separated text, or a list (whose elements may hold commas), as a list."""
+  if isinstance(patterns, str):
+    patterns = [pattern.strip() for pattern in patterns.split(',')]
+  return [pattern for pattern in patterns if pattern]
+
+
 def expand(patterns: str | Sequence[str]) -> list[str]:
   """The files that patterns name: in the order of the patterns, sorted within one, none twice.
 
-  patterns: comma-separated text, or a list (whose elements may hold commas). A pattern is a path,
-  local or such as gs://bucket/name, or a glob; a name that exists is not read as a glob. A folder
-  of `save_to_disk` stands for its .arrow files.
+  patterns: as `listed` takes them. A pattern is a path, local or such as gs://bucket/name, or a
+  glob; a name that exists is not read as a glob. A folder of `save_to_disk` stands for its .arrow
+  files.
   Raises DataError for a pattern that finds nothing, UsageError for any other folder.
   """
-  if isinstance(patterns, str):
-    patterns = [pattern.strip() for pattern in patterns.split(',')]
-  patterns = [os.path.expanduser(pattern) for pattern in patterns if pattern]
+  patterns = [os.path.expanduser(pattern) for pattern in listed(patterns)]
   if not patterns:
     raise UsageError('no file is named; give paths or globs, comma-separated, as data/*.jsonl')
   files = []

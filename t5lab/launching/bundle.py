@@ -46,14 +46,14 @@ def check_clean(root: Path, dirty: bool) -> None:
                      'or --allow-dirty sends them as they are')
 
 
-def check_sent(root: Path, job: Job, paths: dict[str, list[str]]) -> None:
+def check_sent(root: Path, job: Job, paths: list[tuple[str, str]]) -> None:
   """UsageError for a path that no host would have, before the hosts are paid for.
 
-  paths: knob -> paths or globs that the job reads. What is relative, the checkout has to hold.
+  paths: (knob, a path or glob that the job reads). What is relative, the checkout has to hold.
   """
   where = f'{MOUNT}/{job.bucket}/…, in the bucket of the workdir' if job.on_bucket else (
       'a folder that all hosts share')
-  for knob, path in ((knob, path) for knob, some in paths.items() for path in some):
+  for knob, path in paths:
     if os.path.isabs(path):
       if job.on_bucket and not path.startswith(f'{MOUNT}/{job.bucket}/'):
         raise UsageError(f'{knob}={path}: no host has it; they have the checkout and {where}')

@@ -75,20 +75,28 @@ def make_mesh(data: int = -1, model: int = 1, expert: int = 1, fsdp: int = 1, se
   Explicit, makes every operation state its sharding).
   """
   devices = jax.devices() if devices is None else devices
-  n = len(devices)
   sizes = dict(dcn_data=dcn_data, dcn_fsdp=dcn_fsdp, data=data, fsdp=fsdp, expert=expert,
                sequence=sequence, model=model)
-  asked = ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items() if size != 1) or 'mesh'
+  shape = tuple(mesh_sizes(sizes, len(devices)).values())
+  return Mesh(_arranged(shape, devices, _asked(sizes)), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _asked(sizes: Mapping[str, int]) -> str:
+  return ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items() if size != 1) or 'mesh'
+
+
+def mesh_sizes(sizes: Mapping[str, int], n: int, machine: str = 'this machine') -> dict[str, int]:
+  """Sizes of mesh axes with the -1 resolved for n devices; UsageError if they do not come out."""
+  asked = _asked(sizes)
   if list(sizes.values()).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes.values()):
     raise UsageError(f'{asked}: sizes are 1 or more, or one -1 for what is left')
   known = math.prod(s for s in sizes.values() if s != -1)
   left = -1 in sizes.values()
   if n % known or (not left and known != n):
-    raise UsageError(f'{asked} asks for {"a multiple of " * left}{known} devices, this '
-                     f'machine has {n}; sizes that fit multiply to {n}, or use one -1')
-  shape = tuple(n // known if s == -1 else s for s in sizes.values())
-  return Mesh(_arranged(shape, devices, asked), MESH_AXES,
-              axis_types=(AxisType.Auto,) * len(shape))
+    raise UsageError(f'{asked} asks for {"a multiple of " * left}{known} devices, {machine} '
+                     f'has {n}; sizes that fit multiply to {n}, or use one -1')
+  return {axis: n // known if s == -1 else s for axis, s in sizes.items()}
 
 
 def _arranged(shape: tuple[int, ...], devices, asked: str) -> np.ndarray:

@@ -97,9 +97,7 @@ def find(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
     inside = [o for c in module.called(op) for o in c.ops if o.kind in KINDS]
     key = op.operands[0] if op.kind == 'async-done' else op.name
     return [_make(o, o.kind, axes, op.kind[6:], key) for o in inside]
-  if op.kind != 'fusion':
-    return []
-  (body, *_) = module.called(op) or (None,)
+  body = module.inside(op)
   inside = [(c, o) for c in _nested(module, body) for o in c.ops if o.kind in KINDS]
   if not inside:
     return []

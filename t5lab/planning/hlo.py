@@ -138,6 +138,10 @@ class Module:
   def called(self, op: Op) -> list[Computation]:
     return [self.computations[name] for name in op.calls if name in self.computations]
 
+  def inside(self, op: Op) -> Computation | None:
+    """Of a fusion; None for any other operation."""
+    return next(iter(self.called(op)), None) if op.kind == 'fusion' else None
+
   def loop(self, op: Op, parent: Computation) -> tuple[Computation, int | None]:
     """A while: its body and how often it runs, None if the condition does not say."""
     body = self.computations[op.attribute('body').lstrip('%')]
@@ -371,7 +375,7 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
   if op.kind in ('copy-start', 'slice-start'):     # (result, source, …), ((source), result, …)
     ends = op.shapes[:2]
     return min(s.bytes for s in ends) * sum(s.space == 0 for s in ends)
-  inner = _inside(module, op)
+  inner = module.inside(op)
   total = 0.
   for i, name in enumerate(op.operands):
     made = computation.by_name.get(name)
@@ -391,10 +395,6 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
                      for root, shape in zip(roots, op.shapes) if not shape.space)
 
 
-def _inside(module: Module, op: Op) -> Computation | None:
-  return next(iter(module.called(op)), None) if op.kind == 'fusion' else None
-
-
 def _read(module: Module, inner: Computation | None, number: int, whole: float) -> float:
   """Bytes of its operand `number`, of `whole` bytes, that a fusion with this inside reads."""
   if inner is None or number not in inner.parameters:
@@ -411,7 +411,7 @@ def _read(module: Module, inner: Computation | None, number: int, whole: float) 
         continue                                    # handed on as it is
       elif user.kind == 'bitcast':
         total += by_users(user.name)
-      elif (nested := _inside(module, user)) is not None:
+      elif (nested := module.inside(user)) is not None:
         total += sum(_read(module, nested, i, whole)
                      for i, operand in enumerate(user.operands) if operand == name)
       else:
@@ -430,7 +430,7 @@ def _written(module: Module, inner: Computation, name: str, whole: float) -> flo
   if made.kind == 'dynamic-update-slice':
     update = inner.by_name.get(made.operands[1])
     return update.bytes if update is not None else whole
-  nested = _inside(module, made)
+  nested = module.inside(made)
   if nested is None or nested.root.kind == 'tuple':
     return whole
   return _written(module, nested, nested.root.name, whole)

@@ -116,9 +116,9 @@ def _filled(module, body) -> list[int]:
 def _updates(module, op) -> bool:
   if op.kind == 'dynamic-update-slice':
     return True
-  if op.kind != 'fusion' or not module.called(op):
+  inner = module.inside(op)
+  if inner is None:
     return False
-  inner = module.called(op)[0]
   roots = [inner.root] if inner.root.kind != 'tuple' else [
       inner.source(name) for name in inner.root.operands]
   return any(r is not None and r.kind == 'dynamic-update-slice' for r in roots)

@@ -7,6 +7,7 @@ what it says of one corrects the formula for the next.
 from collections.abc import Callable
 import itertools
 import math
+import statistics
 import time
 
 from t5lab import config as configs
@@ -89,19 +90,19 @@ def search(c, topology, prices: dict, finalists: int = 6, say: Callable = lambda
       say(f'{number} of {len(options)} meshes, {len(found)} combinations fit, '
           f'{spent / number * (len(options) - number):.0f} s to go')
   found.sort(key=lambda row: (row[0], row[4]))
+  count = min(finalists, len(found))
   say(f'{tried} combinations, {len(found)} fit by the formula; '
-      + (f'compiling {min(finalists, len(found))}' if topologies.has_compiler()
-         else 'no compiler here'))
+      + (f'compiling {count}' if topologies.has_compiler() else 'no compiler here'))
   rows, measured = [], []
   own = _own(found, c, topology)
   begun = time.monotonic()
-  for i in range(1, min(finalists, len(found)) + 1):
+  for i in range(1, count + 1):
     seconds, rules, mesh, remat, micro, v = chosen = (
         own if own and not measured else _next(found, measured))
     plan, _ = estimate.plan(estimate.set_up(v, topology), prices, use_cache)
     measured.append((chosen, plan.get('step_seconds')))
-    left = (time.monotonic() - begun) / i * (min(finalists, len(found)) - i)
-    say(f'{i} of {min(finalists, len(found))}: {rules} {_shown(mesh)} remat {remat} x{micro}: '
+    left = (time.monotonic() - begun) / i * (count - i)
+    say(f'{i} of {count}: {rules} {_shown(mesh)} remat {remat} x{micro}: '
         + (f'{plan["step_seconds"] * 1e3:.1f} ms, MFU {plan["mfu"]:.1%}' if 'mfu' in plan
            else 'does not fit') + (f', about {left:.0f} s to go' if left else ''))
     rows.append(dict(mesh=mesh, rules=rules, remat=remat, microbatches=micro,
@@ -117,7 +118,7 @@ def search(c, topology, prices: dict, finalists: int = 6, say: Callable = lambda
 def _own(found, c, topology):
   """The combination that the config has now; None if it is not among them."""
   try:
-    shape = estimate.set_up(c, topology).mesh.shape
+    shape = sharding.mesh_sizes(c.mesh.to_dict(), topology.chips)
   except UsageError:
     return None
   mine = (c.rules, c.model.remat, c.optim.microbatches)
@@ -143,17 +144,16 @@ def _next(found, measured):
   combinations that have it, and a part that none has yet gets the benefit of the doubt.
   """
   seen = [(_parts(row), math.log((seconds or 2 * row[0]) / row[0])) for row, seconds in measured]
-  mean = lambda values: sum(values) / len(values)
   tried = {parts for parts, _ in seen}
 
   def hoped(row):
     total = math.log(row[0])
     if seen:
-      overall = mean([error for _, error in seen])
+      overall = statistics.fmean(error for _, error in seen)
       total += overall
       for i, part in enumerate(_parts(row)):
         mine = [error for parts, error in seen if parts[i] == part]
-        total += mean(mine) - overall if mine else -NEW
+        total += statistics.fmean(mine) - overall if mine else -NEW
     return total
   return min((row for row in found if _parts(row) not in tried), key=hoped)
 

@@ -109,7 +109,7 @@ def devices(topology: Topology) -> tuple:
   """The slice's devices, described; UsageError for a shape that there is not."""
   from jax.experimental.topologies import get_topology_desc
   options = {}
-  if topology.chip.name == 'v4':
+  if topology.kind == 'v4':
     options['chip_config_name'] = 'megacore'         # both cores as one device, as JAX runs it
   if topology.slices > 1:
     options['num_slices'] = topology.slices

@@ -19,13 +19,11 @@ import tempfile
 import time
 
 from t5lab import config as configs
-from t5lab.errors import UsageError
 from t5lab.launching import local
 from t5lab.parallel import sharding
 
 PROCESSES, DEVICES = 2, 16     # virtual devices of all processes
 STEPS = 10
-EMBEDDED = ('ha_', 'books_', 'docs_', 'numpydoc_', 'g2p_', 'embedded_')   # tasks inside the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _data(c, model) -> tuple[str, str, list[str]]:
   """(mixture, vocabulary, notes): embedded text of the same kind."""
   name = c.data.mixture
   vocab = 'byte'
-  if all(part.startswith(EMBEDDED) for part in name.split(',')):
+  if all(map(configs.embedded, name.split(','))):
     return name, vocab, ['the byte vocabulary'] * (c.data.vocab != vocab)
   objective = next((o for o in ('span_corruption', 'iid_denoising', 'prefix_lm', 'ul2',
                                 'gap_sentences', 'fill_in_the_middle') if o in name + (
@@ -258,12 +256,3 @@ def _why(logs, codes) -> str:
       said.append(f'process {i} ended with {code}: {last[-1][:300] if last else "no output"}')
   own = [line for line in said if not re.search(r'process \d+ (?:ended|gave up|of)', line)]
   return (own or said or ['no process said why'])[0]
-
-
-def mesh_sizes(c, devices: int) -> dict[str, int]:
-  """c.mesh with its -1 resolved for so many devices; UsageError if it does not come out even."""
-  sizes = c.mesh.to_dict()
-  known = math.prod(n for n in sizes.values() if n > 0)
-  if devices % known or (known != devices and -1 not in sizes.values()):
-    raise UsageError(f'mesh of {known} devices on {devices} chips; one axis may be -1')
-  return {axis: devices // known if n == -1 else n for axis, n in sizes.items()}
