@@ -61,6 +61,13 @@ def test_a_mesh_that_does_not_fit(data, model, message):
     sharding.make_mesh(data, model)
 
 
+def test_minus_one_takes_what_is_left():
+  assert sharding.mesh_sizes({'data': -1, 'model': 2}, 8) == {'data': 4, 'model': 2}
+  assert sharding.make_mesh(data=2, fsdp=-1, model=2).shape['fsdp'] == 2
+  with pytest.raises(UsageError, match='mesh.data=3 asks for 3 devices, v5e:4x4 has 16'):
+    sharding.mesh_sizes({'data': 3, 'model': 1}, 16, 'v5e:4x4')
+
+
 def test_an_axis_that_the_mesh_does_not_divide_is_named():
   boxed, _ = steps.abstract_params(Transformer(
       TransformerConfig(**{**vars(CONFIG), 'd_ff': 36})), batch())
