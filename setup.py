@@ -21,7 +21,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=find_packages(include=['t5lab', 't5lab.*']),
-    package_data={'t5lab.data': ['files/*'], 't5lab.planning': ['prices.json']},
+    package_data={'t5lab.data': ['files/*'], 't5lab.tools.planning': ['prices.json']},
     entry_points={'console_scripts': ['t5lab = t5lab.cli:main']},
     install_requires=[
         'jax>=0.10.2,<0.11',

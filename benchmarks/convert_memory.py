@@ -19,9 +19,10 @@ import time
 
 import numpy as np
 
-from t5lab import weights
-from t5lab.interop import files, hf, rows
 from t5lab.models import families
+from t5lab.programs import loading as weights
+from t5lab.tools.interop import hf, rows
+from t5lab.tools.interop import tensor_files as files
 
 
 def make(folder: Path, family: str) -> tuple[float, float]:
@@ -55,7 +56,7 @@ def main():
     (folder / 'src').mkdir()
     total, largest = make(folder / 'src', args.family)
     began = time.perf_counter()
-    command = [sys.executable, '-m', 't5lab.cli', 'convert', '--from', 'hf', '--to', args.to,
+    command = [sys.executable, '-m', 't5lab', 'convert', '--from', 'hf', '--to', args.to,
                str(folder / 'src'), str(folder / 'dst')] + ['--golden'] * args.golden
     child = subprocess.Popen(command, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
     _, status, usage = os.wait4(child.pid, 0)

@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 
-from t5lab.data import cache, pipeline, tasks
+from t5lab.data.batches import cache, pipeline
+from t5lab.data.tasks import registry as tasks
 
 LENGTHS = {'inputs': 64, 'targets': 64}
 SHARDS = 16

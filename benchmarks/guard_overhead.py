@@ -36,10 +36,10 @@ def both(program):
   """{'without': the jitted step that takes and gives a guard and looks at nothing, 'with': …}."""
   import jax
 
-  from t5lab import program as programs
   from t5lab.parallel import sharding
-  from t5lab.training import digest
-  from t5lab.training import step as steps
+  from t5lab.programs import build as programs
+  from t5lab.training import digests as digest
+  from t5lab.training import steps
   c = program.config
   options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **programs._step_options(c))
 
@@ -61,10 +61,10 @@ def compiled(program, step):
 
 
 def compile_both(c, name):
-  from t5lab.planning import topology as topologies
+  from t5lab.tools.planning import topology as topologies
   topology = topologies.parse(name)
   os.environ.update(topologies.environment(topology))
-  from t5lab import program as programs
+  from t5lab.programs import build as programs
   program = programs.build(c, topologies.devices(topology))
   found = {}
   for which, step in both(program).items():
@@ -80,8 +80,8 @@ def time_both(c, pairs):
   import jax
   import numpy as np
 
-  from t5lab import program as programs
   from t5lab.parallel import sharding
+  from t5lab.programs import build as programs
   program = programs.build(c)
   rng = np.random.default_rng(0)
   random = lambda x: rng.integers(3, c.model.vocab_size, x.shape).astype(np.int32)

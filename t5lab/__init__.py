@@ -11,13 +11,13 @@ __all__ = ['Lab', 'load']
 
 
 def load(workdir, step='latest', weights=None):
-  """The trained model of a run's directory: see t5lab.lab.load."""
-  from t5lab import lab
+  """The trained model of a run's directory: see t5lab.programs.lab.load."""
+  from t5lab.programs import lab
   return lab.load(workdir, step, weights)
 
 
 def __getattr__(name):
   if name == 'Lab':
-    from t5lab.lab import Lab
+    from t5lab.programs.lab import Lab
     return Lab
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

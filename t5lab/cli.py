@@ -102,5 +102,3 @@ def choose_platform() -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
-if __name__ == '__main__':
-  sys.exit(main())

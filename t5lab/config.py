@@ -15,7 +15,8 @@ import sys
 
 from ml_collections import ConfigDict
 
-from t5lab.data import own_files, task_names
+from t5lab.data.tasks import names as task_names
+from t5lab.data.tasks import own_files
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models import families
 
@@ -49,12 +50,12 @@ def base(family: str, **model) -> ConfigDict:
   d.files = ConfigDict({'train': '', 'validation': '', 'test': ''})   # own ones: the task 'files'
   d.fields = ConfigDict({'inputs': 'inputs', 'targets': 'targets'})   # columns; inputs '': none
   d.prompt = ''                      # as 'question: {question} context: {context}'; '': inputs
-  d.metrics = ()                     # of data/task_names.py, as ('squad', 'rouge')
-  d.objective = ''                   # for text without inputs, one of data/task_names.py
+  d.metrics = ()                     # of data/tasks/names.py, as ('squad', 'rouge')
+  d.objective = ''                   # for text without inputs, one of data/tasks/names.py
   d.bad_rows = 0.01                  # share of rows that may be skipped; 0: none
   d.modules = ()                     # own modules that register seqio Tasks, as ('my.tasks',)
   d.cache = ''                       # a folder that `t5lab cache` filled; '': all in memory
-  d.vocab = 't5lab_2048'             # see data/vocab.py; 'init': that of init.path
+  d.vocab = 't5lab_2048'             # see data/vocab/__init__.py; 'init': that of init.path
   d.lengths = ConfigDict({'inputs': 128, 'targets': 128})   # tokens, EOS included; inputs 0: none
   d.batch_size = 64                  # rows a step, over all devices and microbatches
   d.pack = True                      # several short examples in a row, kept apart by segment ids
@@ -86,7 +87,7 @@ def base(family: str, **model) -> ConfigDict:
   m.dcn_data, m.dcn_fsdp = 1, 1      # slices, joined by the data centre's network
   c.rules = 'dp'                     # row of parallel/sharding.py: dp fsdp tp fsdp_tp sp ep
 
-  c.guard = u = ConfigDict()         # against steps that spoil a run, see training/guard.py
+  c.guard = u = ConfigDict()         # against steps that spoil a run, see training/guards.py
   u.policy = 'stop'                  # at a loss or gradient that is no number, or a spike:
                                      # stop | skip the batch | rewind to the last checkpoint
   u.patience = 3                     # bad steps in a row, or rewinds, that end a run all the same

@@ -5,7 +5,7 @@ Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerica
 """
 
 
-WATCHDOG = 124       # training/watchdog.py leaves so, without an exception
+WATCHDOG = 124       # runs/watchdog.py leaves so, without an exception
 
 
 class Failure(Exception):

@@ -12,12 +12,13 @@ import small_models
 import tokenizers
 
 import t5lab
-from t5lab import cli, config, scoring
+from t5lab import cli, config
 from t5lab.commands import train
-from t5lab.training import loop, rundir
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.programs import loop, scoring
+from t5lab.runs import rundir
+from t5lab.runs.checkpoint import Checkpoints
 
-QUICKSTART = str(pathlib.Path(__file__).parent.parent / 'configs' / 'quickstart.py')
+QUICKSTART = str(pathlib.Path(__file__).parents[1] / 'configs' / 'quickstart.py')
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +40,7 @@ def test_help_of_every_command(capsys):
   needs = {'convert': 'SRC DST', 'cache': '--config', 'inspect': '--config', 'data': 'dedup',
            'plan': '--config', 'check': '--config', 'bisect': 'RUN_A'}
   for name in cli.COMMANDS:
-    done = subprocess.run([sys.executable, '-m', 't5lab.cli', name, '--help'],
+    done = subprocess.run([sys.executable, '-m', 't5lab', name, '--help'],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert needs.get(name, '--workdir') in done.stdout

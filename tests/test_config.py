@@ -8,7 +8,7 @@ import pytest
 from t5lab import config
 from t5lab.errors import UsageError
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 CONFIGS = [p for p in CONFIGS if p.name != '__init__.py']
 
 
@@ -22,7 +22,7 @@ def test_every_config_has_the_keys_of_the_base_and_round_trips(path, arg):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_every_config_lowers_its_step_at_tiny(path):
-  from t5lab import program
+  from t5lab.programs import build as program
   c = config.load(f'{path}:tiny')
   assert 'stablehlo' in program.build(c, jax.devices()[:1]).lower().as_text()
 

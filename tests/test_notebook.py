@@ -10,7 +10,7 @@ import nbclient
 import nbformat
 import pytest
 
-COLAB = pathlib.Path(__file__).parent.parent / 'colab'
+COLAB = pathlib.Path(__file__).parents[1] / 'colab'
 
 
 @pytest.fixture(scope='module')

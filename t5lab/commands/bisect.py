@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
                       help="modules of yours that register the runs' tasks")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-  from t5lab import bisecting, replaying
+  from t5lab.programs import bisect as bisecting
+  from t5lab.programs import replay as replaying
   use_compilation_cache()
   modules = tuple(filter(None, args.modules.split(',')))
   a, b = (replaying.Replay(path, modules) for path in (args.a, args.b))
@@ -32,7 +33,3 @@ def main(argv: list[str] | None = None) -> int:
   print(verdict.text)
   return NumericalError.code if verdict.parted else 0
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['bisect', *sys.argv[1:]]))

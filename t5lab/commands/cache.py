@@ -33,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
   if not c.data.cache:
     raise UsageError('say where the cache goes: --config.data.cache=DIR')
 
-  from t5lab import streams
-  from t5lab.data import cache_build, tasks
-  from t5lab.training import rundir
+  from t5lab.data.tasks import cache_build
+  from t5lab.data.tasks import registry as tasks
+  from t5lab.programs import streams
+  from t5lab.runs import rundir
   spec = streams.settle_vocabulary(c)
   files = configs.files(c)
   tasks.register(spec, files, c.data.modules)
@@ -78,7 +79,3 @@ class _Progress:
     if self._shown:
       print(file=sys.stderr)
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['cache', *sys.argv[1:]]))

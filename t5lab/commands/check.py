@@ -15,7 +15,7 @@ from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
 from t5lab.commands.plan import chosen_topology, prepare, read_prices
 from t5lab.errors import UsageError
-from t5lab.planning import topology as topologies
+from t5lab.tools.planning import topology as topologies
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def of_plan(c, topology, say) -> list:
-  from t5lab.planning import estimate, gate
+  from t5lab.tools.planning import estimate, gate
   setup = estimate.set_up(c, topology)
   if topologies.has_compiler():
     say(f'compiling the train step of {c.family} for {topology.name} …')
@@ -66,7 +66,7 @@ def of_plan(c, topology, say) -> list:
 
 def of_twin(c, topology, seconds, say) -> list:
   from t5lab.parallel import sharding
-  from t5lab.planning import gate, twin
+  from t5lab.tools.planning import gate, twin
   made = twin.derive(c, sharding.mesh_sizes(c.mesh.to_dict(), topology.chips, topology.name))
   for note in made.notes:
     say(f'toy twin: {note}')
@@ -81,7 +81,3 @@ def show(found) -> None:
     mark = {True: '[green]ok[/]  ', False: '[bold red]FAIL[/]', None: '[dim]--[/]  '}[f.ok]
     out.print(f'{mark} [bold]{escape(f.name)}[/]: {escape(f.text)}')
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['check', *sys.argv[1:]]))

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(args, name) and not used:
       raise UsageError(f'--{name} has no meaning for --from {args.from_} --to {args.to}')
 
-  from t5lab.interop import convert
+  from t5lab.tools.interop import convert
   use_compilation_cache()
   began = time.perf_counter()
   try:
@@ -84,7 +84,3 @@ class Progress:
     print(f'{self._what} {done}/{total} tensors · ETA {int(left) // 60}:{int(left) % 60:02d}',
           flush=True)
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['convert', *sys.argv[1:]]))

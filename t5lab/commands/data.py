@@ -107,13 +107,13 @@ def _add(tools, name: str, run, first_line: str) -> Parser:
 def _help(p: Parser, module: str, first_line: str) -> str:
   """With the text of the tool's module, which is read only here: the modules are slow to load."""
   import importlib
-  text = importlib.import_module(f't5lab.data.prepare.{module}').__doc__
+  text = importlib.import_module(f't5lab.tools.prepare.{module}').__doc__
   p.description = f'{first_line}\n\n{text}'
   return Parser.format_help(p)
 
 
 def _job(args, **changes):
-  from t5lab.data.prepare.job import Job
+  from t5lab.tools.prepare.job import Job
   known = ('run', 'tool', 'inputs', 'output', 'field', 'overwrite')
   settings = {key: value for key, value in vars(args).items() if key not in known}
   return Job(args.tool, ','.join(args.inputs), args.output, args.field or ['text'],
@@ -121,7 +121,7 @@ def _job(args, **changes):
 
 
 def _clean(args):
-  from t5lab.data.prepare import clean
+  from t5lab.tools.prepare import clean
   split = lambda text: [name.strip() for name in (text or '').split(',') if name.strip()]
   rules = clean.select(split(args.rules), split(args.without), bad_words=bool(args.bad_words),
                        language=args.language or '')
@@ -133,15 +133,15 @@ def _clean(args):
 
 
 def _dedup(args):
-  from t5lab.data.prepare import dedup
+  from t5lab.tools.prepare import dedup
   job = _job(args)
   dedup.run(job, near=not args.exact, threshold=args.threshold)
   return job
 
 
 def _decontaminate(args):
-  from t5lab.data import rows
-  from t5lab.data.prepare import decontaminate
+  from t5lab.data.sources import rows
+  from t5lab.tools.prepare import decontaminate
   against = {}
   for text in args.against:
     name, equals, files = text.partition('=')
@@ -157,14 +157,14 @@ def _decontaminate(args):
 
 
 def _scrub(args):
-  from t5lab.data.prepare import scrub
+  from t5lab.tools.prepare import scrub
   job = _job(args)
   scrub.run(job)
   return job
 
 
 def _augment(args):
-  from t5lab.data.prepare import augment
+  from t5lab.tools.prepare import augment
   if args.method == BACK_TRANSLATION:
     return _back_translate(args, augment)
   for name in ('workdir', 'source', 'tag'):
@@ -192,8 +192,8 @@ def _back_translate(args, augment):
     if getattr(args, name) is not None:
       raise UsageError(f'--{name.replace("_", "-")} is not for --method {BACK_TRANSLATION}')
   job = _job(args)                     # what is wrong with the files, before the model is loaded
-  from t5lab import lab as labs
   from t5lab.commands import use_compilation_cache
+  from t5lab.programs import lab as labs
   use_compilation_cache()
   lab = labs.load(args.workdir)
   augment.run_back_translation(job, functools.partial(lab.generate, temperature=0.), args.source,
@@ -202,7 +202,7 @@ def _back_translate(args, augment):
 
 
 def _vocab(args):
-  from t5lab.data.prepare import vocabulary
+  from t5lab.tools.prepare import vocabulary
   if args.size <= 100 + 3 + 256:
     raise UsageError(f'--size {args.size}: 100 sentinels, 3 special ids and 256 bytes leave none '
                      'for pieces; take 512 at least')
@@ -212,7 +212,3 @@ def _vocab(args):
   vocabulary.run(job, args.size, args.max_sentences)
   return job
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['data', *sys.argv[1:]]))

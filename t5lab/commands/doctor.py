@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
   add('--seconds', type=float, default=60., help='for all of it')
   args = parser.parse_args(argv)
   c = configs.load(args.config, overrides)
-  from t5lab.doctor import examine
   from t5lab.parallel import multihost
+  from t5lab.tools.doctor import examine
   start = time.monotonic()
   with examine.Deadline(args.seconds, _leave) as deadline:
     result = examine.examine(c, args.workdir, expect=args.expect_devices, free_gb=args.free_gb,
@@ -72,7 +72,3 @@ def show(result, seconds) -> None:
   bad = sum(check.ok is False for check in result.checks)
   print(f'\n{"fit for the run" if not bad else f"{bad} not well"}, in {seconds:.1f} s', flush=True)
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['doctor', *sys.argv[1:]]))

@@ -37,12 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
   import jax
 
-  from t5lab import lab as labs
-  from t5lab import scoring, streams
-  from t5lab import weights as loading
   from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.training import step as steps
+  from t5lab.programs import lab as labs
+  from t5lab.programs import loading, scoring, streams
+  from t5lab.training import steps
   use_compilation_cache()
   c = loading.read_config(args.workdir)
   theirs, c.data.modules = tuple(c.data.modules), ()      # what lies in a folder is not imported
@@ -115,7 +114,3 @@ def show(result, title: str, samples: int = 0) -> None:
     text = '\n'.join(f'{name:>10}  {getattr(p, field)}' for name, field in names)
     console.print(text + '\n', markup=False, highlight=False, soft_wrap=True)
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['eval', *sys.argv[1:]]))

@@ -19,8 +19,9 @@ from pathlib import Path
 import sys
 
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
-from t5lab.data import own_files, row_formats
-from t5lab.data import rows as reading
+from t5lab.data.sources import row_formats
+from t5lab.data.sources import rows as reading
+from t5lab.data.tasks import own_files
 from t5lab.errors import DataError, UsageError
 
 CHUNK = 1024     # rows decoded before their output is written
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                      'them as they are')
 
   from t5lab import config as configs
-  from t5lab import lab as labs
+  from t5lab.programs import lab as labs
   use_compilation_cache()
   rows, as_json = read(args.input)
   if args.output and not Path(args.output).absolute().parent.is_dir():
@@ -166,7 +167,3 @@ def _writer(path):
       os.remove(part)
     raise
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['infer', *sys.argv[1:]]))

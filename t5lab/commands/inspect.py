@@ -18,6 +18,7 @@ import time
 import numpy as np
 
 from t5lab import config as configs
+from t5lab import files
 from t5lab.commands import Parser, split_overrides
 from t5lab.errors import UsageError
 
@@ -46,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
   if args.html:
     _check_page(pathlib.Path(args.html))
 
-  from t5lab import streams
-  from t5lab.data import inspection_view as view
-  from t5lab.data import pipeline
+  from t5lab.data.batches import pipeline
+  from t5lab.programs import streams
+  from t5lab.tools.inspect import view
   with _progress(f'reading and packing {c.data.mixture}, {c.data.split}'):
     stream = streams.open_stream(c)
   words, components, data = stream.vocabulary, stream.components, stream.batches
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
   else:
     _show(title, settings, numbers, shown)
   if args.html:
-    from t5lab.data import inspection_page
+    from t5lab.tools.inspect import page as inspection_page
     with _progress(f'drawing {args.html}'):
       page = inspection_page.render(title, settings, numbers, shown)
     _write_page(args.html, page)
@@ -90,16 +91,17 @@ def _check_page(path: pathlib.Path) -> None:
 
 
 def _write_page(path: str, page: str) -> None:
-  from t5lab.training import rundir
   try:
-    rundir.atomic_write_text(path, page)
+    files.write_text(path, page)
   except OSError as e:
     raise UsageError(f'--html={path} cannot be written: {e.strerror}') from e
 
 
 def _numbers(c, words, components, data, form, most) -> dict:
   """{'tasks': {name: inspection.task_numbers and 'round_trip'}, 'mixture'}."""
-  from t5lab.data import inspection, inspection_texts, tasks
+  from t5lab.data.tasks import registry as tasks
+  from t5lab.tools.inspect import numbers as inspection
+  from t5lab.tools.inspect import texts as inspection_texts
   lengths = {feature: length for feature, length in c.data.lengths.items() if length}
   found, rng = {}, np.random.default_rng(c.seed)
   for (task, _), rows in zip(tasks.select(c.data.mixture, c.data.split), data.rows, strict=True):
@@ -151,7 +153,7 @@ def _show(title, settings, numbers, shown) -> None:
   from rich.console import Console
   from rich.text import Text
 
-  from t5lab.data import inspection_view as view
+  from t5lab.tools.inspect import view
   console = Console(highlight=False)
   say = lambda *parts: console.print(Text.assemble(*parts), soft_wrap=True)
   facts = lambda pairs: [say((f'{name:>26}  ', 'dim'), view.printable(value))
@@ -212,7 +214,3 @@ def _show_row(say, row) -> None:
 def _count(n: int, what: str) -> str:
   return f'{n:,} {what}{"s" * (n != 1)}'
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['inspect', *sys.argv[1:]]))

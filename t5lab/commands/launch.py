@@ -34,10 +34,12 @@ import sys
 
 from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
-from t5lab.data import rows, task_names, vocab
+from t5lab.data import vocab
+from t5lab.data.sources import rows
+from t5lab.data.tasks import names as task_names
 from t5lab.errors import UsageError
-from t5lab.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
-from t5lab.launching.job import PORT, Job
+from t5lab.tools.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
+from t5lab.tools.launching.job import PORT, Job
 
 PLATFORMS = ('tpu-vm', 'gke', 'slurm', 'local')
 FILES = './t5lab-launch'     # where the script of --dry-run keeps its files
@@ -211,7 +213,3 @@ def _parser() -> Parser:
   here('--grace', type=float, default=30., help='seconds for the others when one has died')
   return parser
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['launch', *sys.argv[1:]]))

@@ -19,7 +19,7 @@ import sys
 from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
 from t5lab.errors import UsageError
-from t5lab.planning import topology as topologies
+from t5lab.tools.planning import topology as topologies
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
   topology = chosen_topology(c, args.topology)
   prices = read_prices(args.prices)
   prepare(topology)
-  from t5lab.planning import estimate, report
+  from t5lab.tools.planning import estimate, report
   say = (lambda text: None) if args.json else lambda text: print(text, file=sys.stderr, flush=True)
   if args.search:
     if args.decode:
       raise UsageError('--search looks for a train step; leave --decode out')
-    from t5lab.planning import search
+    from t5lab.tools.planning import search
     found = search.search(c, topology, prices, finalists=args.finalists, say=say,
                           use_cache=not args.no_cache)
     print(json.dumps(found)) if args.json else report.show_search(found)
@@ -97,7 +97,3 @@ def read_prices(path: str | None) -> dict:
     raise UsageError(f'--prices {path}: {e}; it is JSON as in t5lab/planning/prices.json') from e
   return found
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['plan', *sys.argv[1:]]))

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 import sys
 
+from t5lab import files
 from t5lab.commands import Parser, use_compilation_cache
 from t5lab.errors import NumericalError, UsageError
 
@@ -29,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
                       help="modules of yours that register the run's tasks")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-  from t5lab import replaying
-  from t5lab.training import sentry
+  from t5lab.programs import replay as replaying
+  from t5lab.runs import sentry
   use_compilation_cache()
   replay = replaying.Replay(args.workdir, tuple(filter(None, args.modules.split(','))))
   stop = _stop(replay, args.start, args.steps)
@@ -137,19 +138,15 @@ class _Output:
   def close(self, replay):
     import json
 
-    from t5lab import weights as loading
     from t5lab.data import vocab
-    from t5lab.training import rundir
-    from t5lab.training.checkpoint import Checkpoints
+    from t5lab.programs import loading
+    from t5lab.runs import rundir
+    from t5lab.runs.checkpoint import Checkpoints
     vocab.export(replay.config.data.vocab, self._where / loading.VOCABULARY)
     rundir.write_config(self._where, rundir.read_config(replay.workdir))
-    rundir.atomic_write_text(self._where / 'metrics.jsonl', ''.join(
+    files.write_text(self._where / 'metrics.jsonl', ''.join(
         json.dumps(row) + '\n' for row in self._rows))
     checkpoints = Checkpoints(self._where / 'checkpoints')
     checkpoints.save(replay.step, replay.state, meta=replay.meta())
     checkpoints.wait()
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['replay', *sys.argv[1:]]))

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
   c = configs.load(args.config, overrides)
   configs.check_names(c)
   from t5lab.parallel import multihost
-  from t5lab.training import loop
+  from t5lab.programs import loop
   use_compilation_cache()
   result = loop.train(c, args.workdir, resume=args.resume,
                       allow_data_change=args.allow_data_change)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def summary(c, workdir, result) -> None:
   """What came out, what to do with it, and where it lies."""
   from t5lab.commands.eval import show
-  from t5lab.data import prompts
+  from t5lab.data.tasks import prompts
   show(result, f'{workdir} · step {c.total_steps} · {c.eval.split}', c.eval.samples)
   command = f'{os.path.relpath(sys.argv[0])} infer --workdir {workdir}'
   if not c.model.dec_layers:
@@ -63,7 +63,3 @@ def summary(c, workdir, result) -> None:
                       ('predictions', 'eval/'), ('TensorBoard', 'tensorboard/')):
     print(f'{what:>12}:  {os.path.join(workdir, where)}')
 
-
-if __name__ == '__main__':
-  from t5lab import cli
-  sys.exit(cli.main(['train', *sys.argv[1:]]))

@@ -165,7 +165,7 @@ class Together:
   held, and the next number after the largest is where they stop. No device and no main thread
   takes part, so it also works while they compile, or wait for each other in a step.
 
-  signals: with `requested`, '' or the name of a signal (training/rundir.py).
+  signals: with `requested`, '' or the name of a signal (runs/rundir.py).
   """
 
   def __init__(self, signals):
@@ -266,7 +266,7 @@ def heed() -> None:
 def _follow(who: int, said: dict):
   if who == index():
     return
-  # while TensorFlow is imported, descriptor 2 leads nowhere (data/seqio_tf.py)
+  # while TensorFlow is imported, descriptor 2 leads nowhere (data/tasks/seqio_tf.py)
   os.write(_listener.stderr, f't5lab: process {index()} ends with process {who}: '
            f'{said["message"]}\n'.encode())
   if said['code'] == errors.WATCHDOG:            # what this one was waiting for may be the reason

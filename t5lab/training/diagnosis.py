@@ -16,8 +16,7 @@ import numpy as np
 
 from t5lab import trees
 from t5lab.parallel import sharding
-from t5lab.training import losses, optim
-from t5lab.training import step as steps
+from t5lab.training import losses, optim, steps
 
 SEEN = 'intermediates'      # the collection that models/transformer.py stacks by layer
 

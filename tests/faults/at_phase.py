@@ -15,13 +15,13 @@ import time
 def places(phase):
   """(object, attribute) whose call is the beginning of the phase."""
   if phase == 'eval':
-    from t5lab.training import step
+    from t5lab.training import steps as step
     return step, 'eval_step'                     # traced when the loss of a split is first computed
   if phase == 'decode':
     from t5lab.decoding.engine import Engine
     return Engine, 'generate'
   if phase == 'save':
-    from t5lab.training import manifest
+    from t5lab.runs import manifest
     return manifest, 'seal'                      # in the thread: arrays written, nothing committed
   if phase == 'restore':
     import orbax.checkpoint as ocp

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from t5lab import trees
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = f'{ROOT}/configs/quickstart.py:tiny'
@@ -53,7 +53,7 @@ class Process:
   As a context manager nothing of it is left behind.
   """
 
-  def __init__(self, argv, said: Path, *, devices: int = 1, program=('-m', 't5lab.cli'), cwd=None,
+  def __init__(self, argv, said: Path, *, devices: int = 1, program=('-m', 't5lab'), cwd=None,
                before=None, **env):
     self.said = Path(said)
     with open(self.said, 'w') as f:

@@ -11,7 +11,7 @@ import pytest
 
 from t5lab import trees
 from t5lab.errors import CheckpointError
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.runs.checkpoint import Checkpoints
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from t5lab.decoding.engine import Engine
 pytestmark = pytest.mark.usefixtures('plain_registry')
 
 MODULE = """
-from t5lab.data.seqio_tf import SeqioVocabulary, seqio, tf
+from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio, tf
 
 def first_word(targets, predictions):
   return {'first_word': 100. * sum(t.split()[:1] == p.split()[:1]
@@ -45,7 +45,7 @@ for bad in ('metric', 'target', 'none'):
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
   """A person's own module with tasks, importable by name."""
-  from t5lab.data.seqio_tf import seqio
+  from t5lab.data.tasks.seqio_tf import seqio
   (tmp_path / 'fault_tasks.py').write_text(MODULE)
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(str(tmp_path))

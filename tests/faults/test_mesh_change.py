@@ -8,8 +8,9 @@ import processes
 from processes import QUICKSTART, STEPS, Process, R, train_command
 import pytest
 
-from t5lab import config, program, trees
-from t5lab.training.checkpoint import Checkpoints
+from t5lab import config, trees
+from t5lab.programs import build as program
+from t5lab.runs.checkpoint import Checkpoints
 
 START = 12
 # name: (devices, overrides); R ran on one device, `dp`

@@ -12,7 +12,7 @@ import pytest
 import t5lab
 from t5lab import cli, config, trees
 from t5lab.errors import DataError
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.runs.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures('plain_registry')
 

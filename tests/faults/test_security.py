@@ -16,9 +16,9 @@ from processes import Process, train_command
 import pytest
 
 from t5lab.errors import CheckpointError
-from t5lab.interop import files
-from t5lab.training import manifest
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.runs import manifest
+from t5lab.runs.checkpoint import Checkpoints
+from t5lab.tools.interop import tensor_files
 
 T5LAB = Path(sys.executable).with_name('t5lab')       # the installed program, as a person calls it
 
@@ -71,7 +71,7 @@ def test_names_in_a_zip(tmp_path, name):
   with zipfile.ZipFile(folder / 'w.npz', 'w') as z:
     z.writestr(name, array)
   before = sorted(tmp_path.rglob('*'))
-  reader = files.open_hf(folder / 'w.npz')
+  reader = tensor_files.open_hf(folder / 'w.npz')
   for found in reader.shapes():
     reader.read(found)
   assert sorted(tmp_path.rglob('*')) == before and not Path('/tmp/secret.npy').exists()
@@ -83,10 +83,10 @@ def test_names_in_a_zip(tmp_path, name):
 MEASURE = """
 import resource, sys
 from t5lab.errors import Failure
-from t5lab.interop import files
-from t5lab.training import manifest, rundir
+from t5lab.tools.interop import tensor_files
+from t5lab.runs import manifest, rundir
 what, path = sys.argv[1:]
-read = {'hf': lambda: files.open_hf(path), 'manifest': lambda: manifest.verify(path),
+read = {'hf': lambda: tensor_files.open_hf(path), 'manifest': lambda: manifest.verify(path),
         'config': lambda: rundir.read_config(path)}[what]
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

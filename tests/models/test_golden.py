@@ -13,7 +13,7 @@ from small_models import CONFIGS, jit, random_params
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.training import step as steps
+from t5lab.training import steps
 
 T5_1_0 = TransformerConfig(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2,
                            dec_layers=2)

@@ -14,7 +14,7 @@ from small_models import BATCH, CONFIGS, jit, random_params
 
 from t5lab.models.cache import init_cache
 from t5lab.models.transformer import Transformer
-from t5lab.training import step as steps
+from t5lab.training import steps
 
 DECODES = [name for name, c in CONFIGS.items() if c.dec_layers]
 # Those whose decoding is not the code of another one here.

@@ -12,8 +12,7 @@ from small_models import CONFIGS, jit, random_params
 from t5lab.models.families import TransformerConfig
 from t5lab.models.moe import Moe, route
 from t5lab.models.transformer import Transformer
-from t5lab.training import optim
-from t5lab.training import step as steps
+from t5lab.training import optim, steps
 
 REAL = np.ones((1, 6), bool)
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from small_models import BATCH, jit
 
-from t5lab.interop import hf_rows, t5x
-from t5lab.interop import rows as tables
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
+from t5lab.tools.interop import hf_rows, t5x
+from t5lab.tools.interop import rows as tables
 
 T5_1_0 = TransformerConfig(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2,
                            dec_layers=2)

@@ -14,9 +14,10 @@ os.environ.update(JAX_PLATFORMS='cpu', TF_CPP_MIN_LOG_LEVEL='1', XLA_FLAGS=(
 
 import jax  # noqa: E402
 
-from t5lab import config, program  # noqa: E402
+from t5lab import config
 from t5lab.models import layers, moe, transformer  # noqa: E402
 from t5lab.parallel import sharding  # noqa: E402
+from t5lab.programs import build as program
 
 jax.config.update('jax_enable_compilation_cache', False)
 sharding.SMALL = 1             # tiny leaves too are split as large ones would be

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from small_models import jit
 
-from t5lab import scoring, trees
+from t5lab import trees
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import optim
-from t5lab.training import step as steps
+from t5lab.programs import scoring
+from t5lab.training import optim, steps
 
 ENCODER_DECODER = TransformerConfig(
     vocab_size=64, d_model=32, d_ff=64, n_heads=8, d_head=4, enc_layers=2, dec_layers=2,

@@ -16,9 +16,8 @@ from t5lab.errors import NumericalError, UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import diagnosis, faults, optim, sentry
-from t5lab.training import guard as guards
-from t5lab.training import step as steps
+from t5lab.runs import faults, sentry
+from t5lab.training import diagnosis, guards, optim, steps
 
 # a decoder alone: half of what an encoder-decoder takes to compile
 CONFIG = TransformerConfig(vocab_size=64, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=0,
@@ -268,7 +267,8 @@ def test_of_a_spike_the_worst_rows_and_the_largest_gradient_are_named(state):
 
 @pytest.fixture(scope='module')
 def stream():
-  from t5lab import config, streams
+  from t5lab import config
+  from t5lab.programs import streams
   c = config.load('configs/quickstart.py:tiny', {})
   return streams.open_stream(c)
 

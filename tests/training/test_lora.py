@@ -12,15 +12,17 @@ import pytest
 from small_models import BATCH, CONFIGS, random_params
 
 import t5lab
-from t5lab import config, trees, weights
-from t5lab.data import tasks  # noqa: F401  seqio warns where it is imported first
+from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import loop, lora, step
-from t5lab.training.checkpoint import Checkpoints
+from t5lab.programs import loading as weights
+from t5lab.programs import loop
+from t5lab.runs.checkpoint import Checkpoints
+from t5lab.training import lora
+from t5lab.training import steps as step
 
-QUICKSTART = str(pathlib.Path(__file__).parent.parent.parent / 'configs' / 'quickstart.py')
+QUICKSTART = str(pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py')
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -8,11 +8,11 @@ import optax
 import pytest
 from small_models import CONFIGS, jit, random_params
 
-from t5lab.data import features
+from t5lab.data.batches import features
 from t5lab.errors import UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.training import step as steps
+from t5lab.training import steps
 
 CONFIG = CONFIGS['bert']                     # two layers of 16, 48 ids
 MODEL = Transformer(CONFIG)

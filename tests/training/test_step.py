@@ -10,8 +10,7 @@ import pytest
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.training import optim
-from t5lab.training import step as steps
+from t5lab.training import optim, steps
 
 CONFIG = TransformerConfig(vocab_size=64, d_model=32, d_ff=64, n_heads=4, d_head=8, enc_layers=2,
                            dec_layers=2, acts=('gelu', 'linear'), tied=False, scale_logits=False)

@@ -1,0 +1,171 @@
+"""The tasks of the papers over TFDS, under T5's names, and the objectives over its large texts.
+
+A row of TABLE is a supervised task, its text is made by t5_text.py; a row of TEXT is unsupervised.
+Nothing here opens a data set: what is not on this machine is an error when a task is opened, which
+says how to get it. A source is read-only, so that plain seqio starts no download either.
+[Raffel et al. 2020; Roberts et al. 2020 for closed-book QA; Xue et al. 2021 for mC4]
+"""
+from collections.abc import Callable
+import dataclasses
+import itertools
+from types import MappingProxyType
+
+from t5lab.data.tasks import parts, t5_text
+from t5lab.data.tasks import text as text_tasks
+from t5lab.data.tasks.seqio_tf import seqio
+from t5lab.evaluation import metrics
+
+# Supervised tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+  """tfds: 'data_set/config:version'. splits: all that TFDS has where None; or a list, or a mapping
+  to parts of TFDS's."""
+  tfds: str
+  text: t5_text.Text
+  metric_fns: tuple[Callable, ...] = ()
+  postprocess_fn: Callable | None = None
+  splits: tuple[str, ...] | dict[str, str] | None = None
+
+
+_F1 = (metrics.f1_score_with_invalid, metrics.accuracy)
+_CORRELATION = (metrics.pearson_corrcoef, metrics.spearman_corrcoef)
+_LABELLED = ('train', 'validation')  # the test sets of GLUE and SuperGLUE have no labels
+_GLUE = (  # name, benchmark, metrics, splits; ax has no labels at all
+    ('cola', 'cola', (metrics.matthews_corrcoef,), _LABELLED),
+    ('sst2', 'sst2', (metrics.accuracy,), _LABELLED),
+    ('mrpc', 'mrpc', _F1, _LABELLED),
+    ('stsb', '', _CORRELATION, _LABELLED),
+    ('qqp', 'qqp', _F1, _LABELLED),
+    ('mnli', 'mnli', (metrics.accuracy,),
+     ('train', 'validation_matched', 'validation_mismatched')),
+    ('mnli_matched', 'mnli', (metrics.accuracy,), ('validation',)),
+    ('mnli_mismatched', 'mnli', (metrics.accuracy,), ('validation',)),
+    ('qnli', 'qnli', (metrics.accuracy,), _LABELLED),
+    ('rte', 'rte', (metrics.accuracy,), _LABELLED),
+    ('wnli', 'wnli', (metrics.accuracy,), _LABELLED),
+    ('ax', 'mnli', (), ('test',)))
+_SUPER_GLUE = (
+    ('boolq', 'boolq', (metrics.accuracy,), _LABELLED),
+    ('cb', 'cb', (metrics.mean_3class_f1, metrics.accuracy), _LABELLED),
+    ('copa', 'copa', (metrics.accuracy,), _LABELLED),
+    ('rte', 'rte', (metrics.accuracy,), _LABELLED),
+    ('wic', 'wic', (metrics.accuracy,), _LABELLED),
+    ('axb', 'rte', (), ('test',)),
+    ('axg', 'rte', (), ('test',)))
+_WMT = (  # TFDS name, our name, pairs; each is a task in both directions
+    ('wmt_t2t_translate', 'wmt_t2t', ('de-en',)),
+    ('wmt14_translate', 'wmt14', ('de-en', 'fr-en')),
+    ('wmt15_translate', 'wmt15', ('fr-en',)),
+    ('wmt16_translate', 'wmt16', ('ro-en',)),
+    ('wmt19_translate', 'wmt19', ('cs-en', 'de-en', 'fi-en', 'gu-en', 'kk-en', 'lt-en', 'ru-en',
+                                  'zh-en', 'fr-de')))
+
+
+def _glue():
+  for name, benchmark, metric_fns, splits in _GLUE:
+    yield f'glue_{name}_v002', Supervised(
+        f'glue/{name}:2.0.0', t5_text.TEXTS[f'glue/{name}'], metric_fns,
+        t5_text.to_class(benchmark) if benchmark else t5_text.to_score, splits)
+
+
+def _super_glue():
+  row = lambda name, *more: Supervised(
+      f'super_glue/{name}:1.0.2', t5_text.TEXTS[f'super_glue/{name}'], *more)
+  for name, benchmark, metric_fns, splits in _SUPER_GLUE:
+    yield f'super_glue_{name}_v102', row(name, metric_fns, t5_text.to_class(benchmark), splits)
+  yield 'super_glue_multirc_v102', row(
+      'multirc', (metrics.multirc_f1_over_all_answers, metrics.multirc_exact_match),
+      t5_text.multirc_value, _LABELLED)
+  yield 'super_glue_record_v102', row(
+      'record', (metrics.record,), t5_text.record_value, _LABELLED)
+  # WSC names the noun, which SuperGLUE's labels give only where they are True. T5 trains on those
+  # and on DPR, and scores all.
+  yield 'super_glue_wsc_v102_simple_train', Supervised(
+      'super_glue/wsc.fixed:1.0.2', t5_text.TEXTS['super_glue/wsc.fixed/train'], splits=('train',))
+  yield 'super_glue_wsc_v102_simple_eval', row(
+      'wsc.fixed', (metrics.accuracy,), t5_text.wsc_value, ('validation',))
+  yield 'dpr_v001_simple', Supervised(
+      'definite_pronoun_resolution:1.1.0', t5_text.TEXTS['definite_pronoun_resolution'],
+      (metrics.accuracy,))
+
+
+def _wmt():
+  for tfds_name, name, pairs in _WMT:
+    for pair in pairs:
+      for source, target in itertools.permutations(pair.split('-')):
+        yield f'{name}_{source}{target}_v003', Supervised(
+            f'{tfds_name}/{pair}:1.0.0', t5_text.translate(source, target),
+            (metrics.bleu, metrics.chrf))
+
+
+def _summaries():
+  for name, tfds_name in (('cnn_dailymail_v002', 'cnn_dailymail:3.4.0'), ('xsum', 'xsum:1.1.0'),
+                          ('gigaword', 'gigaword:1.2.0')):
+    yield name, Supervised(tfds_name, t5_text.TEXTS[tfds_name.split(':')[0]], (metrics.rouge,))
+
+
+def _answers():
+  row = lambda tfds_name, text, metric, splits=None: Supervised(
+      tfds_name, t5_text.TEXTS[text], (metric,), parts.answers, splits)
+  # A tenth of the training rows is for validation, and TFDS's validation is the test set.
+  held_out = lambda rows, test: {
+      'train': f'train[:{rows}]', 'validation': f'train[{rows}:]', 'test': test}
+  yield 'squad_v010_allanswers', row('squad/v1.1:3.0.0', 'squad', metrics.squad)
+  yield 'squad_v010_context_free', row('squad/v1.1:3.0.0', 'squad/context_free', metrics.squad)
+  yield 'squad_v2', row('squad/v2.0:3.0.0', 'squad', metrics.squad_v2)
+  yield 'natural_questions_open', row(
+      'natural_questions_open:1.0.0', 'natural_questions_open', metrics.squad,
+      held_out(79168, 'validation'))
+  yield 'trivia_qa_open', row('trivia_qa/unfiltered.nocontext:1.1.0', 'trivia_qa',
+                              metrics.trivia_qa, held_out(78785, 'validation'))
+  yield 'web_questions_open', row('web_questions:1.0.0', 'web_questions', metrics.squad,
+                                  held_out(3417, 'test'))
+
+
+TABLE = MappingProxyType(dict([*_glue(), *_super_glue(), *_wmt(), *_summaries(), *_answers()]))
+
+
+# Text without supervision
+
+
+# The languages of mC4 in TFDS.
+MC4 = tuple(
+    'af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy '
+    'ga gd gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky '
+    'la lb lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl '
+    'sm sn so sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu'.split())
+
+
+def mc4_task(language: str) -> str:
+  return f'mc4.{language.replace("-", "_")}'
+
+
+# T5's C4 is 2.2.0, which today's TFDS reads and does not make; what it makes is 3.1.0.
+_LARGE = (('c4_v220', 'c4/en:2.2.0', 'full_lm'), ('c4_v310', 'c4/en:3.1.0', 'full_lm'),
+          ('wikipedia_20230601.en', 'wikipedia/20230601.en:1.0.0', 'lm'))
+TEXT = MappingProxyType({  # name: (TFDS, splits or None for all, objective)
+    **{f'{name}_{objective}': (tfds, None, objective) for name, tfds, _ in _LARGE
+       for objective in ('span_corruption', 'iid_denoising', 'prefix_lm')},
+    **{f'{name}_{lm}': (tfds, None, 'lm') for name, tfds, lm in _LARGE},
+    'lm1b_lm': ('lm1b:1.1.0', None, 'lm'),
+    **{mc4_task(language): ('c4/multilingual:3.1.0',
+                            {'train': language, 'validation': f'{language}-validation'},
+                            'span_corruption') for language in MC4},
+})
+NAMES = (*TABLE, *TEXT)
+
+
+# Registration
+
+
+def register(spec: str) -> None:
+  """Adds the tasks on the vocabulary `spec`; no data set is opened."""
+  for name, task in TABLE.items():
+    parts.add(name, spec, seqio.TfdsDataSource(task.tfds, splits=task.splits, read_only=True),
+              [parts.from_rows(task.text.columns, task.text.fn, task.text.extra),
+               seqio.preprocessors.append_eos_after_trim],
+              metric_fns=list(task.metric_fns), postprocess_fn=task.postprocess_fn)
+  for name, (tfds, splits, objective) in TEXT.items():
+    text_tasks.add(name, spec, seqio.TfdsDataSource(tfds, splits=splits, read_only=True), objective)

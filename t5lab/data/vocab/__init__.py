@@ -1,0 +1,135 @@
+r"""Text to ids and back. `load(spec)` opens every kind of vocabulary; all have one interface.
+
+  load('byte')            3 + UTF-8 byte and 100 sentinels, no file; 'byte:125' has 125 (ByT5's 384)
+  load('t5lab_2048')      sentencepiece, embedded; 2048 ids in all (train_vocab.py made it)
+  load('…/spiece.model')  any sentencepiece model; T5's takes 100 sentinels on top
+  load('…/tokenizer.json')   of the tokenizers library, as Hugging Face keeps it
+  load('…/vocab.txt')     BERT's WordPiece
+  load('…/model.gguf')    the tokenizer inside (byte-level BPE or LLaMA's sentencepiece)
+  load('…/characters.json')  one id a character, of two tables
+
+The embedded ones have pad 0, end of sequence 1, unknown 2, then bytes and pieces, and on top the
+sentinels: size-1 is <extra_id_0>, size-2 is <extra_id_1>, … [Raffel et al. 2020, 3.1.4] They are
+lossless: decode(encode(text)) == text for any Unicode text. Elsewhere ids are the model's own.
+"""
+import functools
+from importlib import resources
+import pathlib
+import re
+import shutil
+
+from t5lab.data.vocab import gguf as vocab_gguf
+from t5lab.data.vocab import hf_tokenizers as vocab_tokenizers
+from t5lab.data.vocab import tables as vocab_tables
+from t5lab.data.vocab import tokenizer_config
+from t5lab.data.vocab.base import Vocab
+from t5lab.data.vocab.gguf import export_gguf
+from t5lab.data.vocab.tables import EOS, NUM_SENTINELS, PAD, UNK, sentencepiece_model
+from t5lab.errors import DataError, UsageError, did_you_mean
+
+__all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_rows', 'embedded', 'export',
+           'export_gguf', 'files', 'load', 'padded_size', 'sentencepiece_model']
+
+DEFAULT = 't5lab_2048'
+KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
+MOST_SENTINELS = 100_000
+
+
+def embedded_model(spec: str) -> bytes:
+  """The sentencepiece model file of an embedded vocabulary other than 'byte'."""
+  return resources.files('t5lab.data').joinpath('files', f'{spec}.model').read_bytes()
+
+
+def embedded() -> list[str]:
+  """Specs of the vocabularies inside the package, 'byte' first."""
+  inside = resources.files('t5lab.data').joinpath('files')
+  models = [f.name.removesuffix('.model') for f in inside.iterdir() if f.name.endswith('.model')]
+  return ['byte'] + sorted(models, key=lambda name: (len(name), name))
+
+
+@functools.cache
+def load(spec: str = DEFAULT) -> Vocab:
+  """The vocabulary that `spec` names: 'byte', 'byte:N', an embedded name, or a path.
+
+  Errors: UsageError for a name or a kind of file that is none, DataError for a file that cannot be
+  read as what its name says.
+  """
+  if spec == 'byte':
+    return vocab_tables.byte()
+  if match := re.fullmatch(r'byte:(\d{1,6})', spec):
+    if int(match[1]) > MOST_SENTINELS:
+      raise UsageError(f'vocabulary {spec!r}: at most {MOST_SENTINELS:,} sentinels')
+    return vocab_tables.byte(spec, int(match[1]))
+  if spec in embedded():
+    return sentencepiece_model(spec, embedded_model(spec))
+  path = _path(spec)
+  try:
+    if spec.endswith('.gguf'):
+      inside = vocab_gguf.tokenizer_files(vocab_gguf.metadata(path), spec)
+      (name, data), (_, config) = inside.items()
+      config = tokenizer_config.config(tokenizer_config.parse_json(config, spec))
+    else:
+      name, data, config = spec, tokenizer_config.read(path), tokenizer_config.read_config(path)
+  except OSError as e:
+    raise DataError(f'cannot read vocabulary {spec!r}: {e.strerror}. '
+                    f'Embedded: {", ".join(embedded())}.') from e
+  if name.endswith('characters.json'):
+    return vocab_tables.characters(spec, data)
+  if name.endswith('.model'):
+    return sentencepiece_model(spec, data, config)
+  if name.endswith('vocab.txt'):
+    return vocab_tokenizers.vocab_txt(spec, data, config)
+  return vocab_tokenizers.tokenizer_json(spec, data, config)
+
+
+def _path(spec: str) -> pathlib.Path:
+  if not spec.endswith(KINDS):
+    raise UsageError(f'no vocabulary {spec!r}.{did_you_mean(spec, embedded())} '
+                     f'Or give a path that ends in {", ".join(KINDS)}.')
+  return pathlib.Path(spec)
+
+
+def files(spec: str) -> list[pathlib.Path]:
+  """The files that a vocabulary consists of, its own first; none for 'byte' and embedded ones."""
+  if spec in embedded() or re.fullmatch(r'byte:\d+', spec):
+    return []
+  path = _path(spec)
+  if spec.endswith(('.gguf', 'characters.json')):
+    return [path]
+  return [path, *tokenizer_config.siblings(path)]
+
+
+def export(spec: str, folder) -> str:
+  """Copies a vocabulary's files into `folder` -> the spec that loads it there.
+
+  A .gguf file's tokenizer goes there as ordinary files, without the model; 'byte' and embedded
+  vocabularies need none and keep their spec.
+  """
+  if spec.endswith('.gguf'):
+    return export_gguf(spec, folder)
+  found = files(spec)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for path in found:
+    if path.resolve() != (folder / path.name).resolve():
+      shutil.copyfile(path, folder / path.name)
+  return str(folder / found[0].name) if found else spec
+
+
+def padded_size(vocab: Vocab, multiple: int = 128) -> int:
+  """Rows of an embedding for this vocabulary: its ids, padded so that axes divide well.
+
+  Example: 32,100 -> 32,128 (T5), 250,100 -> 250,112 (mT5).
+  """
+  return -(-vocab.size // multiple) * multiple
+
+
+def check_rows(vocab: Vocab, rows: int, what: str) -> None:
+  """UsageError unless an embedding of `rows` rows has one for every id. what: whose it is."""
+  if rows >= vocab.size:
+    return
+  own = vocab.size - vocab.num_sentinels
+  raise UsageError(
+      f'vocabulary {vocab.spec!r}: {own:,} ids + {vocab.num_sentinels:,} sentinels = '
+      f'{vocab.size:,}; the embedding of {what} has {rows:,} rows; rows must be at least '
+      f'{vocab.size:,} (padded to a multiple of 128: {padded_size(vocab):,})')

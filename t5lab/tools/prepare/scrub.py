@@ -1,0 +1,109 @@
+"""E-mail addresses, IP addresses, card numbers and phone numbers, masked.
+
+By form alone: what no rule can tell from a plain number stays. A phone number has a + or 00 and a
+country code, or is written as North Americans do, with separators or an area code in brackets.
+Names and postal addresses are not looked for.
+"""
+from collections.abc import Callable
+import ipaddress
+import re
+
+from t5lab.tools.prepare.job import Job
+
+# icon@2x.png is a picture for dense screens.
+_EMAIL = re.compile(
+    r"(?<![\w.%+-])[\w%+-][\w%+'-]{0,63}(?:\.[\w%+'-]{1,64}){0,8}@(?:[^\W_](?:[\w-]*[^\W_])?\.)+"
+    r'(?!(?:png|jpe?g|gif|svg|webp|css|js)\b)[^\W\d_]{2,}(?![^\W_]|@|-\w)')
+_IP = re.compile(
+    r'(?:(?<![\w.:])|(?<=[g-z]:)|(?<=ipv6:))(?:[0-9a-f]{0,4}:){2,7}'
+    r'(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?![\w:]|\.\d)'
+    r'|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)', re.IGNORECASE)
+_VERSION = re.compile(r'(?:\bv(?:er(?:sion|\.)?)?|\brelease|\bbuild|\bsection|§)[\s:]*\Z', re.I)
+_INDEX = re.compile(r'[\w)\]]\[[^\[\]]*\Z')           # inside x[…]: a slice as 1::2 is no address
+_CARD = re.compile(
+    r'(?<![\w.,-])(?<!\d )[2-6](?:\d{12,18}|\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}|'
+    r'\d{3}([ -])\d{6}\2\d{4,5})(?![\w-]|[.,]\d| \d)')
+_INTERNATIONAL = re.compile(
+    r'(?<![\w.+/-])(?:\+ ?|00(?=[1-9]\d{0,2}[ /.-]))(?!\d{1,3}\.\d{4,}-)'
+    r'[1-9](?:[ ./-]?\(?\d\)?){6,14}(?![\w-]|\.\d)')
+_AMERICAN = re.compile(
+    r'(?<![\w.+/-])(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}|'
+    r'[2-9]\d\d([.-])[2-9]\d\d\1\d{4}|(?<=1 )[2-9]\d\d [2-9]\d\d \d{4})(?![\w-]|\.\d)')
+
+
+def luhn(digits: str) -> bool:
+  """Whether the last digit is the check digit of the others. [ISO/IEC 7812-1]"""
+  doubled = (2 * int(d) - 9 * (int(d) > 4) for d in digits[-2::-2])
+  return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
+
+
+def _is_ip(match: re.Match) -> bool:
+  text, before = match[0], match.string[max(0, match.start() - 40):match.start()]
+  try:
+    ipaddress.ip_address(text)
+  except ValueError:
+    return False
+  if ':' not in text:
+    return not _VERSION.search(before)         # 1.2.3.4 of a program
+  # a::b is a name in C++, and 1::2 a slice.
+  groups = re.split('[:%]', text)
+  return '::' not in text or not _INDEX.search(before) and (text == '::1' or any(
+      len(group) > 2 and any(map(str.isdigit, group)) for group in groups))
+
+
+def _digits(match: re.Match) -> str:
+  return re.sub(r'\D', '', match[0])
+
+
+def _is_card(match: re.Match) -> bool:
+  digits = _digits(match)
+  return 13 <= len(digits) <= 19 and luhn(digits)
+
+
+def _is_international(match: re.Match) -> bool:
+  """8 to 15 digits [E.164], 10 at least where nothing separates them; +1 as in North America."""
+  digits = _digits(match).removeprefix('00')
+  if not 8 <= len(digits) <= 15 or digits.endswith('000000'):
+    return False
+  if digits[0] == '1':
+    return re.fullmatch(r'1[2-9]\d\d[2-9]\d{6}', digits) is not None
+  return len(digits) >= 10 or re.search(r'\d[ ./()-]', match[0]) is not None
+
+
+# In this order: an address holds numbers, and a card could pass for a phone.
+KINDS: tuple[tuple[str, re.Pattern, Callable[[re.Match], bool]], ...] = (
+    ('email', _EMAIL, lambda match: True), ('ip', _IP, _is_ip), ('card', _CARD, _is_card),
+    ('phone', _INTERNATIONAL, _is_international), ('phone', _AMERICAN, lambda match: True))
+
+
+def scrub(text: str, tell: Callable[[str, str], None] = lambda kind, found: None) -> str:
+  """The text with <email>, <ip>, <card> and <phone> in place of what is one.
+
+  tell(kind, found) hears of each. Example: 'ann@x.org or (415) 555-2671' -> '<email> or <phone>'.
+  """
+  for kind, pattern, holds in KINDS:
+    def mask(match, kind=kind, holds=holds):
+      if not holds(match):
+        return match[0]
+      tell(kind, match[0])
+      return f'<{kind}>'
+    text = pattern.sub(mask, text)
+  return text
+
+
+def run(job: Job) -> None:
+  """Scrubs the job's fields; every row stays. The report's examples are masked, as they would
+  otherwise spread what is to go."""
+  for kind, _, _ in KINDS:
+    job.count(kind, by=0)
+  job.counts['changed'] = 0
+  with job.write() as write:
+    for row in job.read():
+      before, after = job.texts(row), []
+      for text in before:
+        found = []
+        after.append(scrub(text, lambda kind, _, found=found: found.append(kind)))
+        for kind in found:
+          job.count(kind, row, after[-1], after[-1].index(f'<{kind}>'))
+      job.counts['changed'] += after != before
+      write({**row.fields, **dict(zip(job.fields, after))})

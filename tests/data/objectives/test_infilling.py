@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from t5lab.data.objectives import infilling
+from t5lab.errors import UsageError
+
+IDS = dict(prefix=90, suffix=91, middle=92)
+
+
+class Drawn:
+  """A generator whose draws are given."""
+
+  def __init__(self, *draws):
+    self.draws = list(draws)
+
+  def random(self):
+    return self.draws.pop(0)
+
+  def integers(self, low, high, size):
+    drawn = np.array(self.draws.pop(0))
+    assert size == len(drawn) and low == 0 and (drawn < high).all() and high == self.room
+    return drawn
+
+
+def fim(tokens, *draws):
+  rng = Drawn(*draws)
+  rng.room = len(tokens) + 1
+  made = infilling.fim(tokens, rng, eos=1, **IDS)
+  assert list(made) == ['targets'] and made['targets'].dtype == np.int32 and not rng.draws
+  return made['targets'].tolist()
+
+
+def test_orders_of_five_tokens():
+  assert fim([5, 6, 7, 8, 9], .49, [3, 1], .49) == [90, 5, 91, 8, 9, 92, 6, 7, 1]       # PSM
+  assert fim([5, 6, 7, 8, 9], .49, [1, 3], .5) == [90, 91, 8, 9, 92, 5, 6, 7, 1]        # SPM
+  assert fim([5, 6, 7, 8, 9], .5) == [5, 6, 7, 8, 9, 1]
+  assert fim([5, 6], .0, [0, 2], .0) == [90, 91, 92, 5, 6, 1]
+  assert fim([5, 6], .0, [2, 2], .0) == [90, 5, 6, 91, 92, 1]
+  assert fim([5], .0, [0, 0], .9) == [90, 91, 5, 92, 1]
+  assert fim([], .0, [0, 0], .0) == [90, 91, 92, 1]
+
+
+def test_a_text_with_one_of_the_ids_stays():
+  for special in (90, 91, 92):
+    assert fim([5, special], .0) == [5, special, 1]
+  assert infilling.unfim([5, 91, 92, 1], **IDS).tolist() == [5, 91, 92]
+  assert infilling.unfim([90, 92, 91, 1], **IDS).tolist() == [90, 92, 91]
+  assert infilling.unfim([5, 90, 91, 92, 1], **IDS).tolist() == [5, 90, 91, 92]
+
+
+def test_unfim_of_the_example():
+  assert infilling.unfim([90, 5, 91, 8, 9, 92, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
+  assert infilling.unfim([90, 91, 8, 9, 92, 5, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
+  assert infilling.unfim([90, 90, 91, 92, 1], **IDS).tolist() == [90, 90, 91, 92]
+
+
+@pytest.mark.parametrize('length', [0, 1, 2, 7, 50])
+def test_fim_is_invertible_and_within_its_bound(rng, length):
+  tokens = rng.integers(2, 90, length)
+  for _ in range(100):
+    made = infilling.fim(tokens, rng, eos=1, **IDS)['targets']
+    assert infilling.unfim(made, **IDS).tolist() == tokens.tolist()
+    assert len(made) in (length + 1, infilling.fim_sizes(length)['targets'])
+
+
+def test_shares_and_cuts(rng):
+  """Half stay. Of the rest, half either order, of two tokens and two cuts of 0, 1 and 2 each."""
+  eighteenths = {'90 91 5 6 92 1': 2, '90 5 91 6 92 1': 1, '90 5 6 91 92 1': 1,
+                 '90 91 6 92 5 1': 5, '90 91 92 5 6 1': 7, '90 5 91 92 6 1': 2}
+  made = [' '.join(map(str, infilling.fim([5, 6], rng, eos=1, **IDS)['targets'].tolist()))
+          for _ in range(7200)]
+  assert abs(made.count('5 6 1') - 3600) < 5 * 43
+  assert {*eighteenths, '5 6 1'} == set(made)
+  for text, parts in eighteenths.items():
+    assert abs(made.count(text) - 200 * parts) < 5 * (200 * parts)**0.5
+  made = [infilling.fim([5, 6], rng, eos=1, rate=1., **IDS)['targets'] for _ in range(50)]
+  assert all(m[0] == 90 for m in made)
+
+
+def test_segments():
+  assert infilling.fim_segment('x', {'targets': 64}) == 60
+  assert infilling.fim_segment('x', {'targets': 5}) == 1
+  with pytest.raises(UsageError, match="task 'x' cannot move text in 4 targets: the least are 5"):
+    infilling.fim_segment('x', {'targets': 4})

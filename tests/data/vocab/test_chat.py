@@ -1,0 +1,63 @@
+"""Chat templates: rendered as Hugging Face does, and never more than text."""
+
+import pytest
+
+from t5lab.data.vocab import chat
+from t5lab.errors import DataError
+
+HI = [{'role': 'user', 'content': 'Hi'}]
+
+
+def render(template, messages=HI, prompt=True, **tokens):
+  return chat.render(template, messages, {'bos': '<s>', 'eos': '</s>', **tokens},
+                     prompt, 'x.gguf')
+
+
+def test_a_template_of_chatml():
+  template = """{% for message in messages %}
+    {% if message['role'] not in ['user', 'system'] %}{% continue %}{% endif %}
+{{ bos_token + message['role'] }}: {{ message.content | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+assistant:
+{%- endif %}
+{{ pad_token is defined }}{{ tools is none }}"""
+  messages = [{'role': 'system', 'content': ' Be brief. '}, {'role': 'tool', 'content': 'x'}, *HI]
+  said = '<s>system: Be brief.</s>\n<s>user: Hi</s>\n'
+  assert render(template, messages) == said + 'assistant:FalseTrue'
+  assert render(template, messages, prompt=False, pad='<p>') == said + 'TrueTrue'
+
+
+def test_hugging_face_renders_the_same():
+  rendering = pytest.importorskip('transformers.utils.chat_template_utils')
+  template = ("{%- for m in messages %}\n  {%- if m.role == 'user' %}\n[{{ m.content|tojson }}]\n"
+              '  {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt %}\n  >{% endif %}\n')
+  messages = [*HI, {'role': 'assistant', 'content': 'x'}, {'role': 'user', 'content': '"é"<\n'}]
+  theirs, _ = rendering.render_jinja_template(
+      [messages], chat_template=template, add_generation_prompt=True)
+  assert render(template, messages) == theirs[0]
+
+
+@pytest.mark.parametrize('template, message', [
+    ("{{ raise_exception('roles must alternate') }}", 'x.gguf failed: roles must alternate'),
+    ('{% for %}', 'x.gguf failed: Expected an expression'),
+    ('{{ messages[0].nothing.more }}', 'x.gguf failed'),
+    ('{{ 1 / 0 }}', 'x.gguf failed: division by zero'),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 'x.gguf failed.*unsafe'),
+    ('{{ messages.append(1) }}', 'x.gguf failed: .*append.* is unsafe'),
+    ("{% include '/etc/passwd' %}", 'x.gguf failed: no loader'),
+    ('{% for i in range(9999999) %}x{% endfor %}', 'x.gguf failed: Range too big'),
+    ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", 'failed: it makes over 1,000,6'),
+    ('x' * 1_000_001, 'has 1,000,001 characters; the limit is 1,000,000'),
+])
+def test_a_template_that_fails_or_overreaches(template, message):
+  with pytest.raises(DataError, match=message) as e:
+    render(template)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('messages', [[], 'Hi', [{'role': 'user'}], [{'role': 1, 'content': 'x'}],
+                                      ['Hi'], [{'role': 'user', 'content': None}]])
+def test_messages_of_another_form(messages):
+  with pytest.raises(DataError, match='a chat is a list of'):
+    render('x', messages)

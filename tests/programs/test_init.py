@@ -1,0 +1,260 @@
+"""Starting from weights: of a run, of converted ones, with new and with left-out parts, with their
+optimizer's state or without."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import flax.linen as nn
+from hf_models import save
+import jax
+import numpy as np
+from processes import arrays
+import pytest
+
+import t5lab
+from t5lab import config, trees
+from t5lab.errors import CheckpointError, UsageError
+from t5lab.models import families
+from t5lab.parallel import sharding
+from t5lab.programs import build as program
+from t5lab.programs import loading as weights
+from t5lab.programs import loop
+from t5lab.runs.checkpoint import Checkpoints
+from t5lab.tools.interop import convert, t5x
+from t5lab.training import optim
+
+QUICKSTART = str(pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py')
+FAST = {'total_steps': '2', 'checkpoint.every': '1', 'eval.examples': '2', 'eval.max_length': '2',
+        'eval.beams': '1', 'checkpoint.best': '', 'optim.warmup': '1'}
+
+
+def tiny(init='', **overrides):
+  c = config.load(QUICKSTART + ':tiny', FAST)
+  c.init.path = str(init)
+  for key, value in overrides.items():
+    config.override(c, key.replace('__', '.'), str(value))
+  return c
+
+
+def base_of(c, fresh=None):
+  mesh = sharding.make_mesh()
+  found = weights.load_base(c, weights.boxed_params(c), mesh, fresh)
+  return found, trees.flatten(found.params)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """Two steps of AdamW, raw and averaged weights saved at each."""
+  path = tmp_path_factory.mktemp('run')
+  loop.train(tiny(), path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def bert(tmp_path_factory):
+  """A converted BERT of 48 words without a classifier."""
+  there = tmp_path_factory.mktemp('bert')
+  save('bert_bare', there)
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz']
+  (there / 'vocab.txt').write_text('\n'.join([*words, *map('##{}'.format, 'aeinorst')]) + '\n')
+  path = tmp_path_factory.mktemp('converted') / 'bert'
+  convert.convert(convert.read_hf(there), path, 't5lab', say=lambda line: None,
+                  use_reference=False)
+  return path
+
+
+def matching(init, classes=2, **overrides):
+  """docs_match on the converted BERT."""
+  made = weights.read_config(init)
+  c = config.base('bert/base', **{**made.model.to_dict(), 'classes': classes})
+  c.init.path, c.init.fresh = str(init), ('classifier/.*',)
+  c.data.mixture, c.data.vocab = 'docs_match', 'init'
+  c.data.lengths.inputs, c.data.lengths.targets, c.data.pack = 32, 1, False
+  c.data.batch_size, c.optim.name, c.eval.batch_size = 8, 'adamw', 8
+  for key, value in {**FAST, **overrides}.items():
+    config.override(c, key.replace('__', '.'), str(value))
+  return c
+
+
+# -- which weights ---------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_run_averaged_or_raw_of_any_step(run):
+  saved = {step: arrays(run, step) for step in (1, 2)}
+  for changes, step, part in (({}, 2, 'ema'), ({'init__weights': 'raw'}, 2, 'params'),
+                              ({'init__step': '1', 'init__weights': 'ema'}, 1, 'ema')):
+    found, got = base_of(tiny(run, **changes))
+    assert (found.step, found.weights) == (step, 'raw' if part == 'params' else part)
+    assert {f'{part}/{p}' for p in got} == {p for p in saved[step] if p.startswith(f'{part}/')}
+    for path, x in got.items():
+      np.testing.assert_array_equal(x, saved[step][f'{part}/{path}'])
+  other = base_of(tiny(run, init__step='1'))[0]
+  assert other.sha256 != base_of(tiny(run))[0].sha256
+
+
+def test_a_run_begins_at_them_and_says_so(run, tmp_path, capsys):
+  """Trained with a learning rate of 0, they come out as they went in."""
+  c = tiny(run, optim__lr='0.', optim__weight_decay='0.', optim__schedule='constant')
+  loop.train(c, tmp_path)
+  said = capsys.readouterr().out
+  assert f'weights of {run}, step 2, ema; optimizer state fresh' in said
+  ours, theirs = arrays(tmp_path, 2), arrays(run, 2)
+  for path in ours:
+    if path.startswith('params/'):
+      np.testing.assert_array_equal(ours[path], theirs[path.replace('params', 'ema', 1)])
+  meta = Checkpoints(tmp_path / 'checkpoints').manifest(2).meta
+  assert meta['init'] == {'path': str(run), 'step': 2, 'sha256': base_of(tiny(run))[0].sha256}
+  loop.train(c, tmp_path)
+  assert 'resuming from step 2' in capsys.readouterr().out
+
+
+def test_a_new_classifier_on_converted_weights_and_then_another(bert, tmp_path, capsys):
+  """From the seed alone is what init.fresh names; the rest is the converted BERT, bit for bit. The
+  vocabulary comes along, so the run outlives what it began with."""
+  gone = tmp_path / 'gone'
+  shutil.copytree(bert, gone)
+  workdir = tmp_path / 'run'
+  loop.train(matching(gone, optim__lr='0.'), workdir)
+  assert f'weights of {gone}, step 0, raw; optimizer state fresh' in capsys.readouterr().out
+  ours = {p.removeprefix('params/'): x for p, x in arrays(workdir, 2).items()
+          if p.startswith('params/')}
+  theirs = trees.flatten(t5lab.load(bert).params)
+  assert ours.keys() - theirs.keys() == {'classifier/kernel', 'classifier/bias'}
+  for path, x in theirs.items():
+    np.testing.assert_array_equal(ours[path], x)
+  assert ours['classifier/kernel'].shape == (32, 2) and ours['classifier/kernel'].std() > 1e-3
+  shutil.rmtree(gone)
+  assert (workdir / 'vocabulary' / 'vocab.txt').is_file()
+  lab = t5lab.load(workdir)
+  assert lab.config.data.vocab == str(workdir / 'vocabulary' / 'vocab.txt')
+  assert lab.classify([('ab', 'cd'), 'ab']).shape == (2, 2)
+  # three classes on what has two: a part of another shape is new, too
+  c = matching(workdir, classes=3)
+  made = {'classifier/kernel': np.ones((32, 3)), 'classifier/bias': np.ones(3)}
+  _, got = base_of(c, lambda paths: {p: made[p] for p in paths})
+  assert got['classifier/kernel'].shape == (32, 3) and got['embedding'].shape == (48, 32)
+  _, got = base_of(matching(workdir), lambda paths: 1 / 0)           # nothing is new: nothing made
+  np.testing.assert_array_equal(got['classifier/kernel'], ours['classifier/kernel'])
+
+
+def test_what_path_has_too_much_is_left_only_if_named(bert, tmp_path):
+  """The classifier's pooler is not ours: refused, then ignored."""
+  c = matching(bert, init__fresh='()', classes=0)
+  c.model.pooler, c.model.classes, c.model.pool = False, 0, 'mean'
+  with pytest.raises(CheckpointError, match='arrays differ') as e:
+    base_of(c)
+  assert 'params/pooler/kernel' in str(e.value) and 'params/pooler/bias' in str(e.value)
+  c.init.ignore = ('pooler/.*',)
+  _, got = base_of(c)
+  theirs = trees.flatten(t5lab.load(bert).params)
+  assert theirs.keys() - got.keys() == {'pooler/kernel', 'pooler/bias'}
+  for path, x in got.items():
+    np.testing.assert_array_equal(x, theirs[path])
+
+
+@pytest.mark.parametrize('changes, error, message', [
+    (dict(init__fresh='()'), CheckpointError, 'classifier/(bias|kernel)'),
+    (dict(model__d_ff=48), CheckpointError, r'mlp/wi_0/kernel.*32,48'),
+    (dict(init__fresh="('(.*',)"), UsageError, 'not a regular expression'),
+    (dict(init__weights='ema'), UsageError, "init.weights='ema': .* has raw only"),
+    (dict(init__step='7'), CheckpointError, 'no checkpoint of step 7'),
+    (dict(init__step='new'), UsageError, "'new': a number, latest or best"),
+    (dict(init__path='/nowhere'), UsageError, '/nowhere is not a run of t5lab'),
+    (dict(init__optimizer='restore'), CheckpointError, 'holds no optimizer state; use '
+                                                       'init.optimizer=fresh'),
+])
+def test_what_does_not_fit_is_listed(changes, error, message, bert, tmp_path):
+  c = matching(bert, **{'data__vocab': str(bert / 'vocabulary' / 'vocab.txt'), **changes})
+  with pytest.raises(error, match=f'(?s){message}'):
+    loop.train(c, tmp_path)
+  assert not list(tmp_path.glob('checkpoints/step_*'))
+
+
+# -- the optimizer's state -------------------------------------------------------------------------
+
+
+def test_the_optimizers_state_comes_along_if_asked(run, tmp_path, capsys):
+  """The saved moments and their count; the schedule begins anew. Without clipping, which has no
+  state but a place in the chain, they are the same."""
+  c = tiny(run, init__optimizer='restore', init__weights='raw', total_steps=3)
+  saved = arrays(run, 2)
+  for clip, first in ((1., 1), (0., 0)):
+    tx = optim.optimizer('adamw', lambda step: 1e-3, clip=clip, weight_decay=0.01)
+    abstract = program.state_shapes(c, tx, sharding.make_mesh())
+    got = trees.flatten(weights.load_optimizer(c, abstract.opt_state, 2))
+    assert int(got.pop(f'{first + 2}/count')) == 0 and int(got[f'{first}/count']) == 2
+    assert len(got) == sum(p.startswith('opt_state/') for p in saved) - 1
+    for path, x in got.items():
+      np.testing.assert_array_equal(x, saved[f'opt_state/1/{path.partition("/")[2]}'])
+  loop.train(c, tmp_path)
+  assert f'weights of {run}, step 2, raw; optimizer state restored' in capsys.readouterr().out
+  after = arrays(tmp_path, 3)
+  counts = {p: int(x) for p, x in after.items() if p.endswith('/count')}
+  assert counts == {'opt_state/1/count': 5, 'opt_state/3/count': 3}  # two steps and three more
+  with pytest.raises(CheckpointError, match='opt_state'):            # of another optimizer
+    loop.train(tiny(run, init__optimizer='restore', optim__name='adafactor'), tmp_path / 'other')
+
+
+def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
+  """T5X -> convert -> train: the run's first update is the one that the slots call for."""
+  c = tiny(optim__name='adafactor', optim__ema='0', optim__clip='0', optim__weight_decay='0',
+           optim__schedule='constant', optim__lr='1e-3', model__dropout='0',
+           model__scale_attn='false', model__tied='false', model__scale_logits='false')
+  m = config.model_config(c)
+  stream = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: stream.normal(0, 0.1, x.shape).astype(np.float32) + (x.ndim < 3),
+      nn.unbox(weights.boxed_params(c)))
+  slots = jax.tree.map(
+      lambda x: np.abs(stream.normal(0, 1, x.shape)).astype(np.float32),
+      jax.eval_shape(optim.scale_by_adafactor().init, params))._replace(count=np.int32(5000))
+  # an unused slot has one number, of which T5X keeps none
+  slots = slots._replace(**{k: jax.tree.map(
+      lambda x: np.zeros_like(x) if x.shape[-1] == 1 else x, getattr(slots, k))
+      for k in ('v_row', 'v_col', 'v')})
+  t5x.write(tmp_path / 'checkpoint_5000', m, params, 5000, optimizer=slots)
+  source = convert.read_t5x(tmp_path / 'checkpoint_5000', 't5lab_2048')
+  convert.convert(source, tmp_path / 'ours', 't5lab', say=lambda line: None, use_reference=False)
+  saved = arrays(tmp_path / 'ours', 5000)
+  want = trees.flatten(slots)
+  assert set(want) == {p.removeprefix('opt_state/0/') for p in saved
+                       if p.startswith('opt_state/0/')}
+  for path, x in want.items():
+    np.testing.assert_array_equal(saved[f'opt_state/0/{path}'], x, err_msg=path)
+
+  c.init.path, c.init.optimizer, c.total_steps = str(tmp_path / 'ours'), 'restore', 1
+  loop.train(c, tmp_path / 'run')
+  assert 'step 5000, raw; optimizer state restored' in capsys.readouterr().out
+  after = arrays(tmp_path / 'run', 1)
+  assert [int(after[f'opt_state/{i}/count']) for i in (0, 1)] == [5001, 1]
+  c.init.optimizer = 'fresh'
+  loop.train(c, tmp_path / 'anew')
+  anew = arrays(tmp_path / 'anew', 1)
+  # decay 1 - 5001^-0.8 keeps nearly all of the old second moment; a fresh one is this step's alone
+  v = 'opt_state/0/v/encoder/layers/attn/q/kernel'
+  np.testing.assert_allclose(after[v], saved[v], rtol=2e-2, atol=1e-3)
+  assert np.abs(anew[v]).max() < 0.1 < np.abs(after[v]).max()
+
+
+def test_a_run_of_before_these_keys_goes_on(run, tmp_path):
+  """Its config.json lacks init, lora and the newer keys of model and data."""
+  shutil.copytree(run, tmp_path / 'run')
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  for section, key in (('', 'init'), ('', 'lora'), ('data', 'start'), ('model', 'classes'),
+                       ('loss', 'balance'), ('mesh', 'expert'), ('eval', 'forced_first')):
+    del (saved[section] if section else saved)[key]
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(saved))
+  assert t5lab.load(tmp_path / 'run').step == 2
+  loop.train(tiny(), tmp_path / 'run', resume='must')
+  assert 'init' in json.loads((tmp_path / 'run' / 'config.json').read_text())
+
+
+def test_weights_of_another_formula_are_refused():
+  """Arrays of the same shapes that mean something else."""
+  ours = families.TransformerConfig(**families.row('llama1/7b'))
+  weights._check_formula(ours, ours, 'x')
+  for changed in (dict(rope_theta=5e5), dict(acts=('gelu', 'linear')), dict(norm_eps=1e-5)):
+    with pytest.raises(UsageError, match=f'another formula: model.{list(changed)[0]}='):
+      weights._check_formula(ours, dataclasses.replace(ours, **changed), 'x')

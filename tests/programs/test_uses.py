@@ -1,0 +1,384 @@
+"""What a model in hand can do: logits, scores, vectors, classes, masks, chats; each against a sum
+done by hand, one text at a time and without padding."""
+
+import functools
+import json
+import string
+
+import numpy as np
+import pytest
+from small_models import random_params, shrink
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from t5lab import config as configs
+from t5lab import trees
+from t5lab.decoding.engine import Decoding, Engine
+from t5lab.errors import DataError, UsageError
+from t5lab.models.cache import decoding
+from t5lab.models.transformer import Transformer
+from t5lab.programs.lab import Lab
+
+LETTERS = string.ascii_lowercase
+TEMPLATE = ("{% for m in messages %}{{ '<s>' if loop.first }}{{ m.role[0] }}{{ m.content }}"
+            "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a{% endif %}")
+TEXTS = ['b', 'the quick brown fox jumps over it all', '', 'a dog', 'lazy', 'is it so or not', 'x']
+
+
+# -- small models with small vocabularies ----------------------------------------------------------
+
+
+def characters(folder, special, framing, **settings):
+  """A tokenizer.json with a token a character, after the special ones."""
+  tokens = [*special, *LETTERS, ' ']
+  made = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, '<unk>'))
+  made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex('.'), 'isolated')
+  made.decoder = decoders.Fuse()
+  made.add_special_tokens(special)
+  if framing:
+    made.post_processor = processors.TemplateProcessing(
+        single=framing, special_tokens=[(t, i) for i, t in enumerate(special)])
+  made.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+  return str(folder / 'tokenizer.json')
+
+
+def bert(folder):
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS, *('##' + x for x in LETTERS)]
+  (folder / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  return str(folder / 'vocab.txt')
+
+
+SPECIAL = ['<unk>', '<s>', '</s>']
+TOKENS = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+VOCABULARIES = {
+    'byte': lambda folder: 'byte',
+    'bert': bert,
+    'bart': lambda folder: characters(folder, ['<s>', '<pad>', '</s>', '<unk>'], '<s> $A </s>',
+                                      **TOKENS),
+    'llama': lambda folder: characters(folder, SPECIAL, '<s> $A', chat_template=TEMPLATE, **TOKENS),
+    'gpt2': lambda folder: characters(folder, SPECIAL, '', **TOKENS),
+}
+LABS = {   # row, vocabulary, what of the row is not as `shrink` leaves it
+    't5': ('t5_1_1/small', 'byte', dict(vocab_size=384)),
+    'decoder': ('decoder/small', 'byte', dict(vocab_size=384)),
+    'bart': ('bart/base', 'bart', dict(pad_id=1, start_id=2, eos_id=2, max_length=64)),
+    'gpt2': ('gpt2/small', 'gpt2', dict(start_id=2, eos_id=2, max_length=64)),
+    'llama': ('llama3_1/8b', 'llama', dict(start_id=1, eos_id=2)),
+    'bert': ('bert/base', 'bert', dict(vocab_size=64, eos_id=3, max_length=64)),
+    'minilm': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, pooler=True)),
+    'classifier': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, classes=3,
+                                             pool='pooler')),
+}
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+  """lab(name, **changes of the config) -> a Lab; of one name they share what was compiled."""
+  @functools.cache
+  def made(name):
+    row, kind, fields = LABS[name]
+    model = shrink(row).__class__(**{**vars(shrink(row)), **fields})
+    c = configs.of_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
+    c.eval.batch_size, c.eval.max_length = 3, 8
+    c.data.start = name != 'gpt2'
+    # biases of norms as large as what they are added to would say the same token always
+    params = trees.map_paths(lambda path, x: x * 0.1 if path.endswith('bias') else x,
+                             random_params(model))
+    return c, Lab(c, params)
+
+  def get(name, **changes):
+    c, first = made(name)
+    if not changes:
+      return first
+    c = c.copy_and_resolve_references()
+    for key, value in changes.items():
+      configs.override(c, key.replace('__', '.'), str(value))
+    other = Lab(c, first.params)
+    if other.model == first.model:
+      other._jitted = first._jitted
+    return other
+  return get
+
+
+def forward(lab, method='__call__', **batch):
+  """The model itself on one unpadded row."""
+  batch = {k: np.array([v], np.int32) for k, v in batch.items()}
+  return Transformer(lab.model).apply({'params': lab.params}, batch, method=method)[0]
+
+
+def log_softmax(x):
+  x = np.asarray(x, np.float64)
+  x -= x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# -- logits ----------------------------------------------------------------------------------------
+
+ENCODER = {'encoder_input_tokens': np.array([[5, 7, 9, 3], [6, 8, 3, 0]])}
+DECODER = {'decoder_input_tokens': np.array([[2, 20, 21], [2, 30, 31]])}
+
+
+@pytest.mark.parametrize('name, batch', [('t5', ENCODER | DECODER), ('gpt2', DECODER),
+                                         ('bert', ENCODER)])
+def test_logits_are_the_models(name, batch, lab):
+  got = lab(name).logits(batch)
+  want = Transformer(lab(name).model).apply({'params': lab(name).params}, batch)
+  assert isinstance(got, np.ndarray) and got.dtype == np.float32
+  assert got.shape == (2, 4 if name == 'bert' else 3, lab(name).model.vocab_size)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  types = {'encoder_token_types': np.array([[0, 0, 1, 1], [0, 1, 1, 0]])}
+  if name == 'bert':
+    assert np.abs(lab(name).logits(batch | types) - got).max() > 1e-2
+
+
+def test_logits_name_what_is_missing(lab):
+  for name, batch, message in (
+      ('t5', DECODER, 'missing: encoder_input_tokens'),
+      ('t5', {}, 'missing: encoder_input_tokens, decoder_input_tokens'),
+      ('gpt2', ENCODER, 'needs decoder_input_tokens; missing: decoder_input_tokens'),
+      ('minilm', ENCODER, 'no head that makes logits; use embed')):
+    with pytest.raises(UsageError, match=message):
+      lab(name).logits(batch)
+  with pytest.raises(UsageError, match='65 tokens: the learned positions of .* end at 64'):
+    lab('gpt2').logits(DECODER | {'decoder_positions': np.array([[0, 1, 64], [0, 1, 2]])})
+
+
+# -- score -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('eos', [None, True, False])
+@pytest.mark.parametrize('name', ['t5', 'bart', 'decoder', 'gpt2', 'llama'])
+def test_score_is_the_sum_of_the_log_probabilities(name, eos, lab):
+  """The ids by hand: bytes are 3 and their value, characters stand after the special tokens."""
+  def ids(text):
+    return ([3 + b for b in text.encode()] if name in ('t5', 'decoder') else
+            [(*LETTERS, ' ').index(x) + (4 if name == 'bart' else 3) for x in text])
+  end = {'t5': [1], 'decoder': [1]}.get(name, [2])
+  inputs, targets = ['hello', '', 'ab'], ['no way', 'x', 'yes']
+  got = lab(name).score(inputs, targets, eos=eos)
+  assert got.dtype == np.float32 and got.shape == (3,)
+  for i, (text, target) in enumerate(zip(inputs, targets)):
+    want = ids(target) + end * (name in ('t5', 'bart') if eos is None else eos)
+    if name in ('t5', 'bart'):
+      before, start = ([0], [2]) if name == 'bart' else ([], [0])
+      want = before + want
+      logits = forward(lab(name), encoder_input_tokens=before + ids(text) + end,
+                       decoder_input_tokens=start + want[:-1])
+    else:
+      start = {'decoder': [0], 'llama': [1], 'gpt2': [2] * (not text)}[name]
+      prompt = start + ids(text)
+      logits = forward(lab(name), decoder_input_tokens=prompt + want[:-1])[len(prompt) - 1:]
+    by_hand = log_softmax(logits)[np.arange(len(want)), want].sum()
+    np.testing.assert_allclose(got[i], by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['t5', 'gpt2'])
+def test_scores_know_nothing_of_their_neighbours(name, lab):
+  targets = ['m', 'no', 'a longer one so that shapes differ', 'yes', 'x', 'a', 'b']
+  inputs = [text[:20] for text in TEXTS]
+  got = lab(name).score(inputs, targets)
+  np.testing.assert_allclose(lab(name).score(inputs[::-1], targets[::-1])[::-1], got, rtol=1e-5)
+  for i in (0, 1, 2):
+    alone = lab(name, eval__batch_size=1).score([inputs[i]], [targets[i]])
+    np.testing.assert_allclose(alone, got[i:i + 1], rtol=1e-5)
+
+
+# -- embed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name, pool', [
+    ('t5', 'mean'), ('bert', 'mean'), ('bert', 'first'), ('bert', 'pooler'), ('gpt2', 'mean'),
+    ('llama', 'mean')])
+def test_embeddings_are_the_pooled_vectors_of_length_one(name, pool, lab):
+  l = lab(name, model__pool=pool) if name == 'bert' else lab(name)
+  got = l.embed(TEXTS)
+  assert got.dtype == np.float32 and got.shape == (len(TEXTS), 16)
+  np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-6)
+  for i in (0, 1, 2):
+    if l.model.kind == 'decoder':
+      start = [1] if name == 'llama' else [2] * (not TEXTS[i])
+      x = forward(l, 'hidden', decoder_input_tokens=start + l.vocab.encode(TEXTS[i]))
+    else:
+      ids = np.array([l.vocab.frame(TEXTS[i])])
+      assert ids[0, -1] == l.model.eos_id
+      x = Transformer(l.model).apply({'params': l.params}, ids, method='encode')[0][0]
+    x = np.asarray(x)
+    pooler = l.params.get('pooler')
+    want = {'mean': x.mean(0), 'first': x[0], 'pooler': pooler and np.tanh(
+        x[0] @ pooler['kernel'] + pooler['bias'])}[pool]
+    np.testing.assert_allclose(got[i], want / np.linalg.norm(want), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(l.embed(TEXTS[::-1])[::-1], got, rtol=1e-4, atol=1e-6)
+
+
+# -- encoders with heads ---------------------------------------------------------------------------
+
+
+def test_classes_of_texts_and_of_pairs(lab):
+  l = lab('classifier')
+  got = l.classify(['a dog', 'x', ('a dog', 'bit'), ('a dog bit', '')])
+  assert got.shape == (4, 3) and got.dtype == np.float32
+  np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+  a, dog, x, b, it = l.vocab.encode('a dog x b it')[0:1], l.vocab.encode('dog'), l.vocab.encode(
+      'x'), l.vocab.encode('bit')[:1], l.vocab.encode('bit')[1:]
+  for row, (first, second) in zip(got, ((a + dog, None), (x, None), (a + dog, b + it),
+                                        (a + dog + b + it, []))):
+    ids = [2, *first, 3] + ([*second, 3] if second is not None else [])
+    types = [0] * (len(first) + 2) + [1] * (len(ids) - len(first) - 2)
+    logits = forward(l, encoder_input_tokens=ids, encoder_token_types=types)
+    np.testing.assert_allclose(row, np.exp(log_softmax(logits))[0], rtol=1e-4)
+  other = np.exp(log_softmax(forward(l, encoder_input_tokens=[2, *a, *dog, 3, *b, *it, 3])))
+  assert np.abs(other[0] - got[2]).max() > 1e-3            # types are seen
+
+
+def test_masks_are_filled_with_the_most_probable_pieces(lab):
+  l = lab('bert')
+  texts = ['a [MASK] dog', 'the [MASK] is [MASK]', '[MASK]']
+  got = l.fill_mask(texts, k=4)
+  assert [len(masks) for masks in got] == [1, 2, 1]
+  for text, masks in zip(texts, got):
+    ids = l.vocab.frame(text)
+    probs = np.exp(log_softmax(forward(l, encoder_input_tokens=ids)))
+    for at, mask in zip(np.flatnonzero(np.array(ids) == 4), masks):
+      best = np.argsort(-probs[at])[:4]
+      assert [word for word, _ in mask] == l.vocab.pieces(best)
+      np.testing.assert_allclose([p for _, p in mask], probs[at][best], rtol=1e-4)
+  with pytest.raises(UsageError, match=r"text 2 of 2 has no \[MASK\]: 'a dog'"):
+    l.fill_mask(iter(['[MASK]', 'a dog']))
+  with pytest.raises(UsageError, match='k=65 of the 64 words'):
+    l.fill_mask(['[MASK]'], k=65)
+
+
+# -- text out --------------------------------------------------------------------------------------
+
+
+def continued(l, ids, length, inputs=None):
+  """Greedy by hand: the whole text through the model for each token."""
+  ids, start = list(ids), len(ids)
+  given = {} if inputs is None else {'encoder_input_tokens': inputs}
+  for _ in range(length):
+    width = {'decoder_input_tokens': np.array([ids + [0] * (64 - len(ids))])}
+    logits = l.logits({k: np.array([v]) for k, v in given.items()} | width)[0, len(ids) - 1]
+    ids.append(int(logits.argmax()))
+    if ids[-1] == l.vocab.eos_id:
+      break
+  return ids[start:]
+
+
+@pytest.mark.parametrize('start', [True, False])
+def test_a_chat_reads_what_the_template_says(start, lab):
+  """Its <s> too, once, whether or not plain prompts begin with it."""
+  messages = [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yo'},
+              {'role': 'user', 'content': 'so'}]
+  l = lab('llama', data__start=start)
+  ids = [1, *l.vocab.encode('uhi'), 2, *l.vocab.encode('ayo'), 2, *l.vocab.encode('uso'), 2,
+         *l.vocab.encode('a')]
+  got = l.chat(messages, length=6)
+  assert got == l.vocab.decode(continued(l, ids, 6)) and len(got) > 2
+  assert got != l.chat(messages[2:], length=6)
+
+
+@pytest.mark.parametrize('name', ['decoder', 'gpt2', 'llama'])
+def test_prompts_read_at_once_go_on_as_those_read_token_by_token(name, lab):
+  l = lab(name, eval__batch_size=4)
+  start, step, prefill = decoding(l.model)
+  size = dict(eos=l.model.eos_id, begin=None, batch_size=4)
+  stream = np.random.default_rng(3)
+  lengths = [9, 31, 1, 40, 17, 30, 3, 33]                    # known: 0, then 16
+  requests = [stream.integers(3, 30, n).tolist() for n in lengths]
+  slow = Engine(start, step, None, **size).generate(l.params, requests, Decoding(6))
+  assert len(np.unique(slow)) > 5                            # not one word again and again
+  fast = Engine(start, step, prefill, **size)
+  assert fast._pad(sorted(requests, key=len)[4:])[2] > 8     # reads several at once indeed
+  np.testing.assert_array_equal(fast.generate(l.params, requests, Decoding(6)), slow)
+  assert continued(l, requests[3], 6) == [t for t in slow[3].tolist() if t]
+
+
+def test_a_prompt_begins_as_the_config_says(lab):
+  ids = lab('llama').vocab.encode('hello')
+  for name, start, want in (('llama', True, [1, *ids]), ('llama', False, ids), ('gpt2', False, ids),
+                            ('gpt2', True, [2, *ids])):
+    l = lab(name, data__start=start)
+    text = l.vocab.decode(continued(l, want, 5))
+    assert l.generate(['hello'], length=5) == [text]
+  assert len(lab('gpt2').generate_tokens([[]], length=3)) == 1         # begins with start_id
+
+
+@pytest.mark.parametrize('beams', [1, 3])
+def test_the_first_token_can_be_forced(beams, lab):
+  l = lab('bart')
+  inputs = [l.tokens('hello'), l.tokens('the fox and the dog')]
+  free = l.generate_tokens(inputs, length=6, beams=beams)
+  forced = l.generate_tokens(inputs, length=6, beams=beams, forced_first=9)
+  assert (forced[:, 0] == 9).all() and (free[:, 0] != 9).all()
+  if beams == 1:
+    assert forced[0].tolist()[:3] == [9, *continued(l, [2, 9], 2, inputs[0])]
+  as_config = lab('bart', eval__forced_first=9, eval__beams=beams)
+  np.testing.assert_array_equal(as_config.generate_tokens(inputs, length=6), forced)
+
+
+# -- what each use refuses -------------------------------------------------------------------------
+
+USER = [{'role': 'user', 'content': 'hi'}]
+
+
+@pytest.mark.parametrize('name, use, message', [
+    ('bert', lambda l: l.generate(['a']), 'has no decoder and writes no text; it can embed'),
+    ('bert', lambda l: l.chat(USER), 'is no decoder-only model'),
+    ('t5', lambda l: l.chat(USER), 'is no decoder-only model'),
+    ('bert', lambda l: l.score(['a'], ['b']), 'has no decoder: it scores no targets'),
+    ('t5', lambda l: l.score(['a', 'b'], ['b']), '2 inputs and 1 targets'),
+    ('gpt2', lambda l: l.score(['a', 'b'], ['b', '']), 'target 1 is empty'),
+    ('t5', lambda l: l.score('a', 'b'), 'score takes a list of texts'),
+    ('t5', lambda l: l.score(['a'], [7]), 'score takes texts, not a int as 7'),
+    ('t5', lambda l: l.embed('a'), 'embed takes a list of texts'),
+    ('bert', lambda l: l.embed([('a', 'b')]), 'embed takes texts, not a tuple'),
+    ('bert', lambda l: l.classify(['a']), r'no classifier \(model.classes=0\)'),
+    ('classifier', lambda l: l.classify('a'), 'classify takes a list'),
+    ('classifier', lambda l: l.classify([('a', 'b', 'c')]), 'a text or two of them, not 3'),
+    ('classifier', lambda l: l.classify([('a', None)]), 'takes texts, not a NoneType'),
+    ('t5', lambda l: l.fill_mask(['a']), 'no masked-token head'),
+    ('classifier', lambda l: l.fill_mask(['[MASK]']), 'no masked-token head'),
+    ('bert', lambda l: l.fill_mask('[MASK]'), 'fill_mask takes a list'),
+    ('gpt2', lambda l: l.generate(['a'], beams=2), 'sampled, not searched'),
+    ('gpt2', lambda l: l.generate(['a'], forced_first=5), 'put the token at the end'),
+    ('bart', lambda l: l.generate(['a'], forced_first=48), 'the model has 48 tokens'),
+    ('gpt2', lambda l: l.generate(['a' * 60], length=5), '65 tokens: the learned positions'),
+    ('gpt2', lambda l: l.score(['a' * 32], ['b' * 34]), '65 tokens: the learned positions'),
+    ('bart', lambda l: l.score(['a'], ['b' * 63]), '65 tokens: the learned positions'),
+    ('bart', lambda l: l.generate(['a' * 63], length=5), '65 tokens: the learned positions'),
+    ('bart', lambda l: l.generate(['a'], length=65), '65 tokens: the learned positions'),
+    ('bert', lambda l: l.embed(['a', 'a b ' * 32]), '66 tokens: the learned positions'),
+    ('t5', lambda l: l.generate([{'en': 'a'}]), 'rows of fields need a task'),
+])
+def test_a_wrong_use_is_one_clear_line(name, use, message, lab):
+  with pytest.raises(UsageError, match=message) as e:
+    use(lab(name))
+  assert '\n' not in str(e.value)
+
+
+def test_up_to_the_last_learned_position(lab):
+  assert lab('gpt2').score(['a' * 32], ['b' * 33]).shape == (1,)     # begins with its first letter
+  assert len(lab('gpt2').generate(['a' * 60], length=4)) == 1
+  assert lab('bert').embed(['a b ' * 31]).shape == (1, 16)
+
+
+def test_no_texts_make_no_rows(lab):
+  assert lab('t5').score([], []).shape == (0,)
+  assert lab('bert').embed([]).shape == (0, 16)
+  assert lab('classifier').classify([]).shape == (0, 3)
+  assert lab('bert').fill_mask([]) == [] and lab('t5').generate([]) == []
+
+
+def test_without_a_vocabulary_ids_still_work(lab):
+  l = Lab(lab('gpt2').config.copy_and_resolve_references(), lab('gpt2').params)
+  l.config.data.vocab = ''
+  assert l.generate_tokens([[5, 6]], length=3).shape == (1, 3)
+  for use in (lambda: l.generate(['a']), lambda: l.score(['a'], ['b']), lambda: l.embed(['a'])):
+    with pytest.raises(UsageError, match='came without a vocabulary'):
+      use()
+
+
+def test_a_vocabulary_without_a_template_has_no_chat(lab):
+  with pytest.raises(DataError, match='has no chat template'):
+    lab('gpt2').chat(USER)

@@ -1,0 +1,405 @@
+"""GGUF: read as the library reads, LLaMA's rotary layout undone, hostile headers refused."""
+
+import struct
+import sys
+import tracemalloc
+import types
+
+import jax
+import numpy as np
+import pretrained_files
+import pytest
+
+from t5lab import trees
+from t5lab.errors import UsageError
+from t5lab.tools.interop import gguf
+from t5lab.tools.interop.rows import read, write
+
+library = pytest.importorskip('gguf')
+
+# V 40, D 64 (two blocks of 32), two layers, four query and two key heads of 16.
+META = {'block_count': 2, 'context_length': 128, 'embedding_length': 64, 'feed_forward_length': 96,
+        'attention.head_count': 4, 'attention.head_count_kv': 2,
+        'attention.layer_norm_rms_epsilon': 1e-5, 'rope.freq_base': 500000.,
+        'rope.dimension_count': 16, 'vocab_size': 40}
+Q8, Q4 = 'Q8_0', 'Q4_1'
+SHAPES = {'token_embd.weight': ((40, 64), Q8), 'output_norm.weight': ((64,), 'F32'),
+          'output.weight': ((40, 64), 'F16')}
+for layer in range(2):
+  SHAPES |= {f'blk.{layer}.{name}.weight': spec for name, spec in {
+      'attn_norm': ((64,), 'F32'), 'attn_q': ((64, 64), Q4), 'attn_k': ((32, 64), Q8),
+      'attn_v': ((32, 64), 'F16'), 'attn_output': ((64, 64), Q4), 'ffn_norm': ((64,), 'F32'),
+      'ffn_gate': ((96, 64), 'F32'), 'ffn_up': ((96, 64), 'BF16'),
+      'ffn_down': ((64, 96), Q4)}.items()}
+
+
+def build(path, rng, meta=META, shapes=SHAPES, arch='llama', extra=()):
+  """Writes a file with the library; returns {name: what the library dequantises}."""
+  writer = library.GGUFWriter(path, arch)
+  for key, value in meta.items():
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           list: writer.add_array}[type(value)]
+    add(f'{arch}.{key}', value)
+  writer.add_bos_token_id(3)
+  writer.add_eos_token_id(2)
+  writer.add_token_list(['a', 'ü', '</s>'])
+  writer.add_token_types([1, 2, 3])
+  expected = {}
+  for name, (shape, kind) in shapes.items():
+    kind = library.GGMLQuantizationType[kind]
+    data = library.quants.quantize(rng.normal(size=shape).astype(np.float32), kind)
+    writer.add_tensor(name, data, raw_dtype=kind)
+    expected[name] = library.quants.dequantize(data, kind).reshape(shape)
+  for name, array in extra:
+    writer.add_tensor(name, array)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return expected
+
+
+def fields(reader):
+  return types.SimpleNamespace(**gguf.config(reader))
+
+
+def abstract(c):
+  """The parameters that this config has, as the Transformer has them."""
+  n, d, f, q, k = c.dec_layers, c.d_model, c.d_ff, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
+  shapes = {'embedding': (c.vocab_size, d), 'decoder/norm/scale': (d,)} | {
+      f'decoder/layers/{name}': (n, *shape) for name, shape in {
+          'attn_norm/scale': (d,), 'mlp_norm/scale': (d,), 'attn/q/kernel': (d, q),
+          'attn/k/kernel': (d, k), 'attn/v/kernel': (d, k), 'attn/o/kernel': (q, d),
+          'mlp/wi_0/kernel': (d, f), 'mlp/wi_1/kernel': (d, f), 'mlp/wo/kernel': (f, d)}.items()}
+  if not c.tied:
+    shapes['logits/kernel'] = (d, c.vocab_size)
+  return trees.unflatten(
+      {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_tensors_and_metadata_as_the_library_has_them(tmp_path, rng, monkeypatch):
+  monkeypatch.setattr(gguf, 'PIECE', 128)   # two rows at once
+  plain = {'ints': np.arange(6, dtype=np.int16).reshape(2, 3), 'wide': rng.normal(size=(2, 3))}
+  expected = build(tmp_path / 'm.gguf', rng, extra=plain.items())
+  reader = gguf.Gguf(tmp_path / 'm.gguf')
+  assert reader.shapes() == {n: a.shape for n, a in {**expected, **plain}.items()}
+  for name, array in expected.items():
+    value = reader.read(name)
+    assert value.dtype == np.float32 and np.array_equal(value, array)
+  for name, array in plain.items():
+    assert reader.read(name).dtype == array.dtype and np.array_equal(reader.read(name), array)
+  assert reader.metadata['general.architecture'] == 'llama'
+  assert reader.metadata['tokenizer.ggml.tokens'] == ['a', 'ü', '</s>']
+  assert reader.metadata['tokenizer.ggml.token_type'].tolist() == [1, 2, 3]
+  assert reader.metadata['llama.rope.freq_base'] == 500000
+
+
+def test_strings_that_are_not_utf_8_keep_their_bytes(tmp_path):
+  tokens = struct.pack('<IQ', 8, 2) + text(b'\xff\xfe') + text('ü')
+  (tmp_path / 'm.gguf').write_bytes(file(key(9, tokens), keys=1))
+  bytes_ = [token.encode('utf-8', 'surrogateescape')
+            for token in gguf.Gguf(tmp_path / 'm.gguf').metadata['k']]
+  assert bytes_ == [b'\xff\xfe', b'\xc3\xbc']
+
+
+def test_memory_stays_at_one_tensor(tmp_path, rng):
+  build(tmp_path / 'm.gguf', rng, shapes={'big': ((2048, 4096), 'Q8_0')})   # 32 MB as float32
+  reader = gguf.Gguf(tmp_path / 'm.gguf')
+  tracemalloc.start()
+  reader.read('big')
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert 32 << 20 <= peak < 56 << 20
+
+
+def test_config(tmp_path, rng):
+  build(tmp_path / 'm.gguf', rng)
+  assert gguf.config(gguf.Gguf(tmp_path / 'm.gguf')) == {
+      'vocab_size': 40, 'd_model': 64, 'd_ff': 96, 'n_heads': 4, 'n_kv_heads': 2, 'd_head': 16,
+      'enc_layers': 0, 'dec_layers': 2, 'acts': ('silu', 'linear'), 'tied': False,
+      'scale_logits': False, 'scale_attn': True, 'norm': 'rms', 'norm_eps': 1e-5,
+      'positions': 'rope', 'rope_theta': 500000., 'rope_scaling': (), 'bias': False,
+      'max_length': 128, 'start_id': 3, 'eos_id': 2}
+
+
+@pytest.mark.parametrize('changes, match', [
+    ({'rope.dimension_count': 8}, 'rope.dimension_count is 8; expected 16'),
+    ({'attention.key_length': 15, 'rope.dimension_count': 15}, 'is 15; expected 15, the .* even'),
+    ({'attention.value_length': 8}, 'attention.value_length is 8; expected 16'),
+    ({'rope.scaling.type': 'yarn'}, "rope.scaling.type is 'yarn'; known: 'none'"),
+    ({'expert_count': 8}, 'llama.expert_count is 8: a mixture of experts'),
+    ({'attention.sliding_window': 64}, 'sliding_window is 64, which this model does not have'),
+    ({'vocab_size': 41}, 'vocab_size is 41, token_embd.weight has 40 rows'),
+    ({'attention.head_count': [4, 4]}, r'head_count is \[4, 4\]|head_count is array'),
+    ({'attention.head_count': 5}, '64 dimensions do not divide into 5 heads'),
+    ({'attention.head_count': 0}, '64 dimensions do not divide into 0 heads'),
+    ({'context_length': 0.5}, 'context_length is 0.5; expected one int'),
+    ({'rope.freq_base': float('nan')}, 'freq_base is nan'),
+    ({'feed_forward_length': None}, 'lacks llama.feed_forward_length'),
+])
+def test_a_config_that_we_do_not_have(tmp_path, rng, changes, match):
+  meta = {key: value for key, value in {**META, **changes}.items() if value is not None}
+  build(tmp_path / 'm.gguf', rng, meta)
+  with pytest.raises(UsageError, match=match) as e:
+    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+  assert '\n' not in str(e.value)
+
+
+def test_another_architecture(tmp_path, rng):
+  build(tmp_path / 'm.gguf', rng, arch='qwen2')
+  with pytest.raises(UsageError, match="architecture 'qwen2'; known: 'llama'"):
+    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+
+
+def test_a_file_without_an_embedding(tmp_path, rng):
+  shapes = {n: s for n, s in SHAPES.items() if n != 'token_embd.weight'}
+  build(tmp_path / 'm.gguf', rng, shapes=shapes)
+  with pytest.raises(UsageError, match='lacks the tensor token_embd.weight'):
+    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+
+
+def divisors(factor=8., low=1., high=4., context=8192, theta=500000., head=16):
+  """What llama 3.1 divides each frequency by, one at a time as Meta's code has it."""
+  out = []
+  for i in range(0, head, 2):
+    wave = 2 * np.pi * theta ** (i / head)
+    if wave < context / high:
+      out.append(1)
+    elif wave > context / low:
+      out.append(factor)
+    else:
+      smooth = (context / wave - low) / (high - low)
+      out.append(1 / ((1 - smooth) / factor + smooth))
+  return np.array(out, np.float32)
+
+
+def test_rope_scaling_is_derived_and_verified(tmp_path, rng):
+  def scaling(found, **meta):
+    path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
+    build(path, rng, {**META, **meta}, extra=[('rope_freqs.weight', found)])
+    return gguf.config(gguf.Gguf(path))['rope_scaling']
+
+  # Waves of 6, 32, 167, 863 tokens; 4443, and longer than 8192.
+  assert [d > 1 for d in divisors()] == [False] * 4 + [True] * 4
+  assert scaling(divisors()) == (8., 1., 4., 8192)
+  assert scaling(divisors(32.)) == (32., 1., 4., 8192)
+  assert scaling(np.ones(8, np.float32)) == ()
+  key = {'rope.scaling.original_context_length': 4096}
+  assert scaling(divisors(context=4096), **key) == (8., 1., 4., 4096)
+  for bad in (divisors(context=4096), divisors(high=3.), divisors()[:4],
+              np.linspace(1, 8, 8, dtype=np.float32)):
+    with pytest.raises(UsageError, match="is not llama 3.1's scaling by .* from 8192 tokens"):
+      scaling(bad)
+  for bad in (np.full(8, np.nan, np.float32), np.full(8, np.inf, np.float32)):
+    with pytest.raises(UsageError, match='rope scaling by (nan|inf) from 8192 tokens'):
+      scaling(bad)
+  with pytest.raises(UsageError, match="rope scaling by 8.0 from '8k' tokens"):
+    scaling(divisors(), **{'rope.scaling.original_context_length': '8k'})
+
+
+# --- the name map ------------------------------------------------------------------------------
+
+
+def test_rows_cover_the_model_and_writing_gives_every_tensor_back(tmp_path, rng):
+  expected = build(tmp_path / 'm.gguf', rng, extra=[('rope_freqs.weight', divisors())])
+  reader = gguf.Gguf(tmp_path / 'm.gguf')
+  c = fields(reader)
+  params = read(gguf.rows(c), reader, abstract(c), ignore=gguf.IGNORE)
+  flat = trees.flatten(params)
+  layer = expected['blk.1.ffn_gate.weight'], expected['blk.1.ffn_down.weight']
+  assert np.array_equal(flat['decoder/layers/mlp/wi_0/kernel'][1], layer[0].T)
+  assert np.array_equal(flat['decoder/layers/mlp/wo/kernel'][1], layer[1].T)
+  for name, heads in (('q', 4), ('k', 2)):
+    pairs = expected[f'blk.1.attn_{name}.weight'].reshape(heads, 8, 2, 64)
+    apart = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(heads * 16, 64)
+    assert np.array_equal(flat[f'decoder/layers/attn/{name}/kernel'][1], apart.T)
+  assert np.array_equal(flat['logits/kernel'], expected['output.weight'].T)
+  back = dict(write(gguf.rows(c), params))
+  assert back.keys() == expected.keys()
+  assert all(np.array_equal(back[name], expected[name]) for name in expected)
+
+
+def test_a_tied_file_has_no_softmax_matrix(tmp_path, rng):
+  shapes = {n: s for n, s in SHAPES.items() if n != 'output.weight'}
+  build(tmp_path / 'm.gguf', rng, shapes=shapes)
+  reader = gguf.Gguf(tmp_path / 'm.gguf')
+  c = fields(reader)
+  assert c.tied and 'logits/kernel' not in {row.path for row in gguf.rows(c)}
+  read(gguf.rows(c), reader, abstract(c))
+
+
+def test_rotary_pairs_move_apart_and_back():
+  one = gguf._rotary(1)
+  assert one.forward(np.arange(4)[:, None]).tolist() == [[0, 2, 1, 3]]
+  x = np.arange(2 * 6 * 3).reshape(12, 3)   # two heads of 6
+  op = gguf._rotary(2)
+  assert op.forward(x)[0].tolist() == [0, 6, 12, 3, 9, 15, 18, 24, 30, 21, 27, 33]
+  assert op.forward(x).shape == (3, 12)
+  assert np.array_equal(op.inverse(op.forward(x)), x)
+  with pytest.raises(UsageError, match='12 rows .* do not divide into 5 heads'):
+    gguf._rotary(5).forward(x)
+
+
+def test_adjacent_pairs_turn_as_ours_turn_half_a_head_apart(rng):
+  """q . k after rotation is the same in both layouts, with their weights and with ours."""
+  heads, size, d = 2, 8, 5
+  theirs = rng.normal(size=(2, heads * size, d))                 # q and k
+  ours = [gguf._rotary(heads).forward(w) for w in theirs]
+  x = rng.normal(size=(3, d))
+  angle = np.arange(3)[:, None, None] * 100. ** (-np.arange(0, size, 2) / size)
+  turned = []
+  for w in theirs:
+    y = (x @ w.T).reshape(3, heads, size // 2, 2)
+    z = (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angle)
+    turned.append(np.stack([z.real, z.imag], -1).reshape(3, heads, size))
+  a = np.einsum('tnh,snh->nts', *turned)
+  turned = []
+  for w in ours:
+    y = (x @ w).reshape(3, heads, 2, size // 2)
+    z = (y[:, :, 0] + 1j * y[:, :, 1]) * np.exp(1j * angle)
+    turned.append(np.concatenate([z.real, z.imag], -1))
+  np.testing.assert_allclose(np.einsum('tnh,snh->nts', *turned), a, rtol=1e-12)
+
+
+# --- hostile and broken files ------------------------------------------------------------------
+
+
+def text(s):
+  s = s.encode() if isinstance(s, str) else s
+  return struct.pack('<Q', len(s)) + s
+
+
+def tensor(name='t', dims=(2,), kind=0, offset=0):
+  return text(name) + struct.pack(f'<I{len(dims)}QIQ', len(dims), *dims, kind, offset)
+
+
+def file(*parts, tensors=0, keys=0, version=3, data=b''):
+  """The bytes of a GGUF file; data begins at the next multiple of 32."""
+  head = b'GGUF' + struct.pack('<IQQ', version, tensors, keys) + b''.join(parts)
+  return head + bytes(-len(head) % 32) + data if data else head
+
+
+def key(kind, value, name='k'):
+  return text(name) + struct.pack('<I', kind) + value
+
+
+BIG = 1 << 60
+CASES = {
+    'empty': (b'', 'is cut or no GGUF: the magic takes 4 bytes at 0, of 0'),
+    'magic': (b'GGML' + bytes(99), "begins with b'GGML'"),
+    'version 1': (file(version=1), 'GGUF version 1; known: 2 and 3'),
+    'big-endian': (file(version=3 << 24), 'big-endian'),
+    'tensors': (file(tensors=BIG), f'claims {BIG} tensors; the limit is 131072'),
+    'tensors beyond the file': (file(tensors=1000), '1000 tensors takes 24000 bytes at 16'),
+    'keys': (file(keys=BIG), f'claims {BIG} metadata keys'),
+    'keys beyond the file': (file(keys=60000), '60000 metadata keys takes'),
+    'key length': (file(struct.pack('<Q', BIG), bytes(9), keys=1), f'a key takes {BIG} bytes'),
+    'string length': (file(key(8, struct.pack('<Q', BIG)), keys=1), f"'k' takes {BIG} bytes"),
+    'value type': (file(key(13, bytes(8)), keys=1), "value of 'k' has type 13; known: 0 to 12"),
+    'array of arrays': (file(key(9, struct.pack('<IQ', 9, 1)), bytes(99), keys=1), 'of type 9'),
+    'array length': (file(key(9, struct.pack('<IQ', 0, BIG)), keys=1), f"{BIG} numbers of 'k'"),
+    'strings': (file(key(9, struct.pack('<IQ', 8, BIG)), keys=1), f"{BIG} strings of 'k'"),
+    'array beyond the file': (file(key(9, struct.pack('<IQ', 10, 1 << 20)), keys=1),
+                              "1048576 numbers of 'k' takes 8388608 bytes"),
+    'key twice': (file(key(0, b'1'), key(0, b'2'), keys=2), "key 'k' comes twice"),
+    'alignment': (file(key(4, struct.pack('<I', 3), 'general.alignment'), keys=1),
+                  'general.alignment is 3; expected a power of two'),
+    'alignment of text': (file(key(8, text('x'), 'general.alignment'), keys=1), "is 'x'; expected"),
+    'alignment 0': (file(key(4, bytes(4), 'general.alignment'), keys=1), 'alignment is 0'),
+    'cut in a tensor': (file(tensor()[:-4], tensors=1), "offset of 't' takes 8 bytes"),
+    'no dimension': (file(tensor(dims=()), bytes(32), tensors=1), 'has 0 dimensions'),
+    'many dimensions': (file(tensor(dims=(1,) * 9), tensors=1), 'has 9 dimensions'),
+    'type': (file(tensor(kind=99), tensors=1, data=bytes(8)), 'the type 99, which the gguf'),
+    'shape 0': (file(tensor(dims=(0, 4)), tensors=1, data=bytes(8)), r'shape \(4, 0\)'),
+    'block': (file(tensor(dims=(33,), kind=8), tensors=1, data=bytes(99)),
+              'Q8_0 comes in rows of multiples of 32'),
+    'overflow': (file(tensor(dims=(1 << 62, 1 << 62)), tensors=1, data=bytes(8)),
+                 f'takes {1 << 126} bytes at 96'),
+    'wraps to 0': (file(tensor(dims=(1 << 32, 1 << 32)), tensors=1, data=bytes(8)),
+                   f'takes {1 << 66} bytes at 96'),
+    'truncated': (file(tensor(), tensors=1, data=bytes(7)), 'takes 8 bytes at 64 . 0; the file'),
+    'offset': (file(tensor(offset=1 << 63), tensors=1, data=bytes(8)), 'bytes at 64 . 9223'),
+    'unaligned': (file(tensor(offset=1), tensors=1, data=bytes(99)), 'the alignment is 32'),
+    'tensor twice': (file(tensor(), tensor(), tensors=2, data=bytes(99)), "'t' comes twice"),
+    'overlap': (file(tensor('a', (16,)), tensor('b', (4,), offset=32), tensors=2,
+                     data=bytes(99)), "'b' at 128 overlaps 'a', which ends at 160"),
+    'not dequantised': (file(tensor(dims=(32,), kind=9), tensors=1, data=bytes(99)),
+                        "'t' has the quantisation Q8_1, which the gguf library does not"),
+    'a name of lines': (file(tensor('a\nb' * 99, (0,)), tensors=1, data=bytes(8)), 'has shape'),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_hostile_file_is_refused(tmp_path, case):
+  data, match = CASES[case]
+  path = tmp_path / 'm.gguf'
+  path.write_bytes(data)
+  tracemalloc.start()
+  try:
+    with pytest.raises(UsageError, match=match) as e:
+      gguf.Gguf(path)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert '\n' not in str(e.value) and len(str(e.value)) < 600
+  assert str(path) in str(e.value)
+  assert peak < 1 << 20
+
+
+def test_every_cut_of_a_file_is_refused(tmp_path, rng):
+  build(tmp_path / 'm.gguf', rng)
+  data = (tmp_path / 'm.gguf').read_bytes()
+  used = max(t.start + t.size for t in gguf.Gguf(tmp_path / 'm.gguf')._tensors.values())
+  for n in [*range(0, 1500, 7), *range(1500, used, 4999), used - 1]:
+    (tmp_path / 'cut.gguf').write_bytes(data[:n])
+    with pytest.raises(UsageError):
+      gguf.Gguf(tmp_path / 'cut.gguf')
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gguf', None)
+  with pytest.raises(UsageError, match='needs its library: pip install gguf'):
+    gguf.Gguf(tmp_path / 'm.gguf')
+
+
+# --- real weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.weights
+def test_smollm2_through_our_rows_continues_with_paris(tmp_path):
+  """transformers' LLaMA with our arrays, beside transformers' own reading of the same file."""
+  import torch
+  import transformers
+  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+  path = pretrained_files.file(*pretrained_files.FILES['smollm2'])
+  reader = gguf.Gguf(path)
+  c = fields(reader)
+  params = trees.flatten(read(gguf.rows(c), reader, abstract(c), ignore=gguf.IGNORE))
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+      num_hidden_layers=c.dec_layers, num_attention_heads=c.n_heads,
+      num_key_value_heads=c.n_kv_heads, head_dim=c.d_head, rms_norm_eps=c.norm_eps,
+      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+      tie_word_embeddings=c.tied, max_position_embeddings=c.max_length)).eval()
+  theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)['tensors']
+  names = {'attn_norm/scale': 'input_layernorm', 'mlp_norm/scale': 'post_attention_layernorm',
+           'attn/q/kernel': 'self_attn.q_proj', 'attn/k/kernel': 'self_attn.k_proj',
+           'attn/v/kernel': 'self_attn.v_proj', 'attn/o/kernel': 'self_attn.o_proj',
+           'mlp/wi_0/kernel': 'mlp.gate_proj', 'mlp/wi_1/kernel': 'mlp.up_proj',
+           'mlp/wo/kernel': 'mlp.down_proj'}
+  state = {'model.embed_tokens.weight': params['embedding'],
+           'model.norm.weight': params['decoder/norm/scale']}
+  state |= {f'model.layers.{i}.{name}.weight': array.T for ours, name in names.items()
+            for i, array in enumerate(params[f'decoder/layers/{ours}'])}
+  assert state.keys() == theirs.keys()
+  assert all(np.array_equal(array, theirs[name].numpy()) for name, array in state.items())
+  missing, extra = model.load_state_dict(
+      {name: torch.from_numpy(array.copy()) for name, array in state.items()}, strict=False)
+  assert missing == ['lm_head.weight'] and not extra   # tied
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+  ids = tokenizer('The capital of France is', return_tensors='pt').input_ids
+  with torch.no_grad():
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == ' Paris'
