@@ -38,14 +38,13 @@ def both(program):
 
   from t5lab.parallel import sharding
   from t5lab.programs import build as programs
-  from t5lab.training import digests as digest
-  from t5lab.training import steps
+  from t5lab.training import digests, steps
   c = program.config
   options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **programs._step_options(c))
 
   def plain(state, batch, base, guard):
     state, metrics = steps.train_step(state, batch, base, **options)
-    return state, guard, {**metrics, 'batch': digest.of_batch(batch)}
+    return state, guard, {**metrics, 'batch': digests.batch_digest(batch)}
 
   alone = sharding.replicated(program.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, program.abstract)

@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
   from t5lab.data.tasks import cache_build
   from t5lab.data.tasks import registry as tasks
   from t5lab.programs import streams
-  from t5lab.runs import rundir
+  from t5lab.runs.lock import RunLock
   spec = streams.settle_vocabulary(c)
   files = configs.files(c)
   tasks.register(spec, files, c.data.modules)
   lengths = {name: length for name, length in c.data.lengths.items() if length}
-  with rundir.RunLock(c.data.cache):
+  with RunLock(c.data.cache):
     for task, _ in tasks.select(c.data.mixture, c.data.split):
       total = task.num_input_examples(c.data.split)
       show = _Progress(task.name, total)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                                            f'checkpoint: {first.text}')
     if done.halted:
       stop = done.step
-      if stop not in (known_bad := {r['step'] for r in sentry.records(args.workdir)}):
+      if stop not in (known_bad := {r['step'] for r in sentry.read_anomalies(args.workdir)}):
         return _parted(replay, args.start, f'step {stop} is bad, in the run it was none of '
                                            f'{sorted(known_bad)}')
       print(f'step {stop} is bad again, as it was in the run')

@@ -20,8 +20,7 @@ from t5lab.errors import UsageError
 from t5lab.programs import replay as replaying
 from t5lab.programs.replay import PARTS, Replay
 from t5lab.runs import rundir
-from t5lab.training import digests as digest
-from t5lab.training import steps
+from t5lab.training import digests, steps
 
 NOT_COMPARED = ('checkpoint', 'eval', 'log', 'plan', 'guard.watchdog')    # change no number
 
@@ -62,7 +61,7 @@ def bisect(a: Replay, b: Replay, say: Callable = print) -> Verdict:
 def config_differences(a: Replay, b: Replay) -> list[str]:
   """['optim.lr: 0.1 -> 0.2'] of keys that a run's numbers depend on."""
   read = lambda r: configs.to_dict(configs.from_dict(rundir.read_config(r.workdir)))
-  return rundir.check_same_config(read(a), read(b), NOT_COMPARED)
+  return rundir.config_differences(read(a), read(b), NOT_COMPARED)
 
 
 # --- what was written --------------------------------------------------------------------------
@@ -138,7 +137,7 @@ def _records(a, b, start, end) -> Verdict:
 @jax.jit
 def _checksums(state):
   """{path: uint32[]} of every array of a state."""
-  return {path: digest.of_batch({path: x}) for path, x in trees.flatten(state).items()}
+  return {path: digests.batch_digest({path: x}) for path, x in trees.flatten(state).items()}
 
 
 def _trace(run: Replay, start: int, end: int):

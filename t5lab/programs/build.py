@@ -19,8 +19,7 @@ from t5lab.errors import UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
 from t5lab.programs import loading
-from t5lab.training import digests as digest
-from t5lab.training import guards, lora, optim, steps
+from t5lab.training import digests, guards, lora, optim, steps
 from t5lab.training.diagnosis import Diagnosis
 
 # Of the TPU's compiler. Products whose result is scattered over fsdp would become loops of partial
@@ -110,7 +109,7 @@ def build(c, devices=None) -> Program:
 
   def train_step(state, batch, base, guard):
     state, guard, metrics = guarded(state, batch, base, guard)
-    return state, guard, {**metrics, 'batch': digest.of_batch(batch)}
+    return state, guard, {**metrics, 'batch': digests.batch_digest(batch)}
 
   step = jax.jit(train_step, donate_argnums=(0, 3), compiler_options=compiler_options(mesh),
                  out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), alone, alone))
@@ -119,7 +118,7 @@ def build(c, devices=None) -> Program:
            for k, x in loading.batch_shapes(c).items()}
   base = loading.placed(loading.boxed_params(c), mesh, c.rules) if c.lora.rank else None
   guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone),
-                       guards.new())
+                       guards.initial())
   return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, judged_by, step)
 
 

@@ -20,7 +20,7 @@ from t5lab.data.batches import features
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.runs import manifest, rundir
+from t5lab.runs import manifests, rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.training import lora, steps
 
@@ -81,7 +81,7 @@ def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:
     best = checkpoints.best_step()
     if best is None:
       raise UsageError('no checkpoint has an evaluation of checkpoint.best='
-                       f'{checkpoints._best_metric!r}; use --step latest')
+                       f'{checkpoints.best_metric!r}; use --step latest')
     return best
   try:
     return int(step)
@@ -240,4 +240,4 @@ def load_optimizer(config, abstract, step: int):
 
 
 def _digest(checkpoints, step) -> str:
-  return hashlib.sha256((checkpoints.path(step) / manifest.NAME).read_bytes()).hexdigest()
+  return hashlib.sha256((checkpoints.path(step) / manifests.NAME).read_bytes()).hexdigest()

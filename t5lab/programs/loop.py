@@ -22,11 +22,12 @@ from t5lab.errors import DataError, NumericalError, Preempted, UsageError
 from t5lab.parallel import multihost, sharding
 from t5lab.programs import build as programs
 from t5lab.programs import loading, scoring, streams
-from t5lab.runs import faults, rundir
-from t5lab.runs import position as places
-from t5lab.runs.position import Place
+from t5lab.runs import injected_faults, rundir
+from t5lab.runs.lock import RunLock
+from t5lab.runs.position import Position, checkpoint_meta
 from t5lab.runs.report import NoReport, Report
 from t5lab.runs.sentry import Rewind, Sentry
+from t5lab.runs.signals import Signals
 from t5lab.runs.watchdog import Watchdog
 from t5lab.training import digests
 
@@ -45,15 +46,15 @@ def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) 
   """
   workdir = Path(workdir).absolute()
   configs.check_trainable(c)
-  multihost.start()
-  with rundir.Signals() as signals, multihost.Together(signals) as stop, _locked(workdir):
+  multihost.initialize()
+  with Signals() as signals, multihost.CoordinatedStop(signals) as stop, _locked(workdir):
     return _train(c, workdir, stop, resume, allow_data_change)
 
 
 @contextlib.contextmanager
 def _locked(workdir):
   """Process 0 holds the directory for all."""
-  with rundir.RunLock(workdir) if multihost.is_main() else contextlib.nullcontext():
+  with RunLock(workdir) if multihost.is_main() else contextlib.nullcontext():
     yield
 
 
@@ -64,7 +65,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   checkpoints = loading.open_checkpoints(c, workdir, log=say)
   streams.settle_vocabulary(c)
   _same_everywhere('config', configs.digest(c), UsageError)
-  multihost.agreed(lambda: _settle_directory(c, workdir, resume, checkpoints))
+  multihost.broadcast(lambda: _settle_directory(c, workdir, resume, checkpoints))
 
   # -- what runs: shapes first, then straight onto the devices ------------------------------------
   program = programs.build(c)
@@ -75,7 +76,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   stream = streams.open_stream(c, rows)
   words, data = stream.vocabulary, stream.batches
   _same_everywhere('data', data.fingerprint, DataError)
-  multihost.agreed(lambda: vocab.export(c.data.vocab, workdir / loading.VOCABULARY))
+  multihost.broadcast(lambda: vocab.export(c.data.vocab, workdir / loading.VOCABULARY))
 
   # -- start or resume ----------------------------------------------------------------------------
   restored = checkpoints.restore(abstract, quarantine=True)
@@ -87,10 +88,10 @@ def _train(c, workdir, stop, resume, allow_data_change):
       loading.check_base(initial, manifest.meta, c, workdir)
     if not allow_data_change:
       data.check_position(manifest.meta['data'])
-    at = Place.of(manifest)
+    at = Position.from_manifest(manifest)
     origin = f'resuming from step {at.step} in {workdir}: optimizer state restored'
   else:
-    state, at = program.first_state(initial), Place()
+    state, at = program.first_state(initial), Position()
     origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
               f'weights from seed {c.seed}')
     origin += '; optimizer state ' + {'restore': 'restored'}.get(c.init.optimizer, 'fresh')
@@ -106,7 +107,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   # -- what a step leaves behind ------------------------------------------------------------------
   report = Report(workdir, resume_step=at.step, total_steps=c.total_steps) if (
       multihost.is_main()) else NoReport()
-  evaluated = multihost.agreed(lambda: sorted(report.evaluated))
+  evaluated = multihost.broadcast(lambda: sorted(report.evaluated))
   dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_leave)
   patience = max(600., 10 * c.guard.watchdog) * bool(c.guard.watchdog)   # of what may compile
 
@@ -121,7 +122,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   if initial:
     meta['init'] = dict(path=c.init.path, step=initial.step, sha256=initial.sha256)
   saved, guard = at.step, program.make_guard(at.guard)
-  fault, diagnosis = faults.requested(), program.diagnosis()
+  fault, diagnosis = injected_faults.requested(), program.diagnosis()
 
   def on_devices(batch, number):
     """Batch `number` of the stream, from 1: this process's rows -> global arrays."""
@@ -147,7 +148,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
     if step > saved:
       with dog.paused(f'the checkpoint of step {step}', patience):
         checkpoints.save(step, state, meta={
-            **meta, **places.meta(step, at.offset, log.digest, guard, data)})
+            **meta, **checkpoint_meta(step, at.offset, log.digest, guard, data)})
       saved = step
 
   def evaluate_at(step):
@@ -205,7 +206,8 @@ def _train(c, workdir, stop, resume, allow_data_change):
         if not (found := checkpoints.restore(abstract, quarantine=True)):
           raise NumericalError(f'{e}; there is no checkpoint to rewind to yet') from e
         state, manifest = found
-        at = dataclasses.replace(Place.of(manifest), offset=sentry.rewound(e.step, manifest.step))
+        offset = sentry.record_rewind(e.step, manifest.step)
+        at = dataclasses.replace(Position.from_manifest(manifest), offset=offset)
         guard, saved = program.make_guard(at.guard), at.step
         report.rewind(at.step)
   return result or scoring.read_evaluation(workdir, c.total_steps)
@@ -213,7 +215,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
 
 def _leave(code: int) -> None:
   """What the watchdog does last: the other processes, which wait for this one, end with it."""
-  multihost.give_up(code, 'its watchdog saw no step; its stacks are in watchdog_'
+  multihost.abort_all(code, 'its watchdog saw no step; its stacks are in watchdog_'
                     f'{multihost.index()}.txt')
   os._exit(code)
 
@@ -239,7 +241,7 @@ class _Log:
     self._every, self._last = c.log.every, c.total_steps
     self._report, self._schedule, self._sentry, self._dog = report, schedule, sentry, dog
 
-  def restart(self, at: Place, updates: int):
+  def restart(self, at: Position, updates: int):
     """From the place `at`, where the state has seen so many updates: skipped steps are none."""
     self.digest, self._updates = at.digest, updates       # of all batches up to the last flush
     self._pending = []
@@ -301,7 +303,7 @@ def _settle_directory(c, workdir, resume, checkpoints) -> None:
   if has_steps:
     # through our own reading: keys that are newer than the run have their defaults in both
     saved = configs.to_dict(configs.from_dict(rundir.read_config(workdir)))
-    differ = rundir.check_same_config(saved, new, MAY_CHANGE)
+    differ = rundir.config_differences(saved, new, MAY_CHANGE)
     if differ:
       more = f' and {len(differ) - 6} more' if len(differ) > 6 else ''
       raise UsageError(
@@ -312,7 +314,7 @@ def _settle_directory(c, workdir, resume, checkpoints) -> None:
 
 def _same_everywhere(what: str, value: str, error) -> None:
   """Raises on the processes that differ from process 0 (and `t5lab` then ends the others)."""
-  if (first := multihost.agreed(lambda: value)) != value:
+  if (first := multihost.broadcast(lambda: value)) != value:
     raise error(f'the {what} of process {multihost.index()} is not that of process 0 '
                 f'({value[:12]}, {first[:12]}): give every host the same; `t5lab doctor` compares')
 

@@ -18,9 +18,8 @@ from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
 from t5lab.programs import build as programs
 from t5lab.programs import loading, streams
-from t5lab.runs import faults, rundir, sentry
-from t5lab.runs import position as places
-from t5lab.runs.position import Place
+from t5lab.runs import injected_faults, jsonl, rundir, sentry
+from t5lab.runs.position import Position, checkpoint_meta
 from t5lab.training import digests
 
 
@@ -58,10 +57,10 @@ class Replay:
       raise
     for step in self.checkpoints.steps()[-1:]:
       self.data.check_position(self.checkpoints.manifest(step).meta['data'])
-    self._fault = faults.requested()
+    self._fault = injected_faults.requested()
     self.base = self.state = self._guard = None
     self._jumps = []         # [(step, offset)]: from there on, after a rewind
-    for record in sentry.records(workdir):
+    for record in sentry.read_anomalies(workdir):
       if 'rewound_to' in record:
         to, offset = int(record['rewound_to']), int(record['offset'])
         self._jumps = [jump for jump in self._jumps if jump[0] < to] + [(to, offset)]
@@ -77,7 +76,7 @@ class Replay:
     if step == 0:
       initial = program.load_initial() if c.init.path else None
       self.base = initial.params if c.lora.rank else None
-      self.state, at = program.first_state(initial), Place()
+      self.state, at = program.first_state(initial), Position()
     else:
       if step not in self.checkpoints.steps():
         raise CheckpointError(f'{self.workdir} has no checkpoint of step {step} to start from; '
@@ -88,7 +87,7 @@ class Replay:
         loading.check_base(initial, manifest.meta, c, self.workdir)
         self.base = initial.params
       self.data.check_position(manifest.meta['data'])
-      at = Place.of(manifest)
+      at = Position.from_manifest(manifest)
     self.step, self._start = step, step
     self._offset, self._digest = at.offset, at.digest
     self._guard = program.make_guard(at.guard)
@@ -122,7 +121,7 @@ class Replay:
 
   def meta(self) -> dict:
     """What a checkpoint of this state has to hold besides its arrays."""
-    return places.meta(self.step, self.offset, self._digest, self._guard, self.data)
+    return checkpoint_meta(self.step, self.offset, self._digest, self._guard, self.data)
 
   def put(self, batch):
     return sharding.put(batch, self.program.mesh)
@@ -162,7 +161,7 @@ class Difference:
 def read_rows(workdir) -> dict[int, dict]:
   """{step: training row of metrics.jsonl without its timing}."""
   return {row['step']: {k: v for k, v in row.items() if k != 'timing'}
-          for row in rundir.json_rows(Path(workdir) / 'metrics.jsonl', 'step') if 'loss' in row}
+          for row in jsonl.read(Path(workdir) / 'metrics.jsonl', 'step') if 'loss' in row}
 
 
 def differing(a: dict, b: dict) -> list[str]:

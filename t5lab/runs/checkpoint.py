@@ -31,9 +31,7 @@ import numpy as np
 from t5lab import files, trees
 from t5lab.errors import CheckpointError, NumericalError
 from t5lab.parallel import multihost
-from t5lab.runs import arrays as array_files
-from t5lab.runs import rundir
-from t5lab.runs import manifest as manifests
+from t5lab.runs import array_files, manifests, rundir
 
 STEP = re.compile(r'step_(\d{8,})')
 ANNOTATIONS = 'annotations.json'
@@ -44,7 +42,7 @@ BARRIER_SECONDS = 600
 class Checkpoints:
   """The steps in `directory`: the newest `keep` (0: all) and the best one by `best_metric`.
 
-  One trainer writes (under rundir.RunLock), any number of programs read. In a run of several
+  One trainer writes (under RunLock), any number of programs read. In a run of several
   processes all of them call save, wait and restore alike, on a shared file system; process 0
   writes the manifest, renames, prunes and quarantines.
   """
@@ -56,7 +54,7 @@ class Checkpoints:
       raise ValueError(f"best_mode is 'max' or 'min', not {best_mode!r}")
     self.directory = Path(os.path.abspath(directory))  # Orbax refuses relative paths, too late
     self._keep = keep
-    self._best_metric, self._best_mode = best_metric, best_mode
+    self.best_metric, self._best_mode = best_metric, best_mode
     self._log = log
     self._main = multihost.is_main()
     self._thread: threading.Thread | None = None
@@ -92,7 +90,7 @@ class Checkpoints:
     best = None
     for step in self.steps():
       try:
-        value = self.manifest(step).metrics.get(self._best_metric)
+        value = self.manifest(step).metrics.get(self.best_metric)
       except manifests.Invalid:
         continue
       if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -134,7 +132,7 @@ class Checkpoints:
     NumericalError, and nothing is written, if params or ema are not finite.
     """
     self.wait()
-    if multihost.agreed(lambda: self._exists(step)):
+    if multihost.broadcast(lambda: self._exists(step)):
       self._log(f'checkpoint of step {step} exists already, not written again')
       return False
     self._check_finite(step, state)
@@ -143,7 +141,7 @@ class Checkpoints:
     if self._main and not self.directory.parent.is_dir():   # mkdir would make another, of one file
       raise CheckpointError(f'{self.directory.parent} is gone, removed or unmounted during the '
                             f'run: step {step} is not saved')
-    token = multihost.agreed(lambda: uuid.uuid4().int >> 98)
+    token = multihost.broadcast(lambda: uuid.uuid4().int >> 98)
     temporary = self.directory / f'step_{step:08d}.tmp-{token:08x}'
     try:
       # plain nested dicts: a file depends on paths, not on the classes of a library's version
@@ -217,7 +215,7 @@ class Checkpoints:
     """
     if not self._keep:
       return
-    best, whole = self.best_step() if self._best_metric else None, 0
+    best, whole = self.best_step() if self.best_metric else None, 0
     for step in reversed(self.steps()):
       if isinstance(self._verified(step, full=False), CheckpointError):
         continue
@@ -267,7 +265,7 @@ class Checkpoints:
     """
     abstract = _select(abstract_state, only)
     rundir.warn_if_others_write(self.directory, self._log)
-    chosen = multihost.agreed(lambda: self._choose(step, only, quarantine))
+    chosen = multihost.broadcast(lambda: self._choose(step, only, quarantine))
     if chosen is None:
       return None
     manifest = self.manifest(chosen)

@@ -26,7 +26,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from t5lab.errors import Failure
-from t5lab.runs import rundir
+from t5lab.runs import jsonl
 
 PLAIN_SECONDS = 15.  # between lines where there is no terminal
 
@@ -210,7 +210,7 @@ class _Board:
 def _truncate(path: Path, resume_step: int) -> set[int]:
   """Keeps the whole rows up to resume_step (none if 0) -> steps with an evaluation row."""
   last = resume_step or -1              # from the beginning, not even an evaluation of step 0
-  return {row['step'] for row in rundir.keep_rows(path, 'step', last) if 'eval' in row}
+  return {row['step'] for row in jsonl.truncate(path, 'step', last) if 'eval' in row}
 
 
 def _scalars(values: Mapping) -> dict:

@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 
 from t5lab.errors import NumericalError
-from t5lab.runs import rundir
+from t5lab.runs import jsonl
 from t5lab.training.diagnosis import Finding
 from t5lab.training.guards import Settings
 
@@ -27,7 +27,7 @@ CHARACTERS = 300     # of each text
 
 
 class Rewind(Exception):
-  """Step `step` was bad: restore the newest checkpoint, tell Sentry.rewound, go on after it."""
+  """Step `step` was bad: restore the newest checkpoint, call Sentry.record_rewind, continue."""
 
   def __init__(self, step: int, message: str):
     super().__init__(message)
@@ -54,7 +54,7 @@ class Sentry:
     self._log = log if write else lambda text: None
     self._write = write
     if write:
-      rundir.keep_rows(self._path, 'batch', step + offset)
+      jsonl.truncate(self._path, 'batch', step + offset)
 
   def check(self, pending: list, state) -> list:
     """[(step, metrics)] from the host, steps in order -> those that are rows of the run.
@@ -73,7 +73,7 @@ class Sentry:
       rows.append((step, {k: v for k, v in metrics.items() if k != 'halted'}))
     return rows
 
-  def rewound(self, step: int, to: int) -> int:
+  def record_rewind(self, step: int, to: int) -> int:
     """The run stands at checkpoint `to` again, after the bad step `step` -> the new offset.
 
     NumericalError if it came back there more than `patience` times.
@@ -164,6 +164,6 @@ def step_name(state) -> str:
   return f'update {int(state.step)}'
 
 
-def records(workdir) -> list[dict]:
+def read_anomalies(workdir) -> list[dict]:
   """The whole lines of a run's anomalies.jsonl; [] where there is none."""
-  return rundir.json_rows(Path(workdir) / NAME, 'batch')
+  return jsonl.read(Path(workdir) / NAME, 'batch')

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-def of_batch(batch: dict[str, jax.Array]) -> jax.Array:
+def batch_digest(batch: dict[str, jax.Array]) -> jax.Array:
   """uint32[]: a sum of hashes of (feature, place, value), whatever the order of adding."""
   total = jnp.zeros((), jnp.uint32)
   for name, x in batch.items():

@@ -61,7 +61,7 @@ class Settings:
                        'of patience, and 0 (off) or more deviations')
 
 
-def new() -> Guard:
+def initial() -> Guard:
   """That of step 0, as numpy arrays: see `place`."""
   zero, two = np.zeros((), np.int32), np.zeros(2, np.float32)
   return Guard(zero, zero, zero, two, two)
@@ -114,7 +114,7 @@ def to_json(guard: Guard) -> dict:
 def from_json(saved: dict | None) -> Guard:
   """The guard of a checkpoint's meta; a new one for a checkpoint that has none. Numpy, as `new`."""
   if not saved:
-    return new()
-  fresh = new()
+    return initial()
+  fresh = initial()
   return Guard(**{name: np.asarray(saved[name], getattr(fresh, name).dtype)
                   for name in Guard.__dataclass_fields__})

@@ -21,8 +21,8 @@ def places(phase):
     from t5lab.decoding.engine import Engine
     return Engine, 'generate'
   if phase == 'save':
-    from t5lab.runs import manifest
-    return manifest, 'seal'                      # in the thread: arrays written, nothing committed
+    from t5lab.runs import manifests
+    return manifests, 'seal'                      # in the thread: arrays written, nothing committed
   if phase == 'restore':
     import orbax.checkpoint as ocp
     return ocp.PyTreeCheckpointHandler, 'restore'

@@ -16,7 +16,7 @@ from processes import Process, train_command
 import pytest
 
 from t5lab.errors import CheckpointError
-from t5lab.runs import manifest
+from t5lab.runs import manifests
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import tensor_files
 
@@ -84,9 +84,9 @@ MEASURE = """
 import resource, sys
 from t5lab.errors import Failure
 from t5lab.tools.interop import tensor_files
-from t5lab.runs import manifest, rundir
+from t5lab.runs import manifests, rundir
 what, path = sys.argv[1:]
-read = {'hf': lambda: tensor_files.open_hf(path), 'manifest': lambda: manifest.verify(path),
+read = {'hf': lambda: tensor_files.open_hf(path), 'manifest': lambda: manifests.verify(path),
         'config': lambda: rundir.read_config(path)}[what]
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -149,10 +149,10 @@ def test_bombs_in_a_manifest(run, bomb, record):
   body = json.loads(path.read_text())['manifest']
   if bomb == 'a million leaves':
     body['leaves'] = {f'params/{i}': [[1], 'float32'] for i in range(10**6)}
-    path.write_text(manifest._dump(body))
+    path.write_text(manifests._dump(body))
   elif bomb == 'a shape of 2^40':
     body['leaves'] = {k: [[2**40, *shape], dtype] for k, (shape, dtype) in body['leaves'].items()}
-    path.write_text(manifest._dump(body))
+    path.write_text(manifests._dump(body))
   else:
     path.write_text({'nested': '[' * 4_000_000,
                      'wide': '{"manifest": [' + '{},' * 1_300_000 + '0]}'}[bomb])

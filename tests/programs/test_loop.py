@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
     loop.train(c, tmp_path)
   assert e.value.code == 70
   step = int(str(e.value).split(':')[0].removeprefix('step '))
-  record, = sentry.records(tmp_path)
+  record, = sentry.read_anomalies(tmp_path)
   assert record['step'] == step and record['examples'][0].startswith('ha_ende:')
   assert record['examples'][0] in str(e.value) and 'last good checkpoint' in str(e.value)
   for path, x in arrays(tmp_path, step - 1).items() if step > 1 else ():

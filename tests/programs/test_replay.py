@@ -146,7 +146,7 @@ def test_a_skipped_batch_is_skipped_again(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_rewound_is_replayed_along_the_path_that_it_kept(tmp_path):
   run = train(tmp_path / 'run', {**RUN, 'guard.policy': 'rewind'}, T5LAB_FAULT='nan_grad@6-7')
-  assert [r['offset'] for r in sentry.records(run) if 'rewound_to' in r] == [2, 3]
+  assert [r['offset'] for r in sentry.read_anomalies(run) if 'rewound_to' in r] == [2, 3]
   for start in (0, 4, 8):              # before, at and after the checkpoint that it went back to
     done = t5lab('replay', '--workdir', run, '--from', start, '--steps', 12 - start,
                  T5LAB_FAULT='nan_grad@6-7')

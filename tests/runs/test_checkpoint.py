@@ -19,8 +19,7 @@ import pytest
 
 from t5lab import trees
 from t5lab.errors import CheckpointError, NumericalError
-from t5lab.runs import checkpoint
-from t5lab.runs import manifest
+from t5lab.runs import checkpoint, manifests
 
 
 @flax.struct.dataclass
@@ -85,7 +84,7 @@ def forge(directory, change, step=20):
   path = directory / f'step_{step:08d}' / 'MANIFEST.json'
   body = json.loads(path.read_text())['manifest']
   change(body)
-  path.write_text(manifest._dump(body))
+  path.write_text(manifests._dump(body))
 
 
 # --- round trip --------------------------------------------------------------------------------
@@ -294,7 +293,7 @@ def test_all_damaged_never_starts_from_scratch(copy, quarantine):
 def test_unreadable_is_not_taken_for_damaged(copy, monkeypatch):
   def refuse(*_, **__):
     raise PermissionError(13, 'Permission denied', 'x')
-  monkeypatch.setattr(manifest, 'read', refuse)
+  monkeypatch.setattr(manifests, 'read', refuse)
   with pytest.raises(CheckpointError, match='cannot read x: Permission denied'):
     checkpoint.Checkpoints(copy).restore(abstract(make()), quarantine=True)
   assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020']
@@ -380,13 +379,13 @@ def test_hostile_manifests_are_refused(copy):
   good = path.read_text()
   for text in ('', 'null', '[]', '{"manifest": 3, "sha256": ""}', '[' * 100_000,
                '{"a":' * 100_000, good[:-1], good + ' ', '\xff', '9' * 10_000,
-               ' ' * (manifest.MANIFEST_BYTES + 1)):
+               ' ' * (manifests.MANIFEST_BYTES + 1)):
     path.write_bytes(text.encode('latin-1'))
     with pytest.raises(CheckpointError) as e:
       reader.verify(20)
     assert len(str(e.value)) < 500
   path.write_text(good)
-  forge(copy, lambda body: body['meta'].update(bomb=' ' * manifest.MANIFEST_BYTES))
+  forge(copy, lambda body: body['meta'].update(bomb=' ' * manifests.MANIFEST_BYTES))
   with pytest.raises(CheckpointError, match='over 4194304 bytes'):
     reader.verify(20)
   path.write_text(good)
@@ -407,7 +406,7 @@ def test_forged_array_of_another_shape_is_refused(copy, tmp_path):
   saver.wait()
   forge(tmp_path / 'wide', lambda body: body.update(leaves={
       path: [list(shape), dtype]
-      for path, (shape, dtype) in manifest.signatures(make(20)).items()}))
+      for path, (shape, dtype) in manifests.signatures(make(20)).items()}))
   with pytest.raises(CheckpointError, match='cannot read'):
     saver.restore(abstract(make()))
 
@@ -436,13 +435,13 @@ def test_non_finite_parameters_are_never_saved(copy, part, value):
 
 def test_failed_save_is_raised_by_the_next_call_and_leaves_nothing(copy, monkeypatch):
   saver = checkpoint.Checkpoints(copy)
-  monkeypatch.setattr(manifest, 'seal', lambda _: (_ for _ in ()).throw(OSError(28, 'No space')))
+  monkeypatch.setattr(manifests, 'seal', lambda _: (_ for _ in ()).throw(OSError(28, 'No space')))
   saver.save(30, make(30), meta={})
   with pytest.raises(CheckpointError, match='saving step 30 .*No space.*newest committed step: 20'):
     saver.save(40, make(40), meta={})
   monkeypatch.undo()
   assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020']
-  saver.save(30, make(30), meta={'much': ' ' * manifest.MANIFEST_BYTES})
+  saver.save(30, make(30), meta={'much': ' ' * manifests.MANIFEST_BYTES})
   with pytest.raises(CheckpointError, match='the limit is 4194304'):
     saver.wait()
   saver.save(40, make(40), meta={})

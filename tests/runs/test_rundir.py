@@ -14,8 +14,15 @@ import pytest
 from t5lab import files
 from t5lab.errors import UsageError
 from t5lab.runs import rundir
+from t5lab.runs.lock import RunLock
+from t5lab.runs.signals import Signals
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTS = """
+import os, sys, time
+from t5lab.runs.lock import RunLock
+from t5lab.runs.signals import Signals
+"""
 
 
 class Child:
@@ -23,9 +30,8 @@ class Child:
 
   def __init__(self, code, *arguments):
     self.process = subprocess.Popen(
-        [sys.executable, '-u', '-c', 'import os, sys, time\nfrom t5lab.runs import rundir\n' +
-         code, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {'PYTHONPATH': str(ROOT)})
+        [sys.executable, '-u', '-c', IMPORTS + code, *map(str, arguments)],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
 
   def __enter__(self):
     return self
@@ -39,7 +45,7 @@ class Child:
 
 
 HOLD = """
-with rundir.RunLock(sys.argv[1]):
+with RunLock(sys.argv[1]):
   print('held')
   time.sleep(60)
 """
@@ -52,7 +58,7 @@ def test_second_trainer_is_refused_and_the_first_unharmed(tmp_path):
   with Child(HOLD, tmp_path) as first:
     assert first.ready() == 'held'
     before = (tmp_path / 'run.lock').read_text()
-    with pytest.raises(UsageError) as e, rundir.RunLock(tmp_path, patience=0.2):
+    with pytest.raises(UsageError) as e, RunLock(tmp_path, patience=0.2):
       pass
     assert e.value.code == 2
     assert f'pid {first.process.pid} on host {socket.gethostname()}' in str(e.value)
@@ -66,7 +72,7 @@ def test_lock_of_a_killed_trainer_is_taken_over_and_said(tmp_path):
   with Child(HOLD, tmp_path) as first:
     assert first.ready() == 'held'
     first.process.kill()
-    with rundir.RunLock(tmp_path, log=lines.append):
+    with RunLock(tmp_path, log=lines.append):
       assert json.loads((tmp_path / 'run.lock').read_text())['pid'] == os.getpid()
     assert len(lines) == 1 and f'from pid {first.process.pid} on' in lines[0]
 
@@ -74,7 +80,7 @@ def test_lock_of_a_killed_trainer_is_taken_over_and_said(tmp_path):
 def test_released_lock_is_free_and_silent(tmp_path):
   lines = []
   for _ in range(2):
-    with rundir.RunLock(tmp_path / 'new', log=lines.append):
+    with RunLock(tmp_path / 'new', log=lines.append):
       holder = json.loads((tmp_path / 'new/run.lock').read_text())
       assert sorted(holder) == ['boot_id', 'host', 'pid', 'start', 'time']
   assert lines == []
@@ -83,7 +89,7 @@ def test_released_lock_is_free_and_silent(tmp_path):
 def test_forked_worker_does_not_keep_the_lock(tmp_path):
   """A data worker forked by the trainer outlives its kill."""
   with Child("""
-with rundir.RunLock(sys.argv[1]):
+with RunLock(sys.argv[1]):
   if (pid := os.fork()) == 0:
     print('worker', os.getpid())
     time.sleep(60)
@@ -93,7 +99,7 @@ with rundir.RunLock(sys.argv[1]):
     worker = int(trainer.ready().split()[1])
     trainer.process.kill()
     try:
-      with rundir.RunLock(tmp_path, log=lambda _: None):
+      with RunLock(tmp_path, log=lambda _: None):
         os.kill(worker, 0)  # still there
     finally:
       os.kill(worker, signal.SIGKILL)
@@ -101,11 +107,11 @@ with rundir.RunLock(sys.argv[1]):
 
 def test_lock_in_the_way_or_forged(tmp_path):
   (tmp_path / 'run.lock').write_text('[1, 2')
-  with rundir.RunLock(tmp_path):
+  with RunLock(tmp_path):
     pass
   (tmp_path / 'run.lock').unlink()
   (tmp_path / 'run.lock').symlink_to(tmp_path / 'victim')
-  with pytest.raises(UsageError, match='cannot lock'), rundir.RunLock(tmp_path):
+  with pytest.raises(UsageError, match='cannot lock'), RunLock(tmp_path):
     pass
   assert not (tmp_path / 'victim').exists()
 
@@ -147,12 +153,12 @@ def test_differences_between_configs():
            'logits': 1, 'empty': {}}
   new = {'total_steps': 200, 'model': {'layers': 3, 'act': ('gelu',), 'heads': 4},
          'log': {'every': 5}, 'logits': 2, 'empty': {}}
-  assert rundir.check_same_config(saved, new, allowed=('total_steps', 'log')) == [
+  assert rundir.config_differences(saved, new, allowed=('total_steps', 'log')) == [
       'logits: 1 -> 2', 'model.heads: absent -> 4', 'model.layers: 2 -> 3']
-  assert rundir.check_same_config(new, new) == []
-  assert rundir.check_same_config({'a': {}}, {'a': {'b': 1}}) == [
+  assert rundir.config_differences(new, new) == []
+  assert rundir.config_differences({'a': {}}, {'a': {'b': 1}}) == [
       'a: {} -> absent', 'a.b: absent -> 1']
-  assert rundir.check_same_config({'a': True}, {'a': 1}) == ['a: true -> 1']
+  assert rundir.config_differences({'a': True}, {'a': 1}) == ['a: true -> 1']
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -178,7 +184,7 @@ def test_write_does_not_follow_a_planted_link(tmp_path):
 # --- signals -----------------------------------------------------------------------------------
 
 WAIT = """
-with rundir.Signals() as signals:
+with Signals() as signals:
   print('ready')
   while not signals.requested:
     time.sleep(0.01)
@@ -203,7 +209,7 @@ def test_second_signal_ends_a_main_thread_busy_in_c():
   with Child("""
 import ctypes
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # zeros: an initialised mutex
-with rundir.Signals():
+with Signals():
   libc.pthread_mutex_lock(mutex)
   print('ready')
   libc.pthread_mutex_lock(mutex)  # not interruptible, without the interpreter's lock
@@ -218,13 +224,13 @@ with rundir.Signals():
 
 
 def test_handlers_are_restored():
-  before = [signal.getsignal(s) for s in rundir.Signals.signals]
-  with rundir.Signals() as signals:
+  before = [signal.getsignal(s) for s in Signals.signals]
+  with Signals() as signals:
     assert signals.requested == ''
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 5
     while not signals.requested and time.monotonic() < deadline:
       time.sleep(0.01)
     assert signals.requested == 'SIGTERM'
-  assert [signal.getsignal(s) for s in rundir.Signals.signals] == before
+  assert [signal.getsignal(s) for s in Signals.signals] == before
   assert signal.set_wakeup_fd(-1) == -1

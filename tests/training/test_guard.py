@@ -16,7 +16,7 @@ from t5lab.errors import NumericalError, UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.runs import faults, sentry
+from t5lab.runs import injected_faults, sentry
 from t5lab.training import diagnosis, guards, optim, steps
 
 # a decoder alone: half of what an encoder-decoder takes to compile
@@ -38,7 +38,7 @@ def make_batch(i):
 
 
 def broken(batch, kind, **fault):
-  return faults.Fault(kind, 1, 1, fault.get('row')).inject(batch, 1)
+  return injected_faults.Fault(kind, 1, 1, fault.get('row')).inject(batch, 1)
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def stepper(**settings):
 
 def run(state, batches, **settings):
   """-> (state, guard, metrics of each step)."""
-  guard, found = guards.new(), []
+  guard, found = guards.initial(), []
   for batch in batches:
     state, guard, metrics = stepper(**settings)(state, batch, None, guard)
     found.append(jax.device_get(metrics))
@@ -122,7 +122,7 @@ def test_a_finite_loss_does_not_make_a_step_good(state, what, monkeypatch):
   if what == 'parameters':
     state = steps.new_state(state.params, options['tx'], 0.9)
   step = jax.jit(functools.partial(steps.guarded_step, settings=guards.Settings('skip'), **options))
-  after, _, metrics = step(state, make_batch(0), None, guards.new())
+  after, _, metrics = step(state, make_batch(0), None, guards.initial())
   assert math.isfinite(metrics['loss']) and metrics['skipped'] == 1
   assert_same(after, state)
 
@@ -137,7 +137,7 @@ def test_nan_on_one_shard_is_the_same_decision_on_every_device(state):
   bad = broken(batches[1], 'nan_shard', row=5)
   with sharding.use(mesh, 'dp'):
     def go(batches):
-      s, guard, skipped = jax.device_put(state, alone), guards.place(guards.new(), alone), []
+      s, guard, skipped = jax.device_put(state, alone), guards.place(guards.initial(), alone), []
       for batch in batches:
         s, guard, metrics = step(s, sharding.put(batch, mesh), None, guard)
         for shard in metrics['skipped'].addressable_shards:
@@ -153,7 +153,7 @@ def test_nan_on_one_shard_is_the_same_decision_on_every_device(state):
 
 
 def judge(losses, norms=None, **settings):
-  guard, found = guards.new(), []
+  guard, found = guards.initial(), []
   f = jax.jit(functools.partial(guards.judge, settings=guards.Settings(**settings)))
   for loss, norm in zip(losses, norms or [1.] * len(losses)):
     ok, guard, added = f(guard, {'loss': jnp.float32(loss), 'grad_norm': jnp.float32(norm),
@@ -193,7 +193,7 @@ def test_a_guard_survives_a_checkpoint_bit_for_bit():
   again = guards.from_json(json.loads(json.dumps(guards.to_json(guard))))
   assert_same(guard, again)
   assert [x.dtype for x in jax.tree.leaves(guard)] == [x.dtype for x in jax.tree.leaves(again)]
-  assert_same(guards.from_json(None), guards.new())
+  assert_same(guards.from_json(None), guards.initial())
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -293,7 +293,7 @@ def test_a_skipped_step_is_one_line_and_one_record(stream, tmp_path, state):
   watched = watch(stream, tmp_path, said=said, policy='skip', offset=2)
   rows = watched.check([(5, metrics()), (6, metrics(**BAD)), (7, metrics())], state)
   assert [step for step, _ in rows] == [5, 6, 7] and 'halted' not in rows[0][1]
-  record, = sentry.records(tmp_path)
+  record, = sentry.read_anomalies(tmp_path)
   ids = stream.batches.row_ids(7)                       # batch number 8 of the stream
   assert (record['step'], record['batch'], record['kind']) == (6, 8, 'nonfinite')
   assert math.isnan(record['loss']) and record['layer'] == 'decoder/x' and record['rows'] == [1]
@@ -320,7 +320,8 @@ def test_stopping_names_all_and_the_last_good_checkpoint(stream, tmp_path, state
   text = str(e.value)
   assert text.startswith('step 6: loss is nan, gradient norm 1; here (rows 1)')
   assert 'last good checkpoint: step 4' in text and 'guard.policy=skip' in text and '\n' not in text
-  assert len(sentry.records(tmp_path)) == 1 and sentry.records(tmp_path)[0]['found'] == 'here'
+  anomaly, = sentry.read_anomalies(tmp_path)
+  assert anomaly['found'] == 'here'
 
 
 def test_patience_used_up_ends_the_run_after_a_record_of_each(stream, tmp_path, state):
@@ -328,14 +329,14 @@ def test_patience_used_up_ends_the_run_after_a_record_of_each(stream, tmp_path, 
   with pytest.raises(NumericalError, match='step 7: .* 2 bad steps in a row'):
     watched.check([(6, metrics(**BAD)), (7, metrics(**BAD, halted=1.)),
                    (8, metrics(skipped=1., halted=1.))], state)
-  assert [r['step'] for r in sentry.records(tmp_path)] == [6, 7]
+  assert [r['step'] for r in sentry.read_anomalies(tmp_path)] == [6, 7]
 
 
 def test_a_spike_is_called_one(stream, tmp_path, state):
   said = []
   watch(stream, tmp_path, said=said, policy='skip').check(
       [(6, metrics(loss=90., deviations=41.5, skipped=1.))], state)
-  assert sentry.records(tmp_path)[0]['kind'] == 'spike'
+  assert sentry.read_anomalies(tmp_path)[0]['kind'] == 'spike'
   assert 'loss is 90, gradient norm 1, 41.5 deviations above' in said[0]
 
 
@@ -350,7 +351,7 @@ def test_rewinds_shift_the_stream_and_end_without_progress(stream, tmp_path, sta
   assert watched.rewound(11, 10) == 6
   with pytest.raises(NumericalError, match='after 2 rewinds to step 10'):
     watched.rewound(11, 10)
-  assert [r['offset'] for r in sentry.records(tmp_path)[1:]] == [2, 3, 5, 6]
+  assert [r['offset'] for r in sentry.read_anomalies(tmp_path)[1:]] == [2, 3, 5, 6]
 
 
 def test_a_resumed_run_forgets_what_it_will_meet_again(stream, tmp_path, state):
@@ -358,9 +359,9 @@ def test_a_resumed_run_forgets_what_it_will_meet_again(stream, tmp_path, state):
   watched.check([(s, metrics(**BAD)) for s in (3, 5)], state)          # batches 5 and 7
   (tmp_path / sentry.NAME).open('a').write('{"step": 6, "bat')      # torn
   watch(stream, tmp_path, policy='skip', step=2, offset=4, write=False)
-  assert len(sentry.records(tmp_path)) == 2
+  assert len(sentry.read_anomalies(tmp_path)) == 2
   watch(stream, tmp_path, policy='skip', step=2, offset=4)             # has read six
-  assert [r['step'] for r in sentry.records(tmp_path)] == [3]
+  assert [r['step'] for r in sentry.read_anomalies(tmp_path)] == [3]
 
 
 # -- faults on demand --
@@ -368,9 +369,9 @@ def test_a_resumed_run_forgets_what_it_will_meet_again(stream, tmp_path, state):
 
 def test_faults_are_what_they_say(monkeypatch):
   monkeypatch.delenv('T5LAB_FAULT', raising=False)
-  assert faults.requested() is None
+  assert injected_faults.requested() is None
   monkeypatch.setenv('T5LAB_FAULT', 'nan_shard@7-9:3')
-  fault = faults.requested()
+  fault = injected_faults.requested()
   batch = {k: v for k, v in make_batch(0).items()}
   assert fault.inject(batch, 6) is batch and fault.inject(batch, 10) is batch
   hit = fault.inject(batch, 8)['decoder_loss_weights']
@@ -379,7 +380,7 @@ def test_faults_are_what_they_say(monkeypatch):
   assert np.isnan(mine['decoder_loss_weights'][0]).all()
   monkeypatch.setenv('T5LAB_FAULT', 'nan@7')
   with pytest.raises(UsageError, match='T5LAB_FAULT'):
-    faults.requested()
+    injected_faults.requested()
 
 
 def test_the_spike_is_one_that_the_guard_sees(state):

@@ -17,7 +17,7 @@ from t5lab.data.tasks import identity as task_identity
 from t5lab.data.tasks import registry as tasks
 from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio
 from t5lab.errors import DataError, UsageError
-from t5lab.runs import rundir
+from t5lab.runs.lock import RunLock
 
 pytestmark = pytest.mark.usefixtures('plain_registry')
 
@@ -174,7 +174,7 @@ def test_a_shard_that_is_gone_or_changed_is_named(tmp_path, files):
 
 
 def test_two_builders_of_one_folder(tmp_path, files):
-  with rundir.RunLock(tmp_path / 'c'):
+  with RunLock(tmp_path / 'c'):
     with pytest.raises(UsageError, match=f'pid {os.getpid()}'):
       command.main(['--config', QUICKSTART + ':tiny', f'--config.data.cache={tmp_path / "c"}',
                     f'--config.data.files.train={files.files["train"]}',

@@ -22,7 +22,6 @@ import stat
 
 from t5lab import files, trees
 from t5lab.errors import CheckpointError
-from t5lab.runs import rundir
 
 FORMAT = 1
 NAME = 'MANIFEST.json'
