@@ -5,6 +5,7 @@ When one dies the others have `grace` seconds, then SIGTERM, then SIGKILL.
 """
 
 import contextlib
+import math
 import os
 from pathlib import Path
 import re
@@ -70,16 +71,21 @@ def run(job: Job, *, processes: int, devices: int, device: str = 'cpu', port: in
   """Runs job (or argv) until it ends -> its exit code, see job.worst."""
   check(job, processes=processes, devices=devices, device=device)
   argv = argv or job.argv(sys.executable)
-  logs = None if all_logs or processes == 1 else _logs(job.workdir)
+  logs = [] if all_logs or processes == 1 else _logs(job.workdir, processes)
   with _Signals() as signals:
     for left in range(job.restarts, -1, -1):
       if processes > 1:
         check_port(port)
       environments = [
-          environment(i, processes=processes, devices=devices, device=device, port=port,
-                      flags=os.environ.get('XLA_FLAGS', ''), given=job.environment)
+          os.environ | environment(i, processes=processes, devices=devices, device=device,
+                                   port=port, flags=os.environ.get('XLA_FLAGS', ''),
+                                   given=job.environment)
           for i in range(processes)]
-      code = _Group(argv, environments, logs, grace).wait(signals)
+      codes = Group(argv, environments, logs, grace).wait(signals)
+      if any(codes):
+        shown = ', '.join(f'{i}: {code}' for i, code in enumerate(codes))
+        print(f't5lab: exit codes {shown}', file=sys.stderr, flush=True)
+      code = worst(codes)
       if not left or signals.count or not again(code):
         return code
       print(f't5lab: ended with {code}, starting again, {left} times left', file=sys.stderr,
@@ -97,15 +103,18 @@ def check_port(port: int) -> None:
                        'Another job on this machine? Give this one its own --port') from None
 
 
-def _logs(workdir) -> Path | None:
-  """The folder of the logs that are not shown; None, and all are shown, where it cannot be made."""
+def _logs(workdir, processes: int) -> list[Path | None]:
+  """The log file of each process, None for process 0, which is shown.
+
+  If the folder cannot be created, the list is empty: all processes are shown.
+  """
   folder = Path(workdir) / 'launch'
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     print(f't5lab: no logs in {folder}: {e.strerror}', file=sys.stderr, flush=True)
-    return None
-  return folder
+    return []
+  return [None, *(folder / f'process_{i}.log' for i in range(1, processes))]
 
 
 class _Signals:
@@ -124,30 +133,35 @@ class _Signals:
     self.count += 1
 
 
-class _Group:
-  """The processes of one start."""
+class Group:
+  """The processes of one start, which run `argv` in one environment each.
 
-  def __init__(self, argv, environments, logs, grace):
+  logs: the log file of each process, None for one that is shown; an empty list shows all.
+  """
+
+  def __init__(self, argv, environments, logs, grace: float):
     self._grace = grace
     self._files, self._processes, self._readers = [], [], []
-    for i, added in enumerate(environments):
+    for i, environ in enumerate(environments):
       process = subprocess.Popen(
-          argv, env=os.environ | added, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+          argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT, start_new_session=True)     # Ctrl-C comes to us alone
       log = None
-      if logs and i:
-        log = open(logs / f'process_{i}.log', 'ab')
+      if logs and logs[i]:
+        log = open(logs[i], 'ab')
         self._files.append(log)
       reader = threading.Thread(target=self._read, args=(i, process.stdout, log), daemon=True)
       reader.start()
       self._processes.append(process)
       self._readers.append(reader)
 
-  def wait(self, signals: _Signals) -> int:
+  def wait(self, signals: _Signals | None = None, timeout: float = math.inf) -> list[int]:
+    """Waits until all processes have ended, or kills them after `timeout` seconds -> exit codes."""
     passed_on, end, kill = 0, None, None
+    deadline = time.monotonic() + timeout
     try:
-      while any(p.poll() is None for p in self._processes):
-        if signals.count > passed_on:
+      while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
+        if signals and signals.count > passed_on:
           passed_on = signals.count
           self._send(signal.SIGTERM)
           kill = time.monotonic() + SAVING
@@ -166,11 +180,7 @@ class _Group:
         reader.join(5)
       for file in self._files:
         file.close()
-    codes = [p.wait() for p in self._processes]
-    if any(codes):
-      shown = ', '.join(f'{i}: {c}' for i, c in enumerate(codes))
-      print(f't5lab: exit codes {shown}', file=sys.stderr, flush=True)
-    return worst(codes)
+    return [p.wait() for p in self._processes]
 
   def _send(self, number):
     for process in self._processes:
