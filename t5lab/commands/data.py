@@ -140,7 +140,7 @@ def _dedup(args):
 
 
 def _decontaminate(args):
-  from t5lab.data.sources import rows
+  from t5lab.data.sources import records
   from t5lab.tools.prepare import decontaminate
   against = {}
   for text in args.against:
@@ -149,7 +149,7 @@ def _decontaminate(args):
       raise UsageError(f'--against {text}: expected NAME=FILES, as test=data/test.jsonl')
     if name in against:
       raise UsageError(f'--against {name} is given twice; name several files as {name}=a,b')
-    against[name] = rows.expand(files)
+    against[name] = records.expand(files)
   job = _job(args)
   decontaminate.run(job, against, fields=args.against_field or (), drop=args.mode == 'drop',
                     ngram=args.ngram, short=args.short)

@@ -19,8 +19,8 @@ from pathlib import Path
 import sys
 
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
-from t5lab.data.sources import row_formats
-from t5lab.data.sources import rows as reading
+from t5lab.data.sources import record_formats
+from t5lab.data.sources import records
 from t5lab.data.tasks import own_files
 from t5lab.errors import DataError, UsageError
 
@@ -129,8 +129,8 @@ def _line(output) -> str:
 
 def read(path: str | None) -> tuple[list, bool]:
   """(rows, whether they are objects). A DataError names the file, the line and what is wrong."""
-  if path and row_formats.is_table(path):
-    return [row.fields for row in reading.Reader([path], bad_rows=0, flag='')], True
+  if path and record_formats.is_table(path):
+    return [row.fields for row in records.RecordReader([path], bad_rows=0, flag='')], True
   name = path or 'standard input'
   try:
     data = Path(path).read_bytes() if path else sys.stdin.buffer.read()

@@ -35,7 +35,7 @@ import sys
 from t5lab import config as configs
 from t5lab.commands import Parser, split_overrides
 from t5lab.data import vocab
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 from t5lab.data.tasks import names as task_names
 from t5lab.errors import UsageError
 from t5lab.tools.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
@@ -104,7 +104,7 @@ def _check_config(file, overrides, job, root) -> None:
   if root is None:
     return
   paths = [(f'data.files.{split}', path) for split, patterns in c.data.files.items()
-           for path in rows.listed(patterns) if '://' not in path]      # of a URL fsspec takes care
+           for path in records.split_patterns(patterns) if '://' not in path]      # of a URL fsspec takes care
   paths += [(knob, path) for knob, path in (
       ('data.vocab', c.data.vocab if c.data.vocab.endswith(vocab.KINDS) else ''),
       ('init.path', c.init.path), ('data.cache', c.data.cache)) if path]

@@ -86,16 +86,16 @@ TABLE = {
         'data/test_bad_input': 'each_kind_of_bad_row_is_counted_and_named '
                                'past_the_limit_nothing_is_trained '
                                'a_file_that_cannot_be_used_is_one_line',
-        'data/test_row_formats': 'bad_rows long_texts'}),
+        'data/test_record_formats': 'bad_rows long_texts'}),
     'F19': ('not UTF-8, NUL, BOM, CRLF, lone surrogates', {
         'data/test_bad_input': 'each_kind_of_bad_row_is_counted_and_named',
-        'data/test_row_formats': 'bad_rows bad_records text_formats',
+        'data/test_record_formats': 'bad_rows bad_records text_formats',
         'data/test_vocab': 'lone_surrogate_is_bad_data'}),
     'F20': ('nothing in a file, a split, after filters; less than a batch', {
         'data/test_bad_input': 'a_split_of_which_nothing_is_left_is_named '
                                'fewer_examples_than_a_batch_fill_it_by_coming_again '
                                'a_file_that_cannot_be_used_is_one_line',
-        'data/test_row_formats': 'nothing_in_a_file'}),
+        'data/test_record_formats': 'nothing_in_a_file'}),
     'F21': ('over-long sequences', {
         'data/test_bad_input': 'over_long_rows_are_cut_counted_and_keep_their_end',
         'data/test_pipeline': 'over_long_examples_are_cut_counted_and_reported'}),

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 from t5lab.data.tasks import own_files, parts
 from t5lab.data.tasks import text as text_tasks
 from t5lab.data.tasks.seqio_tf import seqio, tf
@@ -30,7 +30,7 @@ class FileSource(seqio.FunctionDataSource):
 
   def __init__(self, files: own_files.OwnFiles):
     self._files, self.failure = files, None
-    self.readers: dict[str, rows.Reader] = {}
+    self.readers: dict[str, records.RecordReader] = {}
     super().__init__(lambda split, shuffle_files, seed=None: self.shard(split, 0, 1),
                      splits=tuple(files.files))
 
@@ -54,7 +54,7 @@ class FileSource(seqio.FunctionDataSource):
         'answers': tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)})
     return dataset.unbatch()
 
-  def reader(self, split: str) -> rows.Reader:
+  def reader(self, split: str) -> records.RecordReader:
     return self._files.reader(split)
 
   def files(self, split: str) -> list[str]:

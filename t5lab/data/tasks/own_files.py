@@ -6,7 +6,7 @@ import hashlib
 import json
 import string
 
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 from t5lab.data.tasks.names import METRICS, OBJECTIVES
 from t5lab.errors import DataError, UsageError, did_you_mean
 
@@ -18,12 +18,12 @@ READING = 1      # part of the fingerprint: raise it when the same files give ot
 class OwnFiles:
   """What to read, and how a row becomes an example.
 
-  files: split -> patterns, as rows.expand takes them: {'train': 'train/*.jsonl', …}.
+  files: split -> patterns, as records.expand takes them: {'train': 'train/*.jsonl', …}.
   fields: {'inputs': column, 'targets': column}; inputs '' for text alone (language models). A
     targets column may hold a list of texts: all are right answers, the first is trained on.
   prompt: the inputs text, each {column} replaced by that column's text; {{ and }} are braces.
     '' is the inputs column as it is. 'translate English to German: {en}'
-  bad_rows: as rows.Reader's. metrics, objective: names, of task_names.METRICS and OBJECTIVES; an
+  bad_rows: as RecordReader takes it. metrics, objective: names, of names.METRICS and OBJECTIVES; an
     objective learns from text without inputs.
   """
   files: dict[str, str]
@@ -111,14 +111,14 @@ class OwnFiles:
     after = ''.join(literal for literal, _ in pieces[at + 1:])
     return text.removeprefix(before).removesuffix(after)
 
-  def reader(self, split: str, shard: tuple[int, int] = (0, 1)) -> rows.Reader:
+  def reader(self, split: str, shard: tuple[int, int] = (0, 1)) -> records.RecordReader:
     """The rows of a split, whose counts say how the reading went."""
     if split not in self.files:
       raise UsageError(f'data.files has no split {split!r}.{did_you_mean(split, self.files)}')
     targets = self.fields['targets']
     lists = () if targets in self._input_columns() else (targets,)
-    return rows.Reader(self.files[split], bad_rows=self.bad_rows, shard=shard,
-                       required=self.columns(), lists=lists)
+    return records.RecordReader(self.files[split], bad_rows=self.bad_rows, shard=shard,
+                                required=self.columns(), lists=lists)
 
   def example(self, fields: dict) -> dict:
     """{'inputs': str, 'targets': str, 'answers': [str, …]} of a row's fields."""
@@ -127,7 +127,7 @@ class OwnFiles:
     return {'inputs': self.prompt_of(fields), 'targets': answers[0], 'answers': answers}
 
   def examples(self, split: str, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
-    """The examples of one split, in the order of the files; shard (k, n) as rows.Reader's."""
+    """The examples of one split, in the order of the files; shard (k, n) as RecordReader takes it."""
     return (self.example(row.fields) for row in self.reader(split, shard))
 
   def fingerprint(self) -> str:

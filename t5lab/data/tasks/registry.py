@@ -189,7 +189,7 @@ def _check_ids(task, name, column, size, first):
 
 
 def reader(task, split: str):
-  """The rows.Reader that read a person's own files last; None for other tasks."""
+  """The records.RecordReader that read a person's own files last; None for other tasks."""
   return getattr(task.source, 'readers', {}).get(split)
 
 

@@ -148,10 +148,10 @@ def _tfds(loader) -> str:
 
 
 def _hash_files(files) -> str:
-  from t5lab.data.sources import row_formats
+  from t5lab.data.sources import record_formats
   digest, sizes, opened = hashlib.sha256(), {}, {}
   for file in files:
-    fs, path = row_formats.filesystem(file) if '://' in file else (None, file)
+    fs, path = record_formats.filesystem(file) if '://' in file else (None, file)
     sizes[file] = fs.size(path) if fs else os.path.getsize(path)
     opened[file] = (lambda fs=fs, path=path: fs.open(path, 'rb') if fs else open(path, 'rb'))
   whole = sum(sizes.values()) <= WHOLE

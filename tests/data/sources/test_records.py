@@ -8,9 +8,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from row_files import ALL_BAD, arrow_stream, put, read, saved, table
+from record_files import ALL_BAD, arrow_stream, put, read, saved, table
 
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 from t5lab.errors import DataError, UsageError
 
 # ---- the limit ----
@@ -27,7 +27,7 @@ def test_share_of_bad_rows_at_the_end(tmp_path):
                               'value: line 1 column 1 (char 0)')
   found = []
   with pytest.raises(DataError) as e:
-    for row in rows.Reader(planted(tmp_path / 'b.jsonl', 50, 7, 43), bad_rows=0.06):
+    for row in records.RecordReader(planted(tmp_path / 'b.jsonl', 50, 7, 43), bad_rows=0.06):
       found.append(row.line)
   assert len(found) == 93                       # all were given: the share is that of all rows
   reason = 'not JSON: Expecting value: line 1 column 1 (char 0)'
@@ -39,24 +39,24 @@ def test_share_of_bad_rows_at_the_end(tmp_path):
 
 def test_a_share_far_over_the_limit_ends_early(tmp_path):
   path = planted(tmp_path / 'a.jsonl', 10, 5000, 10**5)
-  reader = rows.Reader(path, bad_rows=0.5)
+  reader = records.RecordReader(path, bad_rows=0.5)
   with pytest.raises(DataError, match='^101 of 111 rows are bad, 91 %'):
     list(reader)
   assert len(reader.problems) == 20 and reader.problems[-1][1] == 30
-  reader = rows.Reader(planted(tmp_path / 'b.jsonl', 1000, 101, 100), bad_rows=0.1)
+  reader = records.RecordReader(planted(tmp_path / 'b.jsonl', 1000, 101, 100), bad_rows=0.1)
   assert len(list(reader)) == 1100 and reader.bad == 101     # 101 of 1101 was under a tenth
 
 
 def test_no_bad_row_allowed(tmp_path):
   path = planted(tmp_path / 'a.jsonl', 2, 2, 5)
-  reader, found = rows.Reader(path, bad_rows=0), []
+  reader, found = records.RecordReader(path, bad_rows=0), []
   with pytest.raises(DataError, match=f'^{path}:3: not JSON: .*bad_rows=0.01'):
     found.extend(row.line for row in reader)
   assert reader.bad == 1 and reader.good == 2
 
 
 def test_reading_again_counts_again(tmp_path):
-  reader = rows.Reader(planted(tmp_path / 'a.jsonl', 3, 1), **ALL_BAD)
+  reader = records.RecordReader(planted(tmp_path / 'a.jsonl', 3, 1), **ALL_BAD)
   assert len(list(reader)) == len(list(reader)) == 3
   assert (reader.good, reader.bad, len(reader.problems)) == (3, 1, 1)
 
@@ -67,7 +67,7 @@ def test_reading_again_counts_again(tmp_path):
     (dict(max_line=0), 'max_line = 0')])
 def test_options_out_of_range(tmp_path, options, message):
   with pytest.raises(UsageError, match=message):
-    rows.Reader(put(tmp_path / 'a.txt', b'one\n'), **options)
+    records.RecordReader(put(tmp_path / 'a.txt', b'one\n'), **options)
 
 
 # ---- shards ----
@@ -111,7 +111,7 @@ def test_shards_share_the_rows_out(tmp_path, name):
 def test_rows_of_other_shards_are_not_parsed(tmp_path, monkeypatch):
   path = put(tmp_path / 'a.jsonl', b'{}\n' * 30)
   parsed = []
-  monkeypatch.setitem(rows.row_formats.TEXT, 'jsonl', lambda text: parsed.append(text) or {})
+  monkeypatch.setitem(records.record_formats.TEXT, 'jsonl', lambda text: parsed.append(text) or {})
   assert len(read(path, shard=(3, 10))[0]) == len(parsed) == 3
 
 
@@ -119,9 +119,9 @@ def test_rows_of_other_shards_are_not_parsed(tmp_path, monkeypatch):
     ('csv', [2, 8, 4]), ('tsv', [3, 6, 4]), ('parquet', [1, 4, 2]), ('set', [1, 4, 2])])
 def test_lines_do_not_depend_on_the_shard(tmp_path, name, expected):
   pattern = many(tmp_path, name)
-  lines = {row.fields['text']: (row.file, row.line) for row in rows.Reader(pattern, **ALL_BAD)}
+  lines = {row.fields['text']: (row.file, row.line) for row in records.RecordReader(pattern, **ALL_BAD)}
   assert [lines[text][1] for text in ('0', '3', '21')] == expected
-  for row in rows.Reader(pattern, shard=(1, 3), **ALL_BAD):
+  for row in records.RecordReader(pattern, shard=(1, 3), **ALL_BAD):
     assert lines[row.fields['text']] == (row.file, row.line)
 
 
@@ -132,12 +132,12 @@ def test_expand(tmp_path, monkeypatch):
   for name in ('b.txt', 'a.txt', 'c,d.txt', '[x].txt', 'sub/e.txt'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     put(tmp_path / name, b'one\n')
-  assert rows.expand('?.txt') == ['a.txt', 'b.txt']
-  assert rows.expand('b.txt, a.txt,*.txt') == ['b.txt', 'a.txt', '[x].txt', 'c,d.txt']
-  assert rows.expand(['c,d.txt', '[x].txt']) == ['c,d.txt', '[x].txt']
-  assert rows.expand('**') == ['[x].txt', 'a.txt', 'b.txt', 'c,d.txt', 'sub/e.txt']
+  assert records.expand('?.txt') == ['a.txt', 'b.txt']
+  assert records.expand('b.txt, a.txt,*.txt') == ['b.txt', 'a.txt', '[x].txt', 'c,d.txt']
+  assert records.expand(['c,d.txt', '[x].txt']) == ['c,d.txt', '[x].txt']
+  assert records.expand('**') == ['[x].txt', 'a.txt', 'b.txt', 'c,d.txt', 'sub/e.txt']
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert rows.expand('~/sub/*') == [str(tmp_path / 'sub/e.txt')]
+  assert records.expand('~/sub/*') == [str(tmp_path / 'sub/e.txt')]
 
 
 @pytest.mark.parametrize('pattern, error, message', [
@@ -160,7 +160,7 @@ def test_names_that_find_nothing(tmp_path, monkeypatch, pattern, error, message)
     put(tmp_path / name, b'one\n')
   (tmp_path / 'empty').mkdir()
   with pytest.raises(error) as e:
-    rows.expand(pattern)
+    records.expand(pattern)
   assert str(e.value).startswith(message) and '.hidden' not in str(e.value)
 
 
@@ -168,7 +168,7 @@ def test_names_that_find_nothing(tmp_path, monkeypatch, pattern, error, message)
 def test_unknown_formats(tmp_path, name):
   put(tmp_path / name, b'one\n')
   with pytest.raises(UsageError, match=r'rows are read from \.jsonl, .*\.parquet and \.arrow'):
-    rows.Reader(str(tmp_path / name))
+    records.RecordReader(str(tmp_path / name))
 
 
 def test_names_in_capitals(tmp_path):
@@ -179,7 +179,7 @@ def test_what_is_no_file(tmp_path):
   os.mkfifo(tmp_path / 'a.txt')
   with pytest.raises(DataError, match='a.txt is not a regular file'):
     read(str(tmp_path / 'a.txt'))
-  reader = rows.Reader(put(tmp_path / 'b.txt', b'one\n'))
+  reader = records.RecordReader(put(tmp_path / 'b.txt', b'one\n'))
   os.remove(tmp_path / 'b.txt')
   with pytest.raises(DataError, match='b.txt cannot be read: No such file or directory'):
     list(reader)
@@ -192,17 +192,17 @@ def test_folders_of_save_to_disk(tmp_path):
   d = tmp_path / 'd'
   (d / 'dataset_dict.json').write_text('{"splits": ["train", "test"]}')
   with pytest.raises(UsageError, match=f'several splits; name one: {d}/test, {d}/train$'):
-    rows.expand(str(d))
-  assert [row.fields['x'] for row in rows.Reader(f'{d}/t*')] == ['a', 'b', 'a', 'b']
-  assert rows.expand(f'{d}/train/') == [f'{d}/train/data-0000{i}-of-00002.arrow' for i in (0, 1)]
+    records.expand(str(d))
+  assert [row.fields['x'] for row in records.RecordReader(f'{d}/t*')] == ['a', 'b', 'a', 'b']
+  assert records.expand(f'{d}/train/') == [f'{d}/train/data-0000{i}-of-00002.arrow' for i in (0, 1)]
   os.remove(d / 'train/data-00001-of-00002.arrow')
   with pytest.raises(DataError, match="lacks 'data-00001-of-00002.arrow', which its state.json"):
-    rows.expand(f'{d}/train')
+    records.expand(f'{d}/train')
   for text, message in (('{', 'state.json is not JSON'), ('{}', 'names no _data_files'),
                         ('{"_indices_data_files": [1]}', 'flatten_indices')):
     (d / 'test/state.json').write_text(text)
     with pytest.raises(DataError, match=message):
-      rows.expand(f'{d}/test')
+      records.expand(f'{d}/test')
 
 
 def test_remote_files(tmp_path):
@@ -216,11 +216,11 @@ def test_remote_files(tmp_path):
   pq.write_table(table(text=['p']), tmp_path / 'c.parquet')
   fs.pipe('/bucket/c.parquet', (tmp_path / 'c.parquet').read_bytes())
   fs.pipe('/bucket/d/c.txt.zst', pa.Codec('zstd').compress(b'three\n', asbytes=True))
-  reader = rows.Reader('memory://bucket/d/*.txt*,memory://bucket/c.parquet,memory://bucket/set')
+  reader = records.RecordReader('memory://bucket/d/*.txt*,memory://bucket/c.parquet,memory://bucket/set')
   assert [row.fields['text'] for row in reader] == ['one', 'two', 'three', 'p', 'x', 'y']
   assert reader.files[0] == 'memory:///bucket/d/a.txt'
   with pytest.raises(DataError, match="no file matches 'memory://bucket/d/a.tx'. Did you mean 'a"):
-    rows.expand('memory://bucket/d/a.tx')
+    records.expand('memory://bucket/d/a.tx')
   fs.store.clear()
 
 
@@ -229,14 +229,14 @@ def test_remote_files(tmp_path):
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst'])
 def test_write_and_read_back(tmp_path, name):
   made = [{'text': 'é\n\u2028"{', 'n': 1, 'a': ['x']}, {'text': 'b', 'when': '2024-02-01'}]
-  with rows.write(tmp_path / name) as write:
+  with records.write(tmp_path / name) as write:
     write(made[0])
     write(made[1] | {'when': datetime.date(2024, 2, 1)})
     assert os.listdir(tmp_path) == [f'{name}.part']
   first = (tmp_path / name).read_bytes()
   assert os.listdir(tmp_path) == [name]
   assert read(str(tmp_path / name))[0] == [(1, made[0]), (2, made[1])]
-  with rows.write(tmp_path / name) as write:
+  with records.write(tmp_path / name) as write:
     for fields in made:
       write(fields)
   assert (tmp_path / name).read_bytes() == first
@@ -248,11 +248,11 @@ def test_write_and_read_back(tmp_path, name):
 def test_a_writing_that_fails_leaves_nothing_new(tmp_path, name):
   put(tmp_path / name, b'{"text": "old"}\n')
   with pytest.raises(KeyError):
-    with rows.write(tmp_path / name) as write:
+    with records.write(tmp_path / name) as write:
       write({'text': 'new'})
       raise KeyError
   with pytest.raises(DataError, match='a row cannot be written as JSON: a value is bytes'):
-    with rows.write(tmp_path / name) as write:
+    with records.write(tmp_path / name) as write:
       write({'text': b'new'})
   assert os.listdir(tmp_path) == [name]
   assert read(str(tmp_path / name))[0] == [(1, {'text': 'old'})]
@@ -263,15 +263,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(DataError, match='a.jsonl cannot be written: No space left on device'):
-    with rows.write(tmp_path / 'a.jsonl') as write:
+    with records.write(tmp_path / 'a.jsonl') as write:
       write({})
   assert os.listdir(tmp_path) == []
 
 
 def test_places_that_take_no_rows(tmp_path):
   with pytest.raises(UsageError, match='rows are written as JSON lines'):
-    with rows.write(tmp_path / 'a.csv'):
+    with records.write(tmp_path / 'a.csv'):
       pass
   with pytest.raises(DataError, match='cannot be written: No such file or directory'):
-    with rows.write(tmp_path / 'nix/a.jsonl'):
+    with records.write(tmp_path / 'nix/a.jsonl'):
       pass

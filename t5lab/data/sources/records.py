@@ -1,6 +1,6 @@
 """Rows of a person's own files: streamed, bounded in memory, exact about what is wrong with them.
 
-Formats go by name (`t5lab/data/sources/row_formats.py` says what each one takes):
+Formats go by name (`t5lab/data/sources/record_formats.py` says what each one takes):
 
   .jsonl .json   one JSON object a line
   .csv .tsv      a header line, then a row a line
@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 
-from t5lab.data.sources import row_formats
+from t5lab.data.sources import record_formats
 from t5lab.data.vocab import tokenizer_config
 from t5lab.errors import DataError, UsageError, did_you_mean
 
@@ -27,14 +27,14 @@ PATIENCE = 100     # bad rows before a share over the limit ends the reading ear
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Record:
   """line: 1-based, where the row starts; of Parquet and Arrow the number of the record."""
   file: str
   line: int
   fields: dict[str, object]
 
 
-def listed(patterns: str | Sequence[str]) -> list[str]:
+def split_patterns(patterns: str | Sequence[str]) -> list[str]:
   """Comma-separated text, or a list (whose elements may hold commas), as a list."""
   if isinstance(patterns, str):
     patterns = [pattern.strip() for pattern in patterns.split(',')]
@@ -44,25 +44,25 @@ def listed(patterns: str | Sequence[str]) -> list[str]:
 def expand(patterns: str | Sequence[str]) -> list[str]:
   """The files that patterns name: in the order of the patterns, sorted within one, none twice.
 
-  patterns: as `listed` takes them. A pattern is a path, local or such as gs://bucket/name, or a
+  patterns: as `split_patterns` takes them. A pattern is a path, local or such as gs://bucket/name, or a
   glob; a name that exists is not read as a glob. A folder of `save_to_disk` stands for its .arrow
   files.
   Raises DataError for a pattern that finds nothing, UsageError for any other folder.
   """
-  patterns = [os.path.expanduser(pattern) for pattern in listed(patterns)]
+  patterns = [os.path.expanduser(pattern) for pattern in split_patterns(patterns)]
   if not patterns:
     raise UsageError('no file is named; give paths or globs, comma-separated, as data/*.jsonl')
   files = []
   for pattern in patterns:
-    if row_formats.exists(pattern):
+    if record_formats.exists(pattern):
       found = [pattern]
     else:         # a glob may cross folders of other things, as ** does; a plain name may not
       found = [file for file in _glob(pattern)
-               if not row_formats.is_folder(file) or 'state.json' in row_formats.names(file)]
+               if not record_formats.is_folder(file) or 'state.json' in record_formats.names(file)]
     if not found:
       raise DataError(f'no file matches {pattern!r}.{_nearest(pattern)}')
     for file in found:
-      if row_formats.is_folder(file):
+      if record_formats.is_folder(file):
         files.extend(_saved(file))
       else:
         files.append(file)
@@ -72,7 +72,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 def _glob(pattern: str) -> list[str]:
   if '://' not in pattern:
     return sorted(glob.glob(pattern, recursive=True))
-  fs, path = row_formats.filesystem(pattern)
+  fs, path = record_formats.filesystem(pattern)
   return sorted(fs.unstrip_protocol(file) for file in fs.glob(path)) if glob.has_magic(path) else []
 
 
@@ -82,24 +82,24 @@ def _nearest(pattern: str) -> str:
   folder = folder or ('/' if pattern.startswith('/') else '.')
   if glob.has_magic(folder) or folder.endswith(':/'):
     return ''
-  if not row_formats.is_folder(folder):
+  if not record_formats.is_folder(folder):
     return f' There is no folder {folder!r}.'
-  known = [file for file in row_formats.names(folder) if not file.startswith('.')]
+  known = [file for file in record_formats.names(folder) if not file.startswith('.')]
   return did_you_mean(name, known) if known else f' The folder {folder!r} is empty.'
 
 
 def _saved(folder: str) -> list[str]:
   """The .arrow files of a folder that `datasets.save_to_disk` wrote, in its order."""
   folder = folder.rstrip('/')
-  names = row_formats.names(folder)
+  names = record_formats.names(folder)
   if 'dataset_dict.json' in names:
-    splits = [name for name in names if row_formats.is_folder(f'{folder}/{name}')]
+    splits = [name for name in names if record_formats.is_folder(f'{folder}/{name}')]
     raise UsageError(f'{folder} holds several splits; name one: '
                      + ', '.join(f'{folder}/{split}' for split in splits))
   if 'state.json' not in names:
     raise UsageError(f'{folder} is a folder; name its files, as {folder}/*.jsonl')
   state = f'{folder}/state.json'
-  with row_formats.open_binary(state) as f:
+  with record_formats.open_binary(state) as f:
     described = tokenizer_config.parse_json(f.read(tokenizer_config.LARGEST_SIBLING), state)
   if described.get('_indices_data_files'):
     raise DataError(f'{folder} was saved with an index of rows; save it again after '
@@ -113,7 +113,7 @@ def _saved(folder: str) -> list[str]:
   return [f'{folder}/{file}' for file in files]
 
 
-class Reader:
+class RecordReader:
   """Iterating yields the good Rows of files, in order; the bad ones are counted and skipped.
 
   Bad are: a line that is no JSON object, wrong UTF-8, NUL or half a surrogate pair in a text, a
@@ -143,7 +143,7 @@ class Reader:
       raise UsageError(f'max_line = {max_line} bytes; a line has at least 1')
     self.files = expand(patterns)
     for file in self.files:
-      row_formats.format_of(file)
+      record_formats.format_of(file)
     self.bad_rows, self.shard, self.max_line, self._flag = bad_rows, shard, max_line, flag
     self.required, self.lists = tuple(required), frozenset(lists)
     self._reset()
@@ -152,18 +152,18 @@ class Reader:
     self.good = self.bad = 0
     self.problems: list[tuple[str, int, str]] = []       # the first SHOWN (file, line, reason)
 
-  def __iter__(self) -> Iterator[Row]:
+  def __iter__(self) -> Iterator[Record]:
     self._reset()
-    turns = row_formats.Turns(*self.shard)
+    turns = record_formats.Turns(*self.shard)
     for file in self.files:
       before = turns.seen
-      for line, fields in row_formats.read(file, turns, self.max_line, self.required):
+      for line, fields in record_formats.read(file, turns, self.max_line, self.required):
         reason = fields if isinstance(fields, str) else self._fault(fields)
         if reason:
           self._refuse(file, line, reason)
         else:
           self.good += 1
-          yield Row(file, line, fields)
+          yield Record(file, line, fields)
       if turns.seen == before:
         raise DataError(f'{file} holds no rows')
     if self.shard[1] == 1:
@@ -264,11 +264,11 @@ def write(path: str | os.PathLike):
   The file appears whole when the block ends, or not at all: until then it is PATH.part. Same rows,
   same bytes. Raises UsageError for another format, DataError for what cannot be written.
 
-    with rows.write('clean.jsonl.gz') as write:
+    with records.write('clean.jsonl.gz') as write:
       write({'text': 'one'})
   """
   path = pathlib.Path(path)
-  format, packing = row_formats.format_of(str(path))
+  format, packing = record_formats.format_of(str(path))
   if format != 'jsonl':
     raise UsageError(f'{path}: rows are written as JSON lines: .jsonl, .jsonl.gz or .jsonl.zst')
   part = path.with_name(path.name + '.part')

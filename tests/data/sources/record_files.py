@@ -4,7 +4,7 @@ import json
 
 import pyarrow as pa
 
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 
 ALL_BAD = dict(bad_rows=1.)
 
@@ -45,5 +45,5 @@ def saved(folder, data: pa.Table, cut: int):
 
 def read(pattern, **options):
   """[(line, fields), …], the reader"""
-  reader = rows.Reader(pattern, **options)
+  reader = records.RecordReader(pattern, **options)
   return [(row.line, row.fields) for row in reader], reader

@@ -5,9 +5,9 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from row_files import ALL_BAD, arrow_stream, put, read, saved, table
+from record_files import ALL_BAD, arrow_stream, put, read, saved, table
 
-from t5lab.data.sources import rows
+from t5lab.data.sources import records
 from t5lab.errors import DataError
 
 
@@ -52,7 +52,7 @@ def test_parquet_and_arrow(tmp_path):
     out.write_table(data, max_chunksize=1)
   assert read(str(tmp_path / 'b.arrow'))[0] == expected
   folder = saved(tmp_path / 'set', data, 3)
-  found = [(row.file[len(folder):], row.line, row.fields['q']) for row in rows.Reader(folder)]
+  found = [(row.file[len(folder):], row.line, row.fields['q']) for row in records.RecordReader(folder)]
   assert found == [('/data-00000-of-00002.arrow', 1, 'a'), ('/data-00000-of-00002.arrow', 2,
                    '{b}\n'), ('/data-00000-of-00002.arrow', 3, 'c'),
                    ('/data-00001-of-00002.arrow', 1, 'é')]
@@ -129,7 +129,7 @@ def test_bad_records(tmp_path):
     assert found == [(1, {'x': 'a', 'y': b'a', 'z': 'p'})]
     assert reader.problems == [(path, 2, 'not UTF-8: byte 0xc3 at byte 0 of a field'),
                                (path, 3, "field 'z' holds NUL at character 1")]
-    reader = rows.Reader(path, **ALL_BAD, required=['y'])
+    reader = records.RecordReader(path, **ALL_BAD, required=['y'])
     assert not list(reader) and reader.problems[0] == (path, 1, "field 'y' is bytes, not text")
 
 
@@ -166,7 +166,7 @@ def test_memory_is_bounded(tmp_path, name):
              + b'z' * 10_000_000)
   tracemalloc.start()
   try:
-    reader = rows.Reader(path, max_line=2**18, **ALL_BAD)
+    reader = records.RecordReader(path, max_line=2**18, **ALL_BAD)
     good = sum(1 for _ in reader)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
@@ -187,7 +187,7 @@ def test_parquet_is_streamed(tmp_path, place):
   del big
   tracemalloc.start()
   before = arrow = pa.total_allocated_bytes()
-  for row in rows.Reader(place + path):
+  for row in records.RecordReader(place + path):
     if row.line % 100 == 0:
       arrow = max(arrow, pa.total_allocated_bytes())
   peak = tracemalloc.get_traced_memory()[1]
