@@ -5,6 +5,7 @@ A TFDS builder without data has no splits and says nothing: seqio would then eva
 import math
 import os
 
+from t5lab.data.sources.base import RecordSource
 from t5lab.errors import DataError
 
 # What `tfds build` does not do by itself, by the name of the data set and the config it is true of.
@@ -42,7 +43,8 @@ def splits(task) -> list[str]:
   """Splits of a Task that are on this machine; DataError saying how to get them if none is."""
   loader = getattr(task.source, 'tfds_dataset', None)
   if loader is None:
-    getattr(task.source, 'check', lambda name: None)(task.name)       # of files of a hub
+    if isinstance(task.source, RecordSource):
+      task.source.check(task.name)
     return list(task.source.splits)
   try:
     parts = loader.tfds_splits or {None: loader}

@@ -13,6 +13,7 @@ import threading
 import time
 
 from t5lab.data.batches import cache
+from t5lab.data.sources.base import RecordSource
 from t5lab.errors import DataError, Failure
 
 
@@ -42,7 +43,8 @@ def build(job: Job, root: str, *, shards: int, processes: int,
   where = cache.folder(root, job.task, job.split)
   identity = task_identity.identity(task, job.split, job.lengths, job.vocab_spec)
   features = tasks.stored_features(task)
-  files = cache.stamps(task.source.files(job.split)) if hasattr(task.source, 'files') else {}
+  own = isinstance(task.source, RecordSource)
+  files = cache.stamps(task.source.files(job.split)) if own else {}
   with cache.writing(where):
     entries = cache.begin(where, identity, shards, files)
   tick(sum(entry['rows'] for entry in entries.values()))

@@ -8,11 +8,11 @@ import dataclasses
 import functools
 import itertools
 
-from t5lab.data.sources import records
+from t5lab.data.sources import base, records
 from t5lab.data.tasks import own_files, parts
 from t5lab.data.tasks import text as text_tasks
 from t5lab.data.tasks.seqio_tf import seqio, tf
-from t5lab.errors import DataError, Failure, UsageError
+from t5lab.errors import Failure, UsageError
 from t5lab.evaluation import metrics
 
 SEVERAL = {f.__name__: f for f in (                  # metrics over several right answers
@@ -20,16 +20,11 @@ SEVERAL = {f.__name__: f for f in (                  # metrics over several righ
 METRICS = {**SEVERAL, **{f.__name__: f for f in (metrics.rouge, metrics.exact_match)}}
 
 
-class FileSource(seqio.FunctionDataSource):
-  """The examples of OwnFiles as a seqio source: 'inputs', 'targets' and ragged 'answers'.
-
-  failure: what stopped the last reading, which tf.data would tell as an error of its own. tells:
-  whether bad rows are worth a word.
-  """
-  tells = True
+class FileSource(base.RecordSource, seqio.FunctionDataSource):
+  """The examples of OwnFiles as a seqio source: 'inputs', 'targets' and ragged 'answers'."""
 
   def __init__(self, files: own_files.OwnFiles):
-    self._files, self.failure = files, None
+    self._files = files
     self.readers: dict[str, records.RecordReader] = {}
     super().__init__(lambda split, shuffle_files, seed=None: self.shard(split, 0, 1),
                      splits=tuple(files.files))
@@ -56,15 +51,6 @@ class FileSource(seqio.FunctionDataSource):
 
   def reader(self, split: str) -> records.RecordReader:
     return self._files.reader(split)
-
-  def files(self, split: str) -> list[str]:
-    return self.reader(split).files
-
-  def read_through(self, split: str) -> None:
-    """DataError for whatever is wrong with the files of a split, at the cost of reading them."""
-    reader = self.reader(split)
-    if not any([True for _ in reader]):
-      raise DataError(f'split {split!r} has no rows that can be used: {reader.summary()}')
 
   def fingerprint(self, split: str) -> str:
     """Of what decides the split's examples, but for what its files hold."""

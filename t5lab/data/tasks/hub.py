@@ -21,7 +21,7 @@ def _root() -> pathlib.Path:
 
 class HubSource(FileSource):
   """The text column of a repository's Parquet files."""
-  tells = False                                     # of the empty lines
+  reports_bad_records = False                       # the empty lines
 
   def __init__(self, repository: str, folder: str, files: dict[str, str]):
     self.repository, self._folder = repository, folder

@@ -10,6 +10,7 @@ import types
 
 from t5lab.data import vocab
 from t5lab.data.batches import cache
+from t5lab.data.sources.base import RecordSource
 from t5lab.data.tasks.parts import trims
 from t5lab.data.tasks.seqio_tf import NumpyObjective
 
@@ -44,7 +45,7 @@ def _digest(value) -> str:
 
 
 def _source(source, split) -> str:
-  if hasattr(source, 'fingerprint'):
+  if isinstance(source, RecordSource):
     return source.fingerprint(split)
   if hasattr(source, 'tfds_dataset'):
     return repr([source.tfds_dataset.name, source.tfds_dataset._split_map])

@@ -14,6 +14,7 @@ import numpy as np
 
 from t5lab.data import vocab
 from t5lab.data.batches import cache
+from t5lab.data.sources.base import RecordSource
 from t5lab.data.sources.tfds import splits
 from t5lab.data.tasks import embedded as embedded_tasks
 from t5lab.data.tasks import files as file_tasks
@@ -175,7 +176,9 @@ def stream(task, split: str, lengths: dict[str, int], ids: int, shard: tuple[int
                     for row in zip(*columns.values()))
         count += len(next(iter(columns.values())))
     except tf.errors.OpError as e:
-      raise getattr(task.source, 'failure', None) or DataError(
+      if isinstance(task.source, RecordSource) and task.source.failure:
+        raise task.source.failure from e
+      raise DataError(
           f'task {task.name!r}, split {split!r}: {str(e).strip().splitlines()[-1][:300]}') from e
 
 
@@ -190,20 +193,20 @@ def _check_ids(task, name, column, size, first):
 
 def reader(task, split: str):
   """The records.RecordReader that read a person's own files last; None for other tasks."""
-  return getattr(task.source, 'readers', {}).get(split)
+  return task.source.readers.get(split) if isinstance(task.source, RecordSource) else None
 
 
 def note(task, split: str, read=None) -> str:
   """What is to be said of the rows that `read`, or else the last reader, read: those that were bad.
   """
   read = read or reader(task, split)
-  told = read and read.bad and getattr(task.source, 'tells', False)
-  return f'{task.name}, {split}: {read.summary()}' if told else ''
+  reported = read and read.bad and task.source.reports_bad_records
+  return f'{task.name}, {split}: {read.summary()}' if reported else ''
 
 
 def _rows(task, split, shard):
   k, n = shard
-  if hasattr(task.source, 'shard'):                # ours: skips what is not its own unread
+  if isinstance(task.source, RecordSource):        # parses only the records of this shard
     return task.source.shard(split, k, n)
   dataset = task.source.get_dataset(split=split, shuffle=False)
   return dataset.shard(n, k) if n > 1 else dataset
