@@ -1,12 +1,12 @@
-"""Several processes as one run: they join, agree through the coordination service, end together.
+"""Several processes as one run: they join, agree through the coordination service, stop together.
 
-The same command runs on every host. Where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID are set, or JAX knows the cluster (Cloud TPU, GKE, SLURM), `start` joins them;
-elsewhere a process is a run of its own, and everything here costs nothing.
+The same command runs on every host. If JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID are set, or JAX recognizes the cluster (Cloud TPU, GKE, SLURM), `initialize` joins
+the processes. Otherwise a process is a run of its own, and everything here costs nothing.
 
-What processes say to each other before, between and after steps goes through the service's
-key-value store and not through devices: it has timeouts, names who is late, and meets no collective
-of a train step.
+What processes tell each other before, between and after steps goes through the key-value store of
+the coordination service, not through devices: the store has timeouts, its errors name the process
+that is late, and it cannot get in the way of a collective of a train step.
 """
 
 import atexit
@@ -28,36 +28,37 @@ import numpy as np
 
 from t5lab import errors
 from t5lab.errors import Failure, UsageError
-from t5lab.parallel.meeting import whereabouts
+from t5lab.parallel import rendezvous
 
 PORT = 8476                    # of the coordinator, on all platforms
-SECONDS = 300.                 # that processes wait for each other where nothing else is said
-POLL = 0.5                     # seconds between looks at what the others say
-_calls = itertools.count()     # every process asks the same questions in the same order
+SECONDS = 300.                 # the default timeout for other processes
+POLL = 0.5                     # seconds between looks at the store
+_calls = itertools.count()     # every process makes the same calls in the same order
 
 
-def start(seconds: float = SECONDS) -> None:
-  """Joins the processes of this run. Before anything touches a device; a second call does nothing.
+def initialize(seconds: float = SECONDS) -> None:
+  """Joins the processes of this run. Call it before JAX touches a device; a repeated call is free.
 
   T5LAB_HEARTBEAT: seconds without a sign of life after which a process counts as dead and the
   others end (default 100). UsageError if the coordinator cannot be reached.
   """
-  if distributed.global_state.client is not None:
+  if _joined():
     return
-  place = whereabouts(seconds)
-  if place.count == 1:
+  address = rendezvous.find_address(seconds)
+  if address.count == 1:
     return
   try:
     heartbeat = int(os.environ.get('T5LAB_HEARTBEAT', 100))
   except ValueError as e:
     raise UsageError(f'T5LAB_HEARTBEAT: {e}') from None
   try:
-    jax.distributed.initialize(place.address, place.count, place.index,
+    jax.distributed.initialize(address.coordinator, address.count, address.index,
                                heartbeat_timeout_seconds=heartbeat,
                                initialization_timeout=int(seconds))
   except (ValueError, RuntimeError) as e:
-    raise UsageError(f'cannot join the run at {place.address} as process {place.index} of '
-                     f'{place.count}: {_first_line(e)}; `t5lab doctor` looks further') from e
+    raise UsageError(f'cannot join the run at coordinator {address.coordinator} as process '
+                     f'{address.index} of {address.count}: {_first_line(e)}; run `t5lab doctor` on '
+                     'all hosts') from e
   _listener.start()
   atexit.register(_listener.stop)
 
@@ -76,7 +77,7 @@ def is_main() -> bool:
 
 
 def _joined() -> bool:
-  return distributed.global_state.client is not None
+  return _store() is not None
 
 
 def _store():
@@ -86,19 +87,23 @@ def _store():
 # --- agreement ---------------------------------------------------------------------------------
 
 
-def agreed(decide: Callable, seconds: float = SECONDS):
-  """What `decide` gives on process 0, in all of them: JSON. Its Failure is raised in all."""
+def broadcast(decide: Callable, seconds: float = SECONDS):
+  """Runs `decide` on process 0 and returns its value, which is JSON, in every process.
+
+  A Failure of `decide` is raised in every process.
+  """
   if count() == 1:
     return decide()
-  key = f't5lab/agreed/{next(_calls)}'
+  key = f't5lab/broadcast/{next(_calls)}'
   if not is_main():
-    said = json.loads(_get(key, seconds, 'process 0'))
-    if 'error' in said:
-      raise getattr(errors, said['error'])(said['message'])
-    return said['value']
+    message = json.loads(_get(key, seconds, 'process 0'))
+    if 'error' in message:
+      raise getattr(errors, message['error'])(message['message'])
+    return message['value']
   try:
     value = decide()
   except Failure as e:
+    # its own class, or the nearest base class that the other processes know too
     kind = next(k.__name__ for k in type(e).__mro__ if k.__module__ == errors.__name__)
     _store().key_value_set(key, json.dumps({'error': kind, 'message': str(e)}))
     raise
@@ -107,42 +112,46 @@ def agreed(decide: Callable, seconds: float = SECONDS):
 
 
 def gather(value, seconds: float = SECONDS) -> list:
-  """JSON of every process, in their order. Failure names the processes that did not say it."""
+  """The values (JSON) of all processes, in their order, in every process.
+
+  Failure names the processes that did not send theirs in time.
+  """
   if count() == 1:
     return [value]
   key = f't5lab/gather/{next(_calls)}'
   _store().key_value_set(f'{key}/{index()}', json.dumps(value))
-  end, found = time.monotonic() + seconds, {}
+  end, values = time.monotonic() + seconds, {}
   for i in range(count()):
     with contextlib.suppress(Failure):
-      found[i] = json.loads(_get(f'{key}/{i}', max(end - time.monotonic(), 0.1), f'process {i}'))
-  if late := [i for i in range(count()) if i not in found]:
-    raise Failure(f'no sign of process {", ".join(map(str, late))} of {count()} after '
-                  f'{seconds:g} s; look at their output, or run `t5lab doctor` on all hosts')
-  return [found[i] for i in range(count())]
+      remaining = max(end - time.monotonic(), 0.1)
+      values[i] = json.loads(_get(f'{key}/{i}', remaining, f'process {i}'))
+  if late := [i for i in range(count()) if i not in values]:
+    raise Failure(f'no message from process {", ".join(map(str, late))} of {count()} within '
+                  f'{seconds:g} s; see their output, or run `t5lab doctor` on all hosts')
+  return [values[i] for i in range(count())]
 
 
 def barrier(name: str, seconds: float = SECONDS) -> None:
-  """Waits until all are here. Failure names who is late; safe in a thread."""
+  """Waits until all processes have arrived. Failure names those that are late. Safe in a thread."""
   if count() == 1:
     return
   try:
     _store().wait_at_barrier(f't5lab/{name}', int(seconds * 1000))
   except jax.errors.JaxRuntimeError as e:
     late = sorted(set(re.findall(r'task:(\d+)', str(e))), key=int)
-    raise Failure(f'{name}: process {", ".join(late) or "?"} of {count()} did not come within '
+    raise Failure(f'{name}: process {", ".join(late) or "?"} of {count()} did not arrive within '
                   f'{seconds:g} s') from e
 
 
-def _get(key, seconds, who) -> str:
+def _get(key: str, seconds: float, sender: str) -> str:
   try:
     return _store().blocking_key_value_get(key, int(seconds * 1000))
   except jax.errors.JaxRuntimeError as e:
-    raise Failure(f'nothing heard from {who} of {count()} in {seconds:g} s: '
+    raise Failure(f'no message from {sender} of {count()} within {seconds:g} s: '
                   f'{_first_line(e)}') from e
 
 
-def _first_line(e) -> str:
+def _first_line(e: Exception) -> str:
   return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
@@ -153,66 +162,74 @@ def fetch(x) -> np.ndarray:
   return multihost_utils.process_allgather(x, tiled=True)
 
 
-# --- ending together ---------------------------------------------------------------------------
+# --- stopping together -------------------------------------------------------------------------
 
 
-class Together:
-  """`with Together(signals) as stop: … if why := stop.check(): save, then raise Preempted`.
+class CoordinatedStop:
+  """Lets a signal to one process stop all of them after the same step.
 
-  check() is '' or the reason to stop, and gives it to every process at the same call of check, so
-  all of them must call it at the same points of the same program. A signal to one process is
-  enough: a thread tells the others, each says how often it has checked while its own check is
-  held, and the next number after the largest is where they stop. No device and no main thread
-  takes part, so it also works while they compile, or wait for each other in a step.
+    with CoordinatedStop(signals) as stop:
+      …                                  # every process calls check() at the same points
+      if reason := stop.check(): save, then raise Preempted
 
-  signals: with `requested`, '' or the name of a signal (runs/rundir.py).
+  check() returns '' or the reason to stop, and returns the reason in every process at the same call
+  of check. To agree on that call, a thread in each process publishes how often its process has
+  called check, with further calls held meanwhile; the call after the largest count is where all
+  stop. Neither devices nor the main thread take part, so this also works while processes compile or
+  wait for each other in a step.
+
+  signals: has `requested`, '' or the name of a signal (runs/rundir.py).
   """
 
   def __init__(self, signals):
     self._signals = signals
     self._lock = threading.Lock()
-    self._checks, self._at, self._why = 0, None, ''
-    self._told = False
+    self._checks = 0                        # calls of check() so far
+    self._stop_at, self._reason = None, ''  # the call of check() at which all stop
+    self._announced = False
 
   def __enter__(self):
-    _listener.together = self
+    _listener.stop_request = self
     return self
 
   def __exit__(self, *_):
-    _listener.together = None
+    _listener.stop_request = None
 
   def check(self) -> str:
     if count() == 1:
       return self._signals.requested
     with self._lock:
       self._checks += 1
-      return self._why if self._at is not None and self._checks >= self._at else ''
+      reached = self._stop_at is not None and self._checks >= self._stop_at
+      return self._reason if reached else ''
 
-  def listen(self, stop: str | None) -> None:
-    """Called by the thread that listens: `stop` is why somebody wants to."""
-    if self._signals.requested and not self._told:
-      self._told = True
+  def poll(self, reason: str | None) -> None:
+    """Called by the listener's thread. reason: of a process that was asked to stop, or None."""
+    if self._signals.requested and not self._announced:
+      self._announced = True
       _store().key_value_set('t5lab/end/stop', self._signals.requested, allow_overwrite=True)
-    if stop and self._at is None:
-      self._settle(stop)
+    if reason and self._stop_at is None:
+      self._agree(reason)
 
-  def _settle(self, why):
+  def _agree(self, reason: str) -> None:
     try:
       with self._lock:
         _store().key_value_set(f't5lab/stop/{index()}', str(self._checks))
         _store().wait_at_barrier('t5lab/stop', 30_000)
         checks = [int(_store().blocking_key_value_get(f't5lab/stop/{i}', 10_000))
                   for i in range(count())]
-        self._at, self._why = max(checks) + 1, why
+        self._stop_at, self._reason = max(checks) + 1, reason
     except jax.errors.JaxRuntimeError as e:
-      print(f't5lab: cannot agree on where to stop: {_first_line(e)}', file=sys.stderr, flush=True)
+      print(f't5lab: the processes cannot agree on a step to stop at: {_first_line(e)}',
+            file=sys.stderr, flush=True)
 
 
 class _Listener:
-  """A thread that looks every POLL seconds whether some process stops or has failed."""
+  """A thread that looks every POLL seconds whether a process wants to stop or has failed."""
 
   def __init__(self):
-    self.together, self.stderr = None, 2
+    self.stop_request: CoordinatedStop | None = None
+    self.stderr = 2
     self._closing = threading.Event()
 
   def start(self):
@@ -227,12 +244,12 @@ class _Listener:
   def _run(self):
     while not self._closing.wait(POLL):
       try:
-        said = dict(_store().key_value_dir_get('t5lab/end/'))
-        for key, value in said.items():
+        entries = dict(_store().key_value_dir_get('t5lab/end/'))
+        for key, value in entries.items():
           if key.startswith('t5lab/end/failed/'):
-            _follow(int(key.rpartition('/')[2]), json.loads(value))
-        if self.together:
-          self.together.listen(said.get('t5lab/end/stop'))
+            _end_with(int(key.rpartition('/')[2]), json.loads(value))
+        if self.stop_request:
+          self.stop_request.poll(entries.get('t5lab/end/stop'))
       except jax.errors.JaxRuntimeError:
         return                            # the service is gone: JAX itself ends this process
 
@@ -240,51 +257,63 @@ class _Listener:
 _listener = _Listener()
 
 
-def give_up(code: int, message: str) -> None:
-  """Ends this process of several and has the others end with the same code, saying why.
+# --- failing together --------------------------------------------------------------------------
 
-  Without this they would wait in a step for one that is gone until its heartbeat is missed.
+
+def abort_all(code: int, message: str) -> None:
+  """Ends this process with `code`, and the others with the same code and `message`.
+
+  Does nothing in a run of one process. Without it the others would wait inside a step until the
+  heartbeat of this process is missed.
   """
   if count() == 1:
     return
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     _store().key_value_set(f't5lab/end/failed/{index()}',
                            json.dumps({'code': code, 'message': message}))
-    _leave()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  _exit(code)
 
 
-def heed() -> None:
-  """Where a step failed because another process left it: lets this one end with that one's reason,
-  which its listener has within two looks."""
+def await_abort() -> None:
+  """Gives the listener time to end this process for the reason that another process failed.
+
+  For a step that failed because another process left it: the cause is in the store within two
+  looks.
+  """
   if count() > 1:
     time.sleep(3 * POLL)
 
 
-def _follow(who: int, said: dict):
-  if who == index():
+def _end_with(failed: int, cause: dict) -> None:
+  """Ends this process because process `failed` called abort_all."""
+  if failed == index():
     return
   # while TensorFlow is imported, descriptor 2 leads nowhere (data/tasks/seqio_tf.py)
-  os.write(_listener.stderr, f't5lab: process {index()} ends with process {who}: '
-           f'{said["message"]}\n'.encode())
-  if said['code'] == errors.WATCHDOG:            # what this one was waiting for may be the reason
+  os.write(_listener.stderr, f't5lab: process {index()} ended because process {failed} failed: '
+           f'{cause["message"]}\n'.encode())
+  if cause['code'] == errors.WATCHDOG:           # this process may be why the other one waited
     faulthandler.dump_traceback(_listener.stderr, all_threads=True)
+  _exit(cause['code'])
+
+
+def _exit(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     _leave()
-  os._exit(said['code'])
+  os._exit(code)
 
 
-def _leave():
-  """Says that this process goes, and waits until all say so: 3 s at most, process 0, which is the
-  service, 5. Else a closed socket would reach the others before the reason does."""
+def _leave() -> None:
+  """Announces that this process ends, and waits until all have: 3 s at most, or 5 in process 0.
+
+  Process 0 hosts the service. Without the wait, a closed socket would reach the others before the
+  reason does.
+  """
   _store().key_value_set(f't5lab/left/{index()}', '', allow_overwrite=True)
   end = time.monotonic() + (5 if is_main() else 3)
   while time.monotonic() < end:
     if len(_store().key_value_dir_get('t5lab/left/')) == count():
-      time.sleep(0.2)                     # their last call has its answer
+      time.sleep(0.2)                     # the other processes get the answer to their last call
       return
     time.sleep(0.1)

@@ -1,4 +1,7 @@
-"""Faults planted on one of two real processes: each has its own sentence and exit code."""
+"""The doctor on one machine, and on two real processes with a fault planted on one of them.
+
+Each fault has its own message and exit code.
+"""
 
 import json
 import os
@@ -12,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from t5lab import cli
-from t5lab import config as configs
-from t5lab.programs import build as programs
+from t5lab import cli, config
+from t5lab.programs import build
+from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.doctor import examine, facts
 from t5lab.tools.launching import local
 
@@ -22,21 +25,27 @@ ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / 'configs/quickstart.py:tiny')
 
 
-# --- one process: cheap --------------------------------------------------------------------------
+# --- one process ---------------------------------------------------------------------------------
+
+
+def doctor(capsys, workdir, *options) -> tuple[int, str]:
+  """-> (exit code, table)."""
+  code = cli.main(['doctor', '--config', CONFIG, '--workdir', str(workdir), '--seconds', '600',
+                   *options])
+  return code, capsys.readouterr().out
 
 
 def test_one_healthy_machine(tmp_path, capsys):
-  assert cli.main(['doctor', '--config', CONFIG, '--workdir', str(tmp_path / 'run'),
-                   '--seconds', '600', '--expect-devices', str(len(jax.devices()))]) == 0
-  said = capsys.readouterr().out
-  assert 'fit for the run' in said and 'BAD' not in said
+  code, table = doctor(capsys, tmp_path / 'run', '--expect-devices', str(len(jax.devices())))
+  assert code == 0, table
+  assert 'ready for the run, in' in table and 'FAIL' not in table
   for check in examine.CODES:
-    assert f'ok  {check} ' in said
+    assert f'ok  {check} ' in table
   assert not list((tmp_path / 'run').iterdir())                       # it leaves nothing behind
 
 
-@pytest.mark.parametrize('options, code, says', [
-    (('--expect-devices', '4096'), 2, 'BAD  devices'),
+@pytest.mark.parametrize('options, code, message', [
+    (('--expect-devices', '4096'), 2, 'FAIL  devices'),
     (('--config.mesh.data=4096',), 2, 'mesh.data=4096 asks for 4096 devices'),
     (('--free-gb', '1e9'), 4, 'the run needs 1e+09 GB'),
     (('--config.data.vocab=/nowhere/x.model',), 3, "cannot read vocabulary '/nowhere/x.model'"),
@@ -44,54 +53,49 @@ def test_one_healthy_machine(tmp_path, capsys):
     (('--config.data.mixture=ha_ened',), 3, "no task or mixture 'ha_ened'"),
     (('--config.data.split=dev',), 3, "has no split 'dev'"),
 ])
-def test_faults_of_one_machine(tmp_path, capsys, options, code, says):
-  assert cli.main(['doctor', '--config', CONFIG, '--workdir', str(tmp_path), '--seconds', '600',
-                   *options]) == code
-  said = capsys.readouterr().out
-  assert says in said and '1 not well' in said
+def test_faults_of_one_machine(tmp_path, capsys, options, code, message):
+  exit_code, table = doctor(capsys, tmp_path, *options)
+  assert exit_code == code, table
+  assert message in table and '1 check failed, in' in table
 
 
 def test_a_workdir_that_is_a_file(tmp_path, capsys):
   (tmp_path / 'run').write_text('')
-  assert cli.main(['doctor', '--config', CONFIG, '--workdir', str(tmp_path / 'run'),
-                   '--seconds', '600']) == 4
-  said = capsys.readouterr().out
-  assert 'host 0: cannot write to' in said and 'Not a directory' in said
-  assert '-  save and restore' in said                                # not tried: no second fault
+  code, table = doctor(capsys, tmp_path / 'run')
+  assert code == 4
+  assert 'host 0: cannot write to' in table and 'Not a directory' in table
+  assert '-  save and restore' in table and 'skipped: the workdir is not usable' in table
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')   # of Orbax
 def test_a_disk_that_is_full(mounted, capsys):
-  argv = ['doctor', '--config', CONFIG, '--seconds', '600', '--workdir']
   disk = mounted('size=64k')
-  assert cli.main([*argv, str(disk)]) == 4
-  said = capsys.readouterr().out
-  assert 'BAD  disk' in said and 'GB free in' in said
-  assert cli.main([*argv, str(disk), '--free-gb', '1e-9']) == 4
-  said = capsys.readouterr().out
-  assert 'ok  disk' in said and 'BAD  save and restore' in said
-  assert 'No space left' in said or 'RESOURCE_EXHAUSTED' in said or 'cannot write' in said
+  code, table = doctor(capsys, disk)
+  assert code == 4 and 'FAIL  disk' in table and 'GB free in' in table
+  code, table = doctor(capsys, disk, '--free-gb', '1e-9')
+  assert code == 4 and 'ok  disk' in table and 'FAIL  save and restore' in table
+  assert any(text in table for text in ('No space left', 'RESOURCE_EXHAUSTED', 'cannot write'))
   assert not list(disk.iterdir())
 
 
-def test_a_state_that_comes_back_other_than_it_went(tmp_path, monkeypatch):
-  program = programs.build(configs.load(CONFIG))
-  assert examine.save_and_restore(program.abstract, tmp_path / 'a') == ''
-  restore = examine.checkpoint.Checkpoints.restore
+def test_a_state_that_is_restored_with_other_values(tmp_path, monkeypatch):
+  abstract = build.program(config.load(CONFIG)).abstract
+  assert examine.save_and_restore(abstract, tmp_path / 'a') == ''
+  restore = Checkpoints.restore
 
-  def damaged(self, abstract):
+  def damaged_restore(self, abstract):
     state, manifest = restore(self, abstract)
     return state.replace(step=state.step + 1), manifest
-  monkeypatch.setattr(examine.checkpoint.Checkpoints, 'restore', damaged)
-  assert examine.save_and_restore(program.abstract, tmp_path / 'b') == (
-      'step came back other than it was saved')
+  monkeypatch.setattr(Checkpoints, 'restore', damaged_restore)
+  assert examine.save_and_restore(abstract, tmp_path / 'b') == (
+      'step was restored with other values than were saved')
   assert not list(tmp_path.iterdir())
 
 
 def test_scaled_down_keeps_paths_types_and_shardings():
-  c = configs.load(CONFIG, {'rules': 'fsdp_tp', 'mesh.data': '1', 'mesh.fsdp': '-1',
-                            'mesh.model': '2'})
-  abstract = programs.build(c).abstract
+  c = config.load(CONFIG, {'rules': 'fsdp_tp', 'mesh.data': '1', 'mesh.fsdp': '-1',
+                           'mesh.model': '2'})
+  abstract = build.program(c).abstract
   small = jax.tree.map(examine.scaled_down, abstract)
   for x, y in zip(jax.tree.leaves(abstract), jax.tree.leaves(small)):
     assert (x.dtype, x.sharding, len(x.shape)) == (y.dtype, y.sharding, len(y.shape))
@@ -99,46 +103,48 @@ def test_scaled_down_keeps_paths_types_and_shardings():
     y.sharding.shard_shape(y.shape)                                   # it divides
 
 
-def test_the_content_of_files_counts(tmp_path, monkeypatch):
-  """Of small ones all of it, of large ones the start, the middle and the end."""
+def test_the_hash_of_files_depends_on_their_content(tmp_path, monkeypatch):
+  """All of the content of small files; of large ones the start, the middle and the end."""
   file = tmp_path / 'a.txt'
   file.write_bytes(bytes(1000))
   before = facts._hash_files([str(file)])
   file.write_bytes(bytes(999) + b'x')
   assert facts._hash_files([str(file)]) != before
+
   monkeypatch.setattr(facts, 'WHOLE', 500)
-  monkeypatch.setattr(facts, 'PARTS', 10)
-  found = set()
-  for at in (0, 500, 990, 300):
+  monkeypatch.setattr(facts, 'SAMPLE', 10)
+  hashes = set()
+  for changed in (0, 500, 990, 300):
     content = bytearray(1000)
-    content[at] = 1
+    content[changed] = 1
     file.write_bytes(content)
-    found.add(facts._hash_files([str(file)]))
+    hashes.add(facts._hash_files([str(file)]))
   file.write_bytes(bytes(1000))
-  assert facts._hash_files([str(file)]) in found and len(found) == 4  # 300 is not looked at
+  assert facts._hash_files([str(file)]) in hashes and len(hashes) == 4  # byte 300 is in no sample
   file.write_bytes(bytes(1001))
-  assert facts._hash_files([str(file)]) not in found
+  assert facts._hash_files([str(file)]) not in hashes
 
 
-def test_the_manifest_of_a_cache_counts(tmp_path):
+def test_the_hash_of_a_cache_is_that_of_its_manifest(tmp_path):
   from t5lab.data.batches import cache
-  where = cache.folder(str(tmp_path), 'ha_ende', 'train')
-  where.mkdir(parents=True)
-  c = configs.load(CONFIG, {'data.cache': str(tmp_path)})
-  found = []
+  folder = cache.folder(str(tmp_path), 'ha_ende', 'train')
+  folder.mkdir(parents=True)
+  c = config.load(CONFIG, {'data.cache': str(tmp_path)})
+  reports = []
   for text in ('{}', '{"rows": 1}'):
-    (where / cache.MANIFEST).write_text(text)
-    found.append(facts.of_data(c))
-  assert not found[0]['error'] and found[0]['vocabulary'] == found[1]['vocabulary']
-  differ = {k for k in found[0]['tasks'] if found[0]['tasks'][k] != found[1]['tasks'][k]}
-  assert differ == {'ha_ende, train: manifest of the cache'}
+    (folder / cache.MANIFEST).write_text(text)
+    reports.append(facts.data_hashes(c))
+  first, second = reports
+  assert not first['error'] and first['vocabulary'] == second['vocabulary']
+  differing = {name for name in first['tasks'] if first['tasks'][name] != second['tasks'][name]}
+  assert differing == {'ha_ende, train: manifest of the cache'}
 
 
 # --- two processes -------------------------------------------------------------------------------
 
 
 class Host:
-  """A process of two, with a folder of its own as the current one."""
+  """One of two processes, with a current directory of its own."""
 
   def __init__(self, folder, index, port, options, **environment):
     folder.mkdir(exist_ok=True)
@@ -149,7 +155,7 @@ class Host:
          *options], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache/jax')} | added)
 
-  def end(self):
+  def wait(self) -> tuple[int, str, str]:
     """-> (exit code, stdout, stderr)."""
     try:
       out, err = self._process.communicate(timeout=300)
@@ -167,34 +173,38 @@ def port():
 
 
 def two(tmp_path, port, options=(), second=None, **environment):
-  """Both hosts; `environment` is planted on host 1 -> [(code, stdout, stderr)] * 2."""
+  """Runs both hosts -> [(exit code, stdout, stderr)] * 2.
+
+  environment, and `second` instead of `options`: for host 1 only.
+  """
   if '--workdir' not in options:
     options = (*options, '--workdir', str(tmp_path / 'run'))
   hosts = [Host(tmp_path / f'host{i}', i, port, second if i and second else options,
                 **(environment if i else {})) for i in range(2)]
-  return [host.end() for host in hosts]
+  return [host.wait() for host in hosts]
 
 
-def expect(ended, code, check, says):
-  (code0, table, _), (code1, silent, _) = ended
-  assert (code0, code1) == (code, code), ended
-  assert f'BAD  {check}' in table and says in ' '.join(table.split()), table
-  assert table.count('BAD') == 1 and '1 not well' in table
-  assert not silent                                  # one table for all
+def expect(results, code, check, message):
+  """Both hosts ended with `code`, and host 0 alone printed the table with the failed check."""
+  (code0, table, _), (code1, output1, _) = results
+  assert (code0, code1) == (code, code), results
+  assert f'FAIL  {check}' in table and message in ' '.join(table.split()), table
+  assert table.count('FAIL') == 1 and '1 check failed' in table
+  assert not output1
 
 
 @pytest.mark.slow
 def test_two_healthy_hosts(tmp_path, port):
-  (code0, table, err), (code1, silent, _) = two(tmp_path, port, ('--expect-devices', '4'))
-  assert (code0, code1, silent) == (0, 0, ''), table + err
-  assert '4 of cpu, mesh data=4' in table and table.count('  ok  ') == len(examine.CODES)
+  (code0, table, err), (code1, output1, _) = two(tmp_path, port, ('--expect-devices', '4'))
+  assert (code0, code1, output1) == (0, 0, ''), table + err
+  assert '4 cpu devices, mesh data=4' in table and table.count('  ok  ') == len(examine.CODES)
   assert not list((tmp_path / 'run').iterdir())
 
 
 @pytest.mark.slow
 def test_too_few_devices(tmp_path, port):
-  ended = two(tmp_path, port, ('--expect-devices', '8'))
-  expect(ended, 2, 'devices', '8 devices are expected, there are 4: host 0 has 2, host 1 has 2')
+  results = two(tmp_path, port, ('--expect-devices', '8'))
+  expect(results, 2, 'devices', 'expected 8 devices, found 4: host 0 has 2, host 1 has 2')
 
 
 @pytest.mark.slow
@@ -202,9 +212,9 @@ def test_a_package_of_another_version(tmp_path, port):
   other = tmp_path / 'site/flax-9.9.9.dist-info'
   other.mkdir(parents=True)
   (other / 'METADATA').write_text('Metadata-Version: 2.1\nName: flax\nVersion: 9.9.9\n')
-  ended = two(tmp_path, port, PYTHONPATH=str(tmp_path / 'site'))
-  expect(ended, 2, 'versions', 'on host 0, 9.9.9 on host 1: install the same everywhere')
-  assert 'not looked at: hosts of different versions' in ended[0][1]
+  results = two(tmp_path, port, PYTHONPATH=str(tmp_path / 'site'))
+  expect(results, 2, 'versions', 'on host 0, 9.9.9 on host 1: install the same versions everywhere')
+  assert 'skipped: hosts with different versions' in results[0][1]
 
 
 @pytest.mark.slow
@@ -219,57 +229,57 @@ def test_another_source_of_t5lab(tmp_path, port):
 @pytest.mark.slow
 def test_another_config(tmp_path, port):
   options = ('--workdir', str(tmp_path / 'run'))
-  ended = two(tmp_path, port, options, second=(*options, '--config.optim.lr=7e-3'))
-  expect(ended, 2, 'versions', 'config is ')
+  results = two(tmp_path, port, options, second=(*options, '--config.optim.lr=7e-3'))
+  expect(results, 2, 'versions', 'config is ')
 
 
 @pytest.mark.slow
 def test_a_coordinator_that_cannot_be_reached(tmp_path, port):
   code, _, err = Host(tmp_path / 'host1', 1, port,
-                      ('--workdir', str(tmp_path), '--arrive', '2')).end()
+                      ('--workdir', str(tmp_path), '--arrive', '2')).wait()
   assert code == 2 and err.count('\n') == 1
   assert (f'process 1 on {socket.gethostname()} cannot reach the coordinator at 127.0.0.1:{port}'
           in err)
 
 
 @pytest.mark.slow
-def test_a_host_that_does_not_come(tmp_path, port):
+def test_a_host_that_does_not_connect(tmp_path, port):
   code, _, err = Host(tmp_path / 'host0', 0, port,
-                      ('--workdir', str(tmp_path), '--arrive', '2')).end()
+                      ('--workdir', str(tmp_path), '--arrive', '2')).wait()
   assert code == 2 and err.count('\n') == 1
-  assert f'process 1 of 2 did not come to 127.0.0.1:{port} within 2 s; came: 0.' in err
+  assert f'process 1 of 2 did not connect to 127.0.0.1:{port} within 2 s; connected: 0.' in err
 
 
 @pytest.mark.slow
 def test_a_clock_that_is_wrong(tmp_path, port):
-  ended = two(tmp_path, port, T5LAB_CLOCK_AHEAD='-61')
-  expect(ended, 70, 'clocks',
+  results = two(tmp_path, port, T5LAB_CLOCK_AHEAD='-61')
+  expect(results, 70, 'clocks',
          'the clock of host 1 is 61.0 s behind that of host 0, the limit is 5 s')
 
 
 @pytest.mark.slow
 def test_a_workdir_that_is_not_shared(tmp_path, port):
-  ended = two(tmp_path, port, ('--workdir', 'run'))
-  (code0, table, _), (code1, _, _) = ended
-  assert (code0, code1) == (4, 4) and 'host 1 does not see in' in table
-  assert 'it is not the same folder on all' in table
+  results = two(tmp_path, port, ('--workdir', 'run'))
+  (code0, table, _), (code1, _, _) = results
+  assert (code0, code1) == (4, 4) and 'host 1 does not see the file in' in table
+  assert 'it is not the same folder on all hosts' in table
 
 
 @pytest.mark.slow
 def test_a_workdir_that_cannot_be_written(tmp_path, port, mounted):
   disk = mounted('size=1m')
   subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
-  ended = two(tmp_path, port, ('--free-gb', '1e-9', '--workdir', str(disk)))
-  expect(ended, 4, 'workdir', 'Read-only file system; host 1: cannot write to')
+  results = two(tmp_path, port, ('--free-gb', '1e-9', '--workdir', str(disk)))
+  expect(results, 4, 'workdir', 'Read-only file system; host 1: cannot write to')
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_while_two_save(tmp_path, port, mounted):
-  """Process 0 finds out, and process 1 does not wait for it for ever."""
+  """Process 0 notices, and process 1 does not wait for it for ever."""
   (code0, table, _), (code1, _, err) = two(tmp_path, port, (
       '--free-gb', '1e-9', '--workdir', str(mounted('size=64k'))))
   assert (code0, code1) == (4, 4), (table, err)
-  assert 'BAD  save and restore' in table or 'process 0 ends with process 1' in table
+  assert 'FAIL  save and restore' in table or 'process 0 ended because process 1' in table
 
 
 OWN = ('--config.data.files.train=train.jsonl', '--config.data.files.validation=dev.jsonl',
@@ -309,14 +319,14 @@ def test_another_vocabulary_file(tmp_path, port):
 
 
 @pytest.mark.slow
-def test_a_host_that_hangs_is_ended_and_says_where(tmp_path, port):
-  """Its data file is a pipe that nobody writes to."""
+def test_a_host_that_hangs_ends_and_names_the_check(tmp_path, port):
+  """Its data file is a FIFO that nobody writes to."""
   file = own_files(tmp_path)
   file.unlink()
   os.mkfifo(file)
   (code0, _, err0), (code1, _, err1) = two(tmp_path, port, (
       *OWN, '--seconds', '45', '--workdir', str(tmp_path / 'run')))
-  assert code1 == 3 and 'the check of data has not ended after 45 s' in err1
+  assert code1 == 3 and 'the check of data has not ended within 45 s' in err1
   assert code0 in (2, 3) and ('process 1' in err0 or 'the check of data' in err0)
 
 
@@ -328,4 +338,4 @@ def test_launched_on_two_processes(tmp_path, port):
        '--devices-per-process', '2', '--port', str(port), '--', '--seconds', '280'], cwd=ROOT,
       capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stdout + done.stderr
-  assert '[0]   ok  save and restore' in done.stdout and '4 of cpu' in done.stdout
+  assert '[0]   ok  save and restore' in done.stdout and '4 cpu devices' in done.stdout
