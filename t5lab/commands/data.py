@@ -1,19 +1,20 @@
 """t5lab data clean|dedup|decontaminate|scrub|augment|vocab INPUT … --output FILE
 
-Prepares a person's own text. `t5lab data clean --help` says the rest of each.
+Prepares your own text. `t5lab data TOOL --help` describes each tool.
 
-  clean           web pages by C4's rules
-  dedup           drops rows that are there already, exactly or nearly
-  decontaminate   finds, and drops, training rows that overlap with evaluations
-  scrub           masks e-mail and IP addresses, phone and card numbers
-  augment         adds noisy or back-translated copies of rows
-  vocab           trains a sentencepiece vocabulary
+  clean           clean web pages with the rules of C4
+  dedup           drop exact and near duplicates
+  decontaminate   find, and drop, training records that overlap with evaluation data
+  scrub           mask e-mail and IP addresses, phone and card numbers
+  augment         add noisy or back-translated copies of records
+  vocab           train a sentencepiece vocabulary
 
-INPUT is files or globs, local or gs://, comma-separated or one after another: .jsonl, .csv, .tsv,
-.txt, each also .gz or .zst, .parquet, or a folder that Hugging Face's save_to_disk wrote. Rows are
-streamed, and go to OUTPUT as JSON lines (.jsonl, .jsonl.gz or .jsonl.zst) with the fields they had;
-OUTPUT.report.json says what was done: inputs, counts and examples for each rule, settings, seconds.
-Both appear whole or not at all. Progress goes to standard error.
+INPUT is one or more files or globs, local or gs://, separated by commas or spaces: .jsonl, .csv,
+.tsv and .txt (each also .gz or .zst), .parquet, or a folder written by Hugging Face's save_to_disk.
+Records are streamed to OUTPUT as JSON lines (.jsonl, .jsonl.gz or .jsonl.zst) and keep all their
+fields. OUTPUT.report.json lists the inputs, counts and examples for each rule, the settings and the
+seconds taken. Both files are written completely or not at all. Progress is printed on standard
+error.
 """
 
 import argparse
@@ -29,8 +30,9 @@ BACK_TRANSLATION = 'back_translation'
 def main(argv: list[str] | None = None) -> int:
   args = parser().parse_args(sys.argv[1:] if argv is None else argv)
   job = args.run(args)
-  written = f"{job.counts['written']:,} rows written, " if 'written' in job.counts else ''
-  print(f"{args.output}: {written}{job.counts['read']:,} read · {job.report_path}")
+  counts = job.counts
+  written = f'{counts["written"]:,} records written, ' if 'written' in counts else ''
+  print(f'{args.output}: {written}{counts["read"]:,} read · {job.report_path}')
   return 0
 
 
@@ -39,85 +41,99 @@ def parser() -> Parser:
                formatter_class=argparse.RawDescriptionHelpFormatter)
   tools = top.add_subparsers(dest='tool', metavar='TOOL', required=True)
 
-  p = _add(tools, 'clean', _clean, 'Cleans web pages by the rules that made C4.')
-  p.add_argument('--rules', help='comma-separated: these only; default: all below')
-  p.add_argument('--without', help='comma-separated: not these')
-  p.add_argument('--bad-words', metavar='FILE', help='a word or phrase a line, for rule bad_words')
+  p = _add_tool(tools, 'clean', _clean)
+  p.add_argument('--rules', metavar='RULES',
+                 help='comma-separated rules to apply (default: all; bad_words and language only '
+                      'if their option is given)')
+  p.add_argument('--without', metavar='RULES', help='comma-separated rules to leave out')
+  p.add_argument('--bad-words', metavar='FILE',
+                 help='a word or phrase per line, for rule bad_words')
   p.add_argument('--language', metavar='CODE',
-                 help='as en: keep pages in this language only, by py3langid, for rule language')
+                 help='keep only pages in this language, e.g. en, for rule language '
+                      '(needs py3langid)')
 
-  p = _add(tools, 'dedup', _dedup, 'Drops rows that are there already; the first stays.')
-  p.add_argument('--exact', action='store_true', help='only rows that are the same, not near ones')
-  p.add_argument('--threshold', type=float, default=0.8,
-                 help='Jaccard similarity of 5-word shingles that makes rows near (default 0.8)')
+  p = _add_tool(tools, 'dedup', _dedup)
+  p.add_argument('--exact', action='store_true',
+                 help='drop only exact duplicates (default: near ones too)')
+  p.add_argument('--threshold', type=float, default=0.8, metavar='SIMILARITY',
+                 help='Jaccard similarity of 5-word shingles from which records count as near, '
+                      '0.03 to 1 (default: 0.8)')
 
-  p = _add(tools, 'decontaminate', _decontaminate,
-           'Finds training rows that share 13 words in a row with an evaluation.')
+  p = _add_tool(tools, 'decontaminate', _decontaminate)
   p.add_argument('--against', action='append', required=True, metavar='NAME=FILES',
-                 help='an evaluation split, for the report by that name; give it again for more')
+                 help='an evaluation split and its name in the report; may be repeated')
   p.add_argument('--against-field', action='append', metavar='NAME',
-                 help="the evaluations' columns of text or lists of texts; default: as --field")
+                 help='a column of the evaluations that holds text or lists of texts; may be '
+                      'repeated (default: those of --field)')
   p.add_argument('--mode', choices=('report', 'drop'), default='drop',
-                 help='drop (default): write the rows without overlap; report: only the report')
-  p.add_argument('--ngram', type=int, default=13, help='words in a row (default 13)')
-  p.add_argument('--short', type=int, default=8,
-                 help='words in a row for evaluation texts under --ngram words (default 8)')
+                 help='drop: write the records without overlap; report: write only the report '
+                      '(default: drop)')
+  p.add_argument('--ngram', type=int, default=13, metavar='WORDS',
+                 help='number of consecutive shared words that is an overlap (default: 13)')
+  p.add_argument('--short', type=int, default=8, metavar='WORDS',
+                 help='the same for evaluation texts of fewer than --ngram words (default: 8)')
 
-  _add(tools, 'scrub', _scrub, 'Masks personal numbers and addresses.')
+  _add_tool(tools, 'scrub', _scrub)
 
-  p = _add(tools, 'augment', _augment, 'Adds copies of rows; the rows themselves stay.')
+  p = _add_tool(tools, 'augment', _augment)
   p.add_argument('--method', required=True,
                  choices=('word_dropout', 'span_deletion', BACK_TRANSLATION))
-  p.add_argument('--copies', type=int, default=1, help='of each row (default 1)')
-  p.add_argument('--seed', type=int, default=0)
-  p.add_argument('--rate', type=float,
-                 help='share of words that go (default: word_dropout 0.1, span_deletion 0.15)')
-  p.add_argument('--mean-span', type=float, help='words in a deleted span (default 3)')
-  p.add_argument('--workdir', metavar='DIR', help='for back_translation: a run or converted '
-                 'checkpoint from targets to sources; --field names the target column')
-  p.add_argument('--source', metavar='NAME', help='for back_translation: the column to make')
-  p.add_argument('--tag', default='', help='for back_translation: before what was made, as <BT>')
+  p.add_argument('--copies', type=int, default=1, help='noisy copies per record (default: 1)')
+  p.add_argument('--seed', type=int, default=0, help='seed of the noise (default: 0)')
+  p.add_argument('--rate', type=float, metavar='FRACTION',
+                 help='fraction of the words to drop (default: 0.1 for word_dropout, 0.15 for '
+                      'span_deletion)')
+  p.add_argument('--mean-span', type=float, metavar='WORDS',
+                 help='mean length of a deleted span in words (default: 3)')
+  p.add_argument('--workdir', metavar='DIR',
+                 help='for back_translation: a run or converted checkpoint that maps targets to '
+                      'sources; --field names the target column')
+  p.add_argument('--source', metavar='NAME',
+                 help='for back_translation: the column to generate')
+  p.add_argument('--tag', default='', metavar='TEXT',
+                 help='for back_translation: text put before each generated source, e.g. <BT> '
+                      '(default: none)')
 
-  p = _add(tools, 'vocab', _vocab, 'Trains a sentencepiece vocabulary with the ids of T5.')
-  p.add_argument('--size', type=int, required=True, help='ids in all, 100 sentinels included')
-  p.add_argument('--max-sentences', type=int, default=1_000_000,
-                 help='lines of up to 1000 characters to learn from (default 1000000)')
+  p = _add_tool(tools, 'vocab', _vocab)
+  p.add_argument('--size', type=int, required=True,
+                 help='number of ids, including 100 sentinels; at least 512 is recommended')
+  p.add_argument('--max-sentences', type=int, default=1_000_000, metavar='N',
+                 help='lines of up to 1000 characters to train on (default: 1000000)')
   return top
 
 
-def _add(tools, name: str, run, first_line: str) -> Parser:
-  """The parser of one tool, with what all of them take. Its help has the tool's own text."""
-  module = {'vocab': 'vocabulary'}.get(name, name)
+def _add_tool(tools, name: str, run) -> Parser:
+  """Adds the parser of one tool with the options that all tools share."""
   p = tools.add_parser(name, prog=f't5lab data {name}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.format_help = functools.partial(_help, p, module, first_line)
+  p.format_help = functools.partial(_help, p, {'vocab': 'vocabulary'}.get(name, name))
   p.set_defaults(run=run)
   p.add_argument('inputs', nargs='+', metavar='INPUT',
                  help='files or globs: .jsonl .csv .tsv .txt (.gz, .zst), .parquet, saved datasets')
   p.add_argument('--output', required=True, metavar='FILE',
                  help='.model' if name == 'vocab' else '.jsonl, .jsonl.gz or .jsonl.zst')
   p.add_argument('--field', action='append', metavar='NAME',
-                 help='the column of text (default text); for pairs give it twice')
-  p.add_argument('--bad-rows', type=float, default=0.01, metavar='SHARE',
-                 help='of rows that may be unreadable, skipped and counted (default 0.01; 0: none)')
-  p.add_argument('--overwrite', action='store_true', help='replace an output that exists')
+                 help='a text column; repeat it for pairs (default: text)')
+  p.add_argument('--bad-rows', type=float, default=0.01, metavar='FRACTION',
+                 help='fraction of records that may be unreadable; they are skipped and counted '
+                      '(default: 0.01; 0: none)')
+  p.add_argument('--overwrite', action='store_true', help='replace an existing output')
   return p
 
 
-def _help(p: Parser, module: str, first_line: str) -> str:
-  """With the text of the tool's module, which is read only here: the modules are slow to load."""
+def _help(p: Parser, module: str) -> str:
+  """Describes a tool by its module's docstring, imported only here because imports are slow."""
   import importlib
-  text = importlib.import_module(f't5lab.tools.prepare.{module}').__doc__
-  p.description = f'{first_line}\n\n{text}'
+  p.description = importlib.import_module(f't5lab.tools.prepare.{module}').__doc__
   return Parser.format_help(p)
 
 
-def _job(args, **changes):
-  from t5lab.tools.prepare.job import Job
-  known = ('run', 'tool', 'inputs', 'output', 'field', 'overwrite')
-  settings = {key: value for key, value in vars(args).items() if key not in known}
-  return Job(args.tool, ','.join(args.inputs), args.output, args.field or ['text'],
-             settings=settings, bad_rows=args.bad_rows, overwrite=args.overwrite, **changes)
+def _job(args, **options):
+  from t5lab.tools.prepare.job import PrepareJob
+  not_settings = ('run', 'tool', 'inputs', 'output', 'field', 'overwrite')
+  settings = {key: value for key, value in vars(args).items() if key not in not_settings}
+  return PrepareJob(args.tool, ','.join(args.inputs), args.output, args.field or ['text'],
+                    settings=settings, bad_rows=args.bad_rows, overwrite=args.overwrite, **options)
 
 
 def _clean(args):
@@ -144,11 +160,11 @@ def _decontaminate(args):
   from t5lab.tools.prepare import decontaminate
   against = {}
   for text in args.against:
-    name, equals, files = text.partition('=')
-    if not (name and equals and files):
-      raise UsageError(f'--against {text}: expected NAME=FILES, as test=data/test.jsonl')
+    name, _, files = text.partition('=')
+    if not (name and files):
+      raise UsageError(f'--against must be NAME=FILES, e.g. test=data/test.jsonl, got {text}')
     if name in against:
-      raise UsageError(f'--against {name} is given twice; name several files as {name}=a,b')
+      raise UsageError(f'--against {name} is given twice; list several files as {name}=a,b')
     against[name] = records.expand(files)
   job = _job(args)
   decontaminate.run(job, against, fields=args.against_field or (), drop=args.mode == 'drop',
@@ -166,49 +182,52 @@ def _scrub(args):
 def _augment(args):
   from t5lab.tools.prepare import augment
   if args.method == BACK_TRANSLATION:
-    return _back_translate(args, augment)
+    return _back_translate(args)
   for name in ('workdir', 'source', 'tag'):
     if getattr(args, name):
-      raise UsageError(f'--{name} is for --method {BACK_TRANSLATION}')
-  given = {'rate': args.rate, 'mean_span': args.mean_span}
-  options = {**augment.DEFAULTS[args.method],
-             **{name: value for name, value in given.items() if value is not None}}
-  if 'mean_span' in options and args.method != 'span_deletion':
-    raise UsageError('--mean-span is for --method span_deletion')
+      raise UsageError(f'--{name} needs --method {BACK_TRANSLATION}, got {args.method}')
+  if args.mean_span is not None and args.method != 'span_deletion':
+    raise UsageError(f'--mean-span needs --method span_deletion, got {args.method}')
+  options = dict(augment.DEFAULTS[args.method])
+  for name in ('rate', 'mean_span'):
+    if getattr(args, name) is not None:
+      options[name] = getattr(args, name)
   job = _job(args)
   augment.run_noise(job, args.method, copies=args.copies, seed=args.seed, **options)
   return job
 
 
-def _back_translate(args, augment):
+def _back_translate(args):
   if not args.workdir or not args.source:
     raise UsageError(f'--method {BACK_TRANSLATION} needs --workdir DIR and --source NAME')
   if len(args.field or []) != 1 or args.source in args.field:
-    raise UsageError(f'--method {BACK_TRANSLATION} needs one --field, the target, which is not '
-                     f'--source {args.source}')
+    raise UsageError(f'--method {BACK_TRANSLATION} needs one --field, the target column, other '
+                     f'than --source {args.source}')
   if args.copies != 1:
-    raise UsageError(f'--copies {args.copies}: a back-translation is searched, not sampled: 1')
+    raise UsageError(f'--copies must be 1 with --method {BACK_TRANSLATION}, which is greedy; '
+                     f'got {args.copies}')
   for name in ('rate', 'mean_span'):
     if getattr(args, name) is not None:
-      raise UsageError(f'--{name.replace("_", "-")} is not for --method {BACK_TRANSLATION}')
-  job = _job(args)                     # what is wrong with the files, before the model is loaded
+      raise UsageError(f'--{name.replace("_", "-")} cannot be used with '
+                       f'--method {BACK_TRANSLATION}')
+  job = _job(args)                     # checks the files before the model is loaded
   from t5lab.commands import use_compilation_cache
-  from t5lab.programs import lab as labs
+  from t5lab.programs import lab
+  from t5lab.tools.prepare import augment
   use_compilation_cache()
-  lab = labs.load(args.workdir)
-  augment.run_back_translation(job, functools.partial(lab.generate, temperature=0.), args.source,
-                               tag=args.tag)
+  generate = functools.partial(lab.load(args.workdir).generate, temperature=0.)
+  augment.run_back_translation(job, generate, args.source, tag=args.tag)
   return job
 
 
 def _vocab(args):
   from t5lab.tools.prepare import vocabulary
-  if args.size <= 100 + 3 + 256:
-    raise UsageError(f'--size {args.size}: 100 sentinels, 3 special ids and 256 bytes leave none '
-                     'for pieces; take 512 at least')
+  least = 100 + 3 + 256
+  if args.size <= least:
+    raise UsageError(f'--size must be above {least} (100 sentinels, 3 special ids, 256 bytes), got '
+                     f'{args.size}; at least 512 is recommended')
   if args.max_sentences < 1:
-    raise UsageError(f'--max-sentences {args.max_sentences}: at least 1')
-  job = _job(args, ends=('.model',))
+    raise UsageError(f'--max-sentences must be at least 1, got {args.max_sentences}')
+  job = _job(args, suffixes=('.model',))
   vocabulary.run(job, args.size, args.max_sentences)
   return job
-

@@ -1,4 +1,4 @@
-"""`t5lab data`: what a person types, what they get."""
+"""`t5lab data`: command lines and their results."""
 import gzip
 import json
 
@@ -22,7 +22,7 @@ def source(tmp_path):
 
 
 def run(tool, *args):
-  """-> (numbers of the rows written, the report)"""
+  """Returns (the numbers of the records written, the report)."""
   assert data.main([tool, *map(str, args)]) == 0
   output = str(args[args.index('--output') + 1])
   with open(f'{output}.report.json') as f:
@@ -38,10 +38,10 @@ def test_tools(source, tmp_path, capsys):
   assert report['settings']['rules'] == [
       rule for rule in clean.RULES
       if rule not in ('few_sentences', 'short_line', 'bad_words', 'language')]
-  assert capsys.readouterr().out == f'{out}: 1 rows written, 3 read · {out}.report.json\n'
+  assert capsys.readouterr().out == f'{out}: 1 records written, 3 read · {out}.report.json\n'
   kept, report = run('dedup', source, '--output', out, '--overwrite', '--exact')
   assert kept == [1, 3] and list(report['rules']) == ['exact']
-  with pytest.raises(UsageError, match='o.jsonl exists; --overwrite replaces it'):
+  with pytest.raises(UsageError, match='o.jsonl exists; add --overwrite to replace it'):
     run('scrub', source, '--output', out)
   kept, report = run('scrub', source, '--output', out, '--overwrite')
   assert kept == [1, 2, 3] and report['rules']['email']['count'] == 2
@@ -53,7 +53,7 @@ def test_tools(source, tmp_path, capsys):
       'mean_span': 3.0, 'workdir': None, 'source': None, 'tag': ''}
 
 
-def test_inputs_by_commas_globs_and_one_after_another(source, tmp_path):
+def test_inputs_by_commas_globs_and_several_arguments(source, tmp_path):
   for name in 'abc':
     (tmp_path / f'{name}.tsv').write_text(f'text\tn\n{name}\t{name}\n')
   kept, report = run('scrub', f'{tmp_path}/b.tsv,{source}', f'{tmp_path}/[ac].tsv', '--output',
@@ -85,27 +85,27 @@ def test_decontaminate(source, tmp_path, capsys):
 
 
 def test_back_translation(source, tmp_path, monkeypatch):
-  asked = {}
+  calls = {}
 
   class Model:
     def generate(self, texts, **options):
-      asked.update(texts=texts, options=options)
+      calls.update(texts=texts, options=options)
       return [text[:5] for text in texts]
 
-  monkeypatch.setattr(lab, 'load', lambda workdir: asked.update(workdir=workdir) or Model())
+  monkeypatch.setattr(lab, 'load', lambda workdir: calls.update(workdir=workdir) or Model())
   out = tmp_path / 'o.jsonl'
   kept, _ = run('augment', source, '--output', out, '--method', 'back_translation', '--field',
                 'text', '--source', 'de', '--workdir', 'runs/x', '--tag', '<BT>')
   assert kept == [1, 2, 3]
   assert json.loads(out.read_text().splitlines()[0]) == {**ROWS[0], 'de': '<BT> Write'}
-  assert asked == {'workdir': 'runs/x', 'texts': [row['text'] for row in ROWS],
+  assert calls == {'workdir': 'runs/x', 'texts': [row['text'] for row in ROWS],
                    'options': {'temperature': 0.}}
 
 
 def test_vocab(tmp_path, monkeypatch):
   from t5lab.data import vocab
-  from t5lab.tools.prepare import train_vocab
-  monkeypatch.setattr(train_vocab, 'train', lambda lines, size: (
+  from t5lab.tools.prepare import vocabulary
+  monkeypatch.setattr(vocabulary, 'train', lambda lines, size: (
       list(lines), vocab.embedded_model(f't5lab_{size}'))[1])
   (tmp_path / 'a.txt').write_text('one\ntwo\n')
   out = tmp_path / 'v.model'
@@ -113,64 +113,69 @@ def test_vocab(tmp_path, monkeypatch):
   assert out.read_bytes() == vocab.embedded_model('t5lab_2048')
 
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize('args, message', [
     ('', 'the following arguments are required: TOOL'),
     ('wash', "invalid choice: 'wash'"),
     ('clean {in}', r'required: --output \(see t5lab data clean --help\)'),
     ('clean --output {out}', 'required: INPUT'),
-    ('clean {in} --output {out} --rules polcy', "no rule 'polcy'. Did you mean 'policy'"),
+    ('clean {in} --output {out} --rules polcy', "unknown rule 'polcy'. Did you mean 'policy'"),
     ('clean {in} --output {out} --rules bad_words', 'needs --bad-words FILE'),
     ('scrub {in} --output {in}', 'is one of the inputs'),
-    ('dedup {in} --output {out} --threshold 2', '--threshold 2.0'),
-    ('decontaminate {in} --output {out} --against x', '--against x: expected NAME=FILES'),
+    ('dedup {in} --output {out} --threshold 2',
+     '--threshold must be a similarity above 0 and up to 1, got 2.0'),
+    ('decontaminate {in} --output {out} --against x', '--against must be NAME=FILES, .*, got x'),
     ('decontaminate {in} --output {out} --against x={in} --against x={in}', 'x is given twice'),
     ('augment {in} --output {out} --method back_translation', 'needs --workdir DIR and --source'),
     ('augment {in} --output {out} --method back_translation --workdir x --source en',
-     'needs one --field, the target'),
+     'needs one --field, the target column'),
     ('augment {in} --output {out} --method back_translation --workdir x --source text --field text',
-     'which is not --source text'),
+     'other than --source text'),
     ('augment {in} --output {out} --method back_translation --workdir x --source en --field text '
-     '--copies 2', '--copies 2'),
+     '--copies 2', '--copies must be 1 .*; got 2'),
     ('augment {in} --output {out} --method back_translation --workdir x --source en --field text '
-     '--mean-span 2', '--mean-span is not for'),
-    ('augment {in} --output {out} --method word_dropout --mean-span 2', '--mean-span is for'),
-    ('augment {in} --output {out} --method word_dropout --workdir x', '--workdir is for'),
+     '--mean-span 2', '--mean-span cannot be used'),
+    ('augment {in} --output {out} --method word_dropout --mean-span 2',
+     '--mean-span needs --method span_deletion'),
+    ('augment {in} --output {out} --method word_dropout --workdir x',
+     '--workdir needs --method back_'),
     ('vocab {in} --output v.jsonl --size 1024', r'must end in \.model'),
-    ('vocab {in} --output v.model --size 359', '--size 359: 100 sentinels'),
-    ('vocab {in} --output v.model --size 512 --max-sentences 0', '--max-sentences 0'),
+    ('vocab {in} --output v.model --size 359',
+     '--size must be above 359 .*, got 359; at least 512'),
+    ('vocab {in} --output v.model --size 512 --max-sentences 0',
+     '--max-sentences must be at least 1, got 0'),
 ])
-def test_refused(source, tmp_path, args, said):
+def test_invalid_options(source, tmp_path, args, message):
   argv = [arg.format(**{'in': source, 'out': tmp_path / 'o.jsonl'}) for arg in args.split()]
-  with pytest.raises(UsageError, match=said):
+  with pytest.raises(UsageError, match=message):
     data.main(argv)
   assert [p.name for p in tmp_path.iterdir()] == ['in.jsonl']
 
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize('args, message', [
     ('scrub {in}.gone --output {out}', 'in.jsonl.gone'),
     ('scrub {in} --output {out} --field txt', "no field 'txt'. Did you mean 'text'"),
     ('clean {in} --output {out} --bad-words {in}.words', 'cannot read'),
     ('decontaminate {in} --output {out} --against x={in}.gone', 'in.jsonl.gone'),
 ])
-def test_data_that_is_not_there(source, tmp_path, args, said):
+def test_missing_data(source, tmp_path, args, message):
   argv = [arg.format(**{'in': source, 'out': tmp_path / 'o.jsonl'}) for arg in args.split()]
-  with pytest.raises(DataError, match=said):
+  with pytest.raises(DataError, match=message):
     data.main(argv)
   assert [p.name for p in tmp_path.iterdir()] == ['in.jsonl']
 
 
 @pytest.mark.parametrize('tool', ['', 'clean', 'dedup', 'decontaminate', 'scrub', 'augment',
                                   'vocab'])
-def test_help_says_everything(tool, capsys):
-  with pytest.raises(SystemExit) as left:
+def test_help_describes_every_tool(tool, capsys):
+  with pytest.raises(SystemExit) as exit_:
     data.main([tool, '--help'] if tool else ['--help'])
-  assert left.value.code == 0
-  said = capsys.readouterr().out
-  assert max(map(len, said.splitlines())) <= 100 and '==' not in said
+  assert exit_.value.code == 0
+  text = capsys.readouterr().out
+  assert max(map(len, text.splitlines())) <= 100 and '==' not in text
   for word in {'': ['clean', 'dedup', 'decontaminate', 'scrub', 'augment', 'vocab', '.report.json'],
                'clean': [*clean.RULES, '--bad-words', 'Raffel'],
                'dedup': ['--threshold', '850 bytes', 'Lee et al.'],
                'decontaminate': ['--against', 'Brown et al.', '--mode'],
                'scrub': ['--field', 'phone'], 'augment': ['--seed', 'back-translation', '--tag'],
                'vocab': ['--size', '--max-sentences', '.model']}[tool]:
-    assert word in said
+    assert word in text

@@ -1,7 +1,7 @@
 r"""Text to ids and back. `load(spec)` opens every kind of vocabulary; all have one interface.
 
   load('byte')            3 + UTF-8 byte and 100 sentinels, no file; 'byte:125' has 125 (ByT5's 384)
-  load('t5lab_2048')      sentencepiece, embedded; 2048 ids in all (train_vocab.py made it)
+  load('t5lab_2048')      sentencepiece, embedded; 2048 ids in all (embedded_vocabs.py made it)
   load('…/spiece.model')  any sentencepiece model; T5's takes 100 sentinels on top
   load('…/tokenizer.json')   of the tokenizers library, as Hugging Face keeps it
   load('…/vocab.txt')     BERT's WordPiece

@@ -1,31 +1,32 @@
-"""C4's heuristics for web pages, each a rule that can be left out. [Raffel et al. 2020, 2.2]
+"""Cleans web pages with the rules of C4; each can be turned off. [Raffel et al. 2020, 2.2]
 
-Rules of lines, in this order, as in TFDS (tensorflow_datasets/text/c4_utils.py), whose order and
-numbers made the C4 that was released; the paper's first version says 3 words and 5 sentences, its
-last one and the code 5 words and 3 sentences, which are ours:
+Rules for lines, in the order and with the thresholds of the code that made the released C4
+(tensorflow_datasets/text/c4_utils.py). The first version of the paper says 3 words and 5 sentences;
+its last version and the code say 5 words and 3 sentences, as we do.
 
-  citations       takes [1], [], [edit] and [citation needed] out of the line
-  long_word       a line with a word over 1000 characters goes (code only)
-  no_end_mark     a line that does not end in . ! ? or ", or ends in … or ... goes
-  short_line      a line under 5 words goes
-  javascript      a line that says javascript goes
-  policy          a line with 'terms of use', 'privacy policy', 'cookie policy', 'uses cookies',
-                  'use of cookies' or 'use cookies' goes
+  citations       removes [1], [], [edit] and [citation needed] from the line
+  long_word       drops a line with a word of more than 1000 characters (code only)
+  no_end_mark     drops a line that does not end in . ! ? or ", or that ends in … or ...
+  short_line      drops a line of fewer than 5 words
+  javascript      drops a line that contains 'javascript'
+  policy          drops a line that contains 'terms of use', 'privacy policy', 'cookie policy',
+                  'uses cookies', 'use of cookies' or 'use cookies'
 
-and of pages, by what the rules of lines left:
+Rules for pages, applied to the lines that are left:
 
-  lorem_ipsum     a page that says lorem ipsum goes
-  curly_brace     a page with a { goes
-  bad_words       a page with a word of the list goes, as a word of its own (the code misses it at
-                  the ends of a line); the list is the person's
-  few_sentences   a page under 3 sentences goes (objectives/sentences.py splits; C4 used nltk)
-  repeated_spans  all but the first of three sentences in a row that come again anywhere, go (the
-                  paper's rule; the code drops lines that come again). Case and spaces do not count
-  language        a page that py3langid gives less than 0.99 for the language goes (C4 asked
-                  langdetect, which is no longer kept up)
+  lorem_ipsum     drops a page that contains 'lorem ipsum'
+  curly_brace     drops a page that contains {
+  bad_words       drops a page that contains a word or phrase of the --bad-words file as a whole
+                  word (the code misses words at the ends of a line)
+  few_sentences   drops a page of fewer than 3 sentences (we split with objectives/sentences.py, C4
+                  did with nltk)
+  repeated_spans  keeps only the first occurrence of any three consecutive sentences (the paper's
+                  rule; the code drops repeated lines). Case and spaces are ignored
+  language        drops a page to which py3langid gives a probability below 0.99 for --language (C4
+                  used langdetect, which is no longer maintained)
 
-lorem_ipsum, curly_brace and bad_words look at a line after no_end_mark and short_line, as in the
-code: where those rules are on, a brace in a line that goes anyway condemns no page.
+lorem_ipsum, curly_brace and bad_words see only lines that the rules for lines kept: a brace in a
+line that is dropped anyway does not drop the page.
 """
 from collections.abc import Callable, Collection
 import re
@@ -35,13 +36,12 @@ import numpy as np
 from t5lab.data.objectives import sentences
 from t5lab.errors import DataError, UsageError, did_you_mean
 from t5lab.tools.prepare import hashes
-from t5lab.tools.prepare.job import Job
+from t5lab.tools.prepare.job import PrepareJob
 
 RULES = ('citations', 'long_word', 'no_end_mark', 'short_line', 'javascript', 'policy',
          'lorem_ipsum', 'curly_brace', 'bad_words', 'few_sentences', 'repeated_spans', 'language')
-OF_LINES = RULES[:6]
-MIN_WORDS, MIN_SENTENCES, LONGEST_WORD, SPAN = 5, 3, 1000, 3
-PROBABILITY = 0.99
+MIN_WORDS, MIN_SENTENCES, MAX_WORD_LENGTH, SPAN = 5, 3, 1000, 3
+MIN_LANGUAGE_PROBABILITY = 0.99
 END_MARKS = ('.', '!', '?', '"')
 POLICIES = ('terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 'use of cookies',
             'use cookies')
@@ -50,38 +50,44 @@ _CITATION = re.compile(r'\[\d*\]|\[edit\]|\[citation needed\]')
 
 def select(only: Collection[str] = (), without: Collection[str] = (), *,
            bad_words: bool = False, language: str = '') -> frozenset[str]:
-  """The rules that apply: `only` or all, less `without`. Two need something: bad_words a list,
-  language a language; unless named, they are off where that is missing."""
+  """Returns the rules that apply: `only` (or all) less `without`.
+
+  The rules bad_words and language need an argument and are off by default without it.
+  """
   for name in (*only, *without):
     if name not in RULES:
-      raise UsageError(f'no rule {name!r}.{did_you_mean(name, RULES)}')
+      raise UsageError(f'unknown rule {name!r}.{did_you_mean(name, RULES)}')
+  off = set(without)
   for name, given, flag in (('bad_words', bad_words, '--bad-words FILE'),
                             ('language', language, '--language CODE')):
     if name in only and not given:
       raise UsageError(f'rule {name} needs {flag}')
     if given and (name in without or only and name not in only):
       raise UsageError(f'{flag} is given, but rule {name} is off')
-  off = {name for name, given in (('bad_words', bad_words), ('language', language)) if not given}
-  return frozenset(only or RULES) - frozenset(without) - off
+    if not given:
+      off.add(name)
+  return frozenset(only or RULES) - off
 
 
 def read_bad_words(path: str) -> list[str]:
-  """One word or phrase a line. DataError if the file cannot be read or has none."""
+  """Reads one word or phrase per line. Raises DataError if the file is unreadable or empty."""
   try:
     with open(path, encoding='utf-8') as f:
-      found = [line.strip().lower() for line in f if line.strip()]
+      words = [line.strip().lower() for line in f if line.strip()]
   except OSError as e:
     raise DataError(f'cannot read {path}: {e.strerror}') from e
   except UnicodeDecodeError as e:
     raise DataError(f'{path}: byte {e.start} is not UTF-8') from e
-  if not found:
+  if not words:
     raise DataError(f'{path} holds no words')
-  return found
+  return words
 
 
 def language_probability(code: str) -> Callable[[str], float]:
-  """text -> the share that py3langid gives the language. UsageError for one that it does not know,
-  or if it is not installed."""
+  """Returns a function: text -> py3langid's probability that its language is `code`.
+
+  Raises UsageError if py3langid is not installed or does not know the language.
+  """
   try:
     from py3langid import langid
   except ImportError as e:
@@ -89,68 +95,72 @@ def language_probability(code: str) -> Callable[[str], float]:
   identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
   known = sorted(set(map(str, identifier.nb_classes)))
   if code not in known:
-    raise UsageError(f'--language {code}: not one of {", ".join(known)}')
+    raise UsageError(f'--language must be one of {", ".join(known)}; got {code}')
   return lambda text: float(dict(identifier.rank(text))[code])
 
 
 class Cleaner:
-  """Applies rules to pages, one after another. count(rule, text, at): told of each text
-  that went, or that changed at `at`."""
+  """Applies rules to pages in turn.
+
+  count(rule, text, at) is called with each text that was dropped, or changed at position `at`.
+  """
 
   def __init__(self, rules: Collection[str], *, bad_words: Collection[str] = (), language=None,
                count: Callable[..., None] = lambda rule, text, at=0: None):
     self._rules, self._language, self._count = frozenset(rules), language, count
     self._bad = re.compile(r'(?<!\w)(?:' + '|'.join(map(re.escape, bad_words)) + r')(?!\w)')
-    self._spans = hashes.Table()
+    self._seen_spans = hashes.Table()
 
   def page(self, text: str) -> str | None:
-    """The page without the lines that went, or None if it went."""
+    """Returns the page without its dropped lines, or None if the page is dropped."""
     lines = []
     for line in text.splitlines():
       kept = self._line(line.strip())
       if not kept:
         continue
-      if rule := self._condemned(kept):
-        return self._gone(rule, kept)
+      if rule := self._page_rule(kept):
+        return self._drop(rule, kept)
       lines.append(kept)
-    parts = [sentences.split(line) for line in lines]
-    if self._few(parts):
-      return self._gone('few_sentences', text)
-    if 'language' in self._rules and self._language('\n'.join(lines)) < PROBABILITY:
-      return self._gone('language', text)
+    split = [sentences.split(line) for line in lines]
+    if self._too_few(split):
+      return self._drop('few_sentences', text)
+    if ('language' in self._rules
+        and self._language('\n'.join(lines)) < MIN_LANGUAGE_PROBABILITY):
+      return self._drop('language', text)
     if 'repeated_spans' in self._rules:
-      parts = self._without_repeated(parts)
-      if not parts or self._few(parts):
-        return self._gone('few_sentences', text)
-      self._spans.add(np.unique(self._numbers(parts)))
-      lines = [''.join(line).strip() for line in parts]
+      split = self._without_repeated(split)
+      if not split or self._too_few(split):
+        return self._drop('few_sentences', text)
+      # Only the spans of a page that is kept are remembered.
+      self._seen_spans.add(np.unique(self._span_hashes(split)))
+      lines = [''.join(line).strip() for line in split]
     return '\n'.join(lines)
 
-  def _gone(self, rule, text):
+  def _drop(self, rule, text):
     self._count(rule, text)
 
   def _line(self, line):
-    """The line as it stays, or None."""
-    on, lower = self._rules, line.lower()
+    """Returns the line as it is kept, or None."""
+    rules, lower = self._rules, line.lower()
     if not line:
-      return None                    # no rule took it
-    if 'long_word' in on and any(len(word) > LONGEST_WORD for word in line.split()):
-      return self._gone('long_word', line)
-    if 'citations' in on and (bare := _CITATION.sub('', line)) != line:
+      return None                    # an empty line is not counted
+    if 'long_word' in rules and any(len(word) > MAX_WORD_LENGTH for word in line.split()):
+      return self._drop('long_word', line)
+    if 'citations' in rules and (bare := _CITATION.sub('', line)) != line:
       self._count('citations', line, _CITATION.search(line).start())
       line = bare
-    if 'no_end_mark' in on and (not line.endswith(END_MARKS) or line.endswith('...')):
-      return self._gone('no_end_mark', line)
-    if 'short_line' in on and len(line.split()) < MIN_WORDS:
-      return self._gone('short_line', line)
-    if 'javascript' in on and 'javascript' in lower:
-      return self._gone('javascript', line)
-    if 'policy' in on and any(policy in lower for policy in POLICIES):
-      return self._gone('policy', line)
+    if 'no_end_mark' in rules and (not line.endswith(END_MARKS) or line.endswith('...')):
+      return self._drop('no_end_mark', line)
+    if 'short_line' in rules and len(line.split()) < MIN_WORDS:
+      return self._drop('short_line', line)
+    if 'javascript' in rules and 'javascript' in lower:
+      return self._drop('javascript', line)
+    if 'policy' in rules and any(policy in lower for policy in POLICIES):
+      return self._drop('policy', line)
     return line
 
-  def _condemned(self, line):
-    """The rule by which this line costs the page, if any."""
+  def _page_rule(self, line):
+    """Returns the rule by which this line drops the whole page, or None."""
     lower = line.lower()
     if 'lorem_ipsum' in self._rules and 'lorem ipsum' in lower:
       return 'lorem_ipsum'
@@ -160,69 +170,63 @@ class Cleaner:
       return 'bad_words'
     return None
 
-  def _few(self, parts):
-    return 'few_sentences' in self._rules and sum(map(len, parts)) < MIN_SENTENCES
+  def _too_few(self, split):
+    return 'few_sentences' in self._rules and sum(map(len, split)) < MIN_SENTENCES
 
-  def _numbers(self, parts):
-    """uint64[sentences - 2]: of every three sentences in a row."""
+  def _span_hashes(self, split):
+    """Returns uint64[sentences - 2]: a hash of every three consecutive sentences."""
     return hashes.ngrams(hashes.hash_all([
-        ' '.join(sentence.lower().split()) for line in parts for sentence in line]), SPAN)
+        ' '.join(sentence.lower().split()) for line in split for sentence in line]), SPAN)
 
-  def _without_repeated(self, parts):
-    """Sentences by line, without spans that an earlier page, or this one, had.
-
-    Only the spans of a page that stays are remembered: what comes again keeps its first place.
-    """
-    spans = self._numbers(parts)
-    seen = self._spans.contains(spans)
-    gone, first = set(), {}
+  def _without_repeated(self, split):
+    """Returns the sentences by line, without spans that occurred earlier in any page."""
+    spans = self._span_hashes(split)
+    seen = self._seen_spans.contains(spans)
+    drop, first = set(), {}
     for i, span in enumerate(spans.tolist()):
-      here = set(range(i, i + SPAN))
+      members = set(range(i, i + SPAN))
       if seen[i]:
-        gone |= here
-      elif span in first:               # not what it shares with its own first place
-        gone |= here - set(range(first[span], first[span] + SPAN))
+        drop |= members
+      elif span in first:               # keep the sentences that overlap its first occurrence
+        drop |= members - set(range(first[span], first[span] + SPAN))
       else:
         first[span] = i
-    if not gone:
-      return parts
-    left, at = [], 0
-    for line in parts:
+    if not drop:
+      return split
+    lines, position = [], 0
+    for line in split:
       kept = []
       for sentence in line:
-        if at in gone:
+        if position in drop:
           self._count('repeated_spans', sentence)
         else:
           kept.append(sentence)
-        at += 1
-      left.append(kept)
-    return [line for line in left if line]
+        position += 1
+      lines.append(kept)
+    return [line for line in lines if line]
 
 
-def run(job: Job, rules: Collection[str], *, bad_words: Collection[str] = (),
+def run(job: PrepareJob, rules: Collection[str], *, bad_words: Collection[str] = (),
         language: Callable[[str], float] | None = None) -> None:
-  """Cleans the job's fields; a row goes when one of them does.
+  """Cleans the job's fields; a record is dropped if one of its fields is.
 
-  Memory: with repeated_spans, a hashes.Table with an entry for each three sentences in a row.
+  Memory: with repeated_spans, a hashes.Table with an entry per three consecutive sentences.
   """
-  row = None
+  record = None
   cleaner = Cleaner(rules, bad_words=bad_words, language=language,
-                    count=lambda rule, text, at=0: job.count(rule, row, text, at))
-  for rule in RULES:
-    if rule in rules:
-      job.count(rule, by=0)
+                    count=lambda rule, text, at=0: job.count(rule, record, text, at))
+  job.declare(*(rule for rule in RULES if rule in rules))
   job.counts.update(dropped=0, changed=0)
   with job.write() as write:
-    for row in job.read():
-      before = job.texts(row)
-      after = []
-      for text in before:
+    for record in job.read():
+      texts, pages = job.texts(record), []
+      for text in texts:
         page = cleaner.page(text)
         if page is None:
           break
-        after.append(page)
-      if len(after) < len(before):
+        pages.append(page)
+      if len(pages) < len(texts):
         job.counts['dropped'] += 1
         continue
-      job.counts['changed'] += after != before
-      write({**row.fields, **dict(zip(job.fields, after))})
+      job.counts['changed'] += pages != texts
+      write({**record.fields, **dict(zip(job.fields, pages))})

@@ -1,11 +1,11 @@
-"""Training rows that hold what an evaluation asks. [Brown et al. 2020, appendix C]
+"""Finds training records that overlap with evaluation data. [Brown et al. 2020, appendix C]
 
-Two texts overlap when they have 13 words in a row in common, letters and digits only, case folded.
-An evaluation text of 8 to 12 words is found by any 8 of its words in a row; a shorter one only by a
-training text of the same words and no others. Brown et al. choose one length of 8 to 13 for each
-evaluation, and pass over what over 10 training documents have; we report all.
+Two texts overlap if they share 13 consecutive words (letters and digits only, case folded). For an
+evaluation text of 8 to 12 words, 8 consecutive words are enough; a shorter one must be equal to the
+whole training text. Brown et al. choose one length of 8 to 13 words per evaluation and ignore
+overlaps with more than 10 training documents; here all are reported.
 
-Memory: 12 bytes for each word of the evaluations, nothing for the training rows.
+Memory: 12 bytes per word of the evaluations, nothing for the training records.
 """
 from collections.abc import Sequence
 
@@ -13,126 +13,142 @@ import numpy as np
 
 from t5lab.errors import UsageError
 from t5lab.tools.prepare import hashes
-from t5lab.tools.prepare.job import Job, shorten, where
+from t5lab.tools.prepare.job import PrepareJob, excerpt, location
 
 NGRAM, SHORT = 13, 8
-LISTED = 1000                  # rows of each kind in the report; the counts are of all
+LISTED = 1000                  # records of each kind in the report; the counts are of all
+SHOWN_MATCHES = 5              # evaluation records listed for one training record
 
 
-class Evaluation:
-  """One evaluation split, to be looked up in. rows: as many as were added; hit: bool[rows]."""
+class EvalSet:
+  """An evaluation split, indexed by n-grams.
+
+  size: records added so far. hit: bool[size], the records that overlapped with a text so far.
+  """
 
   def __init__(self, ngram: int = NGRAM, short: int = SHORT):
     self.ngram, self.short = ngram, short
-    self._grams, self._texts = {n: hashes.Table() for n in {ngram, short}}, hashes.Table()
-    self.rows, self.places, self._hit = 0, [], bytearray()
+    self._ngrams = {n: hashes.Table() for n in {ngram, short}}
+    self._whole_texts = hashes.Table()
+    self.size, self._locations, self._hit = 0, [], bytearray()
 
   @property
   def hit(self) -> np.ndarray:
     return np.frombuffer(self._hit, bool)
 
-  def add(self, texts: Sequence[str]) -> None:
+  def add(self, texts: Sequence[str], location: str | None = None) -> None:
+    """Adds one record."""
     for text in texts:
-      numbers = hashes.hash_all(hashes.words(text))
-      if len(numbers) >= self.short:
-        n = self.ngram if len(numbers) >= self.ngram else self.short
-        self._grams[n].add(hashes.ngrams(numbers, n), self.rows)
-      elif len(numbers):
-        self._texts.add(hashes.ngrams(numbers, len(numbers)), self.rows)
-    self.rows += 1
+      words = hashes.hash_all(hashes.words(text))
+      if len(words) >= self.short:
+        n = self.ngram if len(words) >= self.ngram else self.short
+        self._ngrams[n].add(hashes.ngrams(words, n), self.size)
+      elif len(words):
+        self._whole_texts.add(hashes.ngrams(words, len(words)), self.size)
+    self.size += 1
     self._hit.append(False)
+    if location and self.size <= LISTED * 100:
+      self._locations.append(location)
 
   def settle(self) -> None:
-    for table in (*self._grams.values(), self._texts):
+    """Makes look-ups fast, once all records are added."""
+    for table in (*self._ngrams.values(), self._whole_texts):
       table.settle()
 
   def overlap(self, text: str) -> tuple[list[int], str] | None:
-    """(numbers of the evaluation rows, the words in common that stand first), or None."""
+    """Returns (numbers of the overlapping records, the first shared words), or None."""
     words = hashes.words(text)
-    numbers = hashes.hash_all(words)
-    found, common = set(), None
-    looked_up = [(n, self._grams[n]) for n in sorted(self._grams, reverse=True)]
+    word_hashes = hashes.hash_all(words)
     if 0 < len(words) < self.short:
-      looked_up = [(len(words), self._texts)]
-    for n, table in looked_up:
-      keys = hashes.ngrams(numbers, n)
-      at = np.flatnonzero(table.contains(keys))
-      if len(at):
-        found.update(table.values(keys[at]).tolist())
-        if common is None:
-          common = ' '.join(words[at[0]:at[0] + n])
-    for i in found:
+      tables = [(len(words), self._whole_texts)]
+    else:
+      tables = sorted(self._ngrams.items(), reverse=True)
+    numbers, shared = set(), None
+    for n, table in tables:
+      keys = hashes.ngrams(word_hashes, n)
+      matches = np.flatnonzero(table.contains(keys))
+      if not len(matches):
+        continue
+      numbers.update(table.values(keys[matches]).tolist())
+      if shared is None:
+        shared = ' '.join(words[matches[0]:matches[0] + n])
+    for i in numbers:
       self._hit[i] = True
-    return (sorted(found), common) if found else None
+    return (sorted(numbers), shared) if numbers else None
+
+  def location(self, number: int) -> str:
+    if number < len(self._locations):
+      return self._locations[number]
+    return f'row {number + 1}'
+
+  def summary(self) -> dict:
+    return {'rows': self.size, 'found_in_training': int(self.hit.sum()),
+            'share': round(float(self.hit.mean()), 6) if self.size else 0.,
+            'rows_found': list(map(self.location, np.flatnonzero(self.hit)[:LISTED].tolist()))}
 
 
-def run(job: Job, against: dict[str, Sequence[str]], *, fields: Sequence[str] = (),
+def run(job: PrepareJob, against: dict[str, Sequence[str]], *, fields: Sequence[str] = (),
         drop: bool = True, ngram: int = NGRAM, short: int = SHORT) -> None:
-  """Looks every text of the job's rows up in every evaluation.
+  """Looks up every text of the job's records in every evaluation.
 
-  against: name -> files. fields: their columns, of text or lists of texts; else the job's. drop:
-  writes the rows that overlap with none; otherwise the report is all that is written. Each field by
-  itself is looked up in all fields: an input in the evaluation's targets too.
+  against: name -> files. fields: columns of the evaluations that hold text or lists of texts;
+  default: the job's. Every field is compared with all fields of an evaluation: an input also with
+  its targets. drop: write the records without overlap; otherwise only the report is written.
   """
   if not 1 <= short <= ngram:
-    raise UsageError(f'--short {short}: at least 1, at most the {ngram} words of --ngram')
+    raise UsageError(f'--short must be between 1 and the {ngram} words of --ngram, got {short}')
   fields = tuple(fields) or job.fields
-  evaluations = {}
-  for name, files in against.items():
-    evaluations[name] = Evaluation(ngram, short)
-    for row in job.read_others(f'reading {name}', files, fields):
-      evaluations[name].add([text for field in fields for text in several(row.fields[field])])
-      if evaluations[name].rows <= LISTED * 100:
-        evaluations[name].places.append((row.file, row.line))
-    evaluations[name].settle()
-    job.count(name, by=0)
-  listed = {name: [] for name in evaluations}
+  eval_sets = {name: _read(job, name, files, fields, EvalSet(ngram, short))
+               for name, files in against.items()}
+  job.declare(*eval_sets)
+  listed = {name: [] for name in eval_sets}
   job.counts['contaminated'] = 0
 
-  def clean_rows():
-    for row in job.read():
-      contaminated = False
-      for name, evaluation in evaluations.items():
-        found = [hit for text in job.texts(row) if (hit := evaluation.overlap(text))]
-        if not found:
-          continue
-        contaminated = True
-        job.count(name, row, found[0][1])
-        if len(listed[name]) < LISTED:
-          places = [place(evaluation, i) for i in sorted({i for hit in found for i in hit[0]})]
-          listed[name].append({'row': where(row), 'evaluation': places[:5],
-                               'words': shorten(found[0][1])})
-      job.counts['contaminated'] += contaminated
-      if not contaminated:
-        yield row
+  def contaminated(record) -> bool:
+    overlaps = False
+    for name, eval_set in eval_sets.items():
+      matches = [match for text in job.texts(record) if (match := eval_set.overlap(text))]
+      if not matches:
+        continue
+      overlaps = True
+      shared = matches[0][1]
+      job.count(name, record, shared)
+      if len(listed[name]) < LISTED:
+        numbers = sorted({number for numbers, _ in matches for number in numbers})
+        listed[name].append({
+            'row': location(record),
+            'evaluation': list(map(eval_set.location, numbers[:SHOWN_MATCHES])),
+            'words': excerpt(shared)})
+    job.counts['contaminated'] += overlaps
+    return overlaps
 
-  def summary():
-    job.more['evaluations'] = {
-        name: {'rows': e.rows, 'found_in_training': int(e.hit.sum()),
-               'share': round(float(e.hit.mean()), 6) if e.rows else 0.,
-               'rows_found': [place(e, i) for i in np.flatnonzero(e.hit)[:LISTED].tolist()],
-               'training_rows': job.rules[name]['count'], 'listed': listed[name]}
-        for name, e in evaluations.items()}
+  def summarize():
+    job.extra['evaluations'] = {
+        name: {**eval_set.summary(), 'training_rows': job.rules[name]['count'],
+               'listed': listed[name]}
+        for name, eval_set in eval_sets.items()}
 
   if not drop:
-    for _ in clean_rows():
-      pass
-    summary()
+    for record in job.read():
+      contaminated(record)
+    summarize()
     job.finish()
     return
   job.counts['dropped'] = 0
   with job.write() as write:
-    for row in clean_rows():
-      write(row.fields)
+    for record in job.read():
+      if not contaminated(record):
+        write(record.fields)
     job.counts['dropped'] = job.counts['contaminated']
-    summary()
+    summarize()
 
 
-def several(value: str | list[str]) -> list[str]:
-  return [value] if isinstance(value, str) else value
-
-
-def place(evaluation: Evaluation, number: int) -> str:
-  if number < len(evaluation.places):
-    return '{}:{}'.format(*evaluation.places[number])
-  return f'row {number + 1}'
+def _read(job, name, files, fields, eval_set):
+  for record in job.read_others(f'reading {name}', files, fields):
+    texts = []
+    for field in fields:
+      value = record.fields[field]
+      texts += [value] if isinstance(value, str) else value
+    eval_set.add(texts, location(record))
+  eval_set.settle()
+  return eval_set

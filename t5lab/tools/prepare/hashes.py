@@ -1,6 +1,6 @@
-"""Texts as 64-bit numbers, and a table of very many of them in little memory.
+"""64-bit hashes of texts, and a compact table for very many of them.
 
-Of n different texts, two share a number with probability n**2 / 2**65: 3 % at a thousand million.
+Two of n different texts share a hash with probability n**2 / 2**65: 3 % at a billion texts.
 """
 from collections.abc import Sequence
 import hashlib
@@ -9,14 +9,14 @@ import unicodedata
 
 import numpy as np
 
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)     # odd, so that no bit of a word's number is lost
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)     # odd, so that no bit of a word's hash is lost
 _WORD = re.compile(r'\w+')
 
 
 def words(text: str) -> list[str]:
-  """Letters and digits in runs, compatibility forms and case folded: "It's 5 €" -> it, s, 5.
+  """Splits a text into runs of letters and digits, normalized and case folded.
 
-  For languages that put spaces between words: elsewhere a clause is one word.
+  Example: "It's 5 €" -> it, s, 5. In a language without spaces, a clause counts as one word.
   """
   return _WORD.findall(unicodedata.normalize('NFKC', text).casefold())
 
@@ -27,14 +27,14 @@ def hash64(text: str) -> int:
 
 
 def hash_all(texts: Sequence[str]) -> np.ndarray:
-  """uint64[n]"""
+  """Returns uint64[n]."""
   return np.fromiter(map(hash64, texts), np.uint64, len(texts))
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-  """uint64[len - n + 1]: a number for each run of n numbers, order included; none if it is shorter.
+  """Returns uint64[max(0, len - n + 1)]: an order-dependent hash of each run of n hashes.
 
-  The sum of h[i + k] * m**(n - k) modulo 2**64, for m an odd number.
+  It is the sum of h[i + k] * m**(n - k) modulo 2**64, with an odd number m.
   """
   count = max(0, len(hashes) - n + 1)
   out = np.zeros(count, np.uint64)
@@ -44,53 +44,53 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 class Table:
-  """From uint64 keys to uint32 values, several to a key; only grows.
+  """A multimap from uint64 keys to uint32 values that only grows.
 
-  12 bytes an entry in two sorted arrays, twice that for a moment while new ones are merged into
-  them, and some 4 more for the new ones, which wait in a dict of up to 1/64 of the entries.
+  Memory: 12 bytes per entry in two sorted arrays, twice that while new entries are merged, and
+  about 4 more for the new entries, which wait in a dict of up to 1/64 of the entries.
   """
 
-  def __init__(self, fresh: int = 2**14):
+  def __init__(self, min_waiting: int = 2**14):
     self._keys = np.zeros(0, np.uint64)
     self._values = np.zeros(0, np.uint32)
-    self._fresh, self._waiting, self._least = {}, 0, fresh
+    self._new, self._waiting, self._min_waiting = {}, 0, min_waiting
 
   def __len__(self) -> int:
     return len(self._keys) + self._waiting
 
   def contains(self, keys: np.ndarray) -> np.ndarray:
-    """bool[n]"""
-    if not len(self._keys):
-      found = np.zeros(len(keys), bool)
-    else:
+    """Returns bool[n]."""
+    if len(self._keys):
       at = np.searchsorted(self._keys, keys)
-      found = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
-    if self._fresh:
-      found |= np.fromiter((key in self._fresh for key in keys.tolist()), bool, len(keys))
-    return found
+      present = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
+    else:
+      present = np.zeros(len(keys), bool)
+    if self._new:
+      present |= np.fromiter((key in self._new for key in keys.tolist()), bool, len(keys))
+    return present
 
   def values(self, keys: np.ndarray) -> np.ndarray:
-    """uint32[m]: the values of any of the keys, each once, in order."""
+    """Returns uint32[m]: the values of all the keys, sorted and unique."""
     first = np.searchsorted(self._keys, keys, 'left')
-    after = np.searchsorted(self._keys, keys, 'right')
-    parts = [self._values[a:b] for a, b in zip(first, after) if b > a]
-    parts += [np.array(self._fresh[key], np.uint32) for key in keys.tolist() if key in self._fresh]
-    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint32)
+    end = np.searchsorted(self._keys, keys, 'right')
+    values = [self._values[a:b] for a, b in zip(first, end) if b > a]
+    values += [np.array(self._new[key], np.uint32) for key in keys.tolist() if key in self._new]
+    return np.unique(np.concatenate(values)) if values else np.zeros(0, np.uint32)
 
   def add(self, keys: np.ndarray, value: int = 0) -> None:
-    """Each of the keys gets the value as well."""
+    """Adds the value to each of the keys."""
     for key in keys.tolist():
-      self._fresh.setdefault(key, []).append(value)
+      self._new.setdefault(key, []).append(value)
     self._waiting += len(keys)
-    if self._waiting > max(self._least, len(self._keys) // 64):
+    if self._waiting > max(self._min_waiting, len(self._keys) // 64):
       self.settle()
 
   def settle(self) -> None:
-    """Merges what is new into the sorted arrays: the least memory, the fastest look-up."""
-    new = [(key, value) for key, values in self._fresh.items() for value in values]
-    keys = np.array([key for key, _ in new], np.uint64)
-    values = np.array([value for _, value in new], np.uint32)
-    self._fresh, self._waiting = {}, 0
+    """Merges new entries into the sorted arrays: the least memory and the fastest look-up."""
+    entries = [(key, value) for key, values in self._new.items() for value in values]
+    keys = np.array([key for key, _ in entries], np.uint64)
+    values = np.array([value for _, value in entries], np.uint32)
+    self._new, self._waiting = {}, 0
     order = np.argsort(keys, kind='stable')
     keys, values = keys[order], values[order]
     at = np.searchsorted(self._keys, keys, 'right')

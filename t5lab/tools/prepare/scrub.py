@@ -1,16 +1,16 @@
-"""E-mail addresses, IP addresses, card numbers and phone numbers, masked.
+"""Masks e-mail addresses, IP addresses, card numbers and phone numbers.
 
-By form alone: what no rule can tell from a plain number stays. A phone number has a + or 00 and a
-country code, or is written as North Americans do, with separators or an area code in brackets.
-Names and postal addresses are not looked for.
+Recognition is by form alone, so numbers that could be plain numbers are kept. A phone number needs
++ or 00 and a country code, or the North American form with separators or a bracketed area code.
+Names and postal addresses are not masked.
 """
 from collections.abc import Callable
 import ipaddress
 import re
 
-from t5lab.tools.prepare.job import Job
+from t5lab.tools.prepare.job import PrepareJob
 
-# icon@2x.png is a picture for dense screens.
+# icon@2x.png is an image file, not an address.
 _EMAIL = re.compile(
     r"(?<![\w.%+-])[\w%+-][\w%+'-]{0,63}(?:\.[\w%+'-]{1,64}){0,8}@(?:[^\W_](?:[\w-]*[^\W_])?\.)+"
     r'(?!(?:png|jpe?g|gif|svg|webp|css|js)\b)[^\W\d_]{2,}(?![^\W_]|@|-\w)')
@@ -19,7 +19,7 @@ _IP = re.compile(
     r'(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?![\w:]|\.\d)'
     r'|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)', re.IGNORECASE)
 _VERSION = re.compile(r'(?:\bv(?:er(?:sion|\.)?)?|\brelease|\bbuild|\bsection|§)[\s:]*\Z', re.I)
-_INDEX = re.compile(r'[\w)\]]\[[^\[\]]*\Z')           # inside x[…]: a slice as 1::2 is no address
+_INDEX = re.compile(r'[\w)\]]\[[^\[\]]*\Z')           # inside x[…]: 1::2 is a slice
 _CARD = re.compile(
     r'(?<![\w.,-])(?<!\d )[2-6](?:\d{12,18}|\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}|'
     r'\d{3}([ -])\d{6}\2\d{4,5})(?![\w-]|[.,]\d| \d)')
@@ -32,7 +32,7 @@ _AMERICAN = re.compile(
 
 
 def luhn(digits: str) -> bool:
-  """Whether the last digit is the check digit of the others. [ISO/IEC 7812-1]"""
+  """Returns True if the last digit is the check digit of the others. [ISO/IEC 7812-1]"""
   doubled = (2 * int(d) - 9 * (int(d) > 4) for d in digits[-2::-2])
   return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
 
@@ -44,11 +44,14 @@ def _is_ip(match: re.Match) -> bool:
   except ValueError:
     return False
   if ':' not in text:
-    return not _VERSION.search(before)         # 1.2.3.4 of a program
-  # a::b is a name in C++, and 1::2 a slice.
+    return not _VERSION.search(before)         # version 1.2.3.4
+  if '::' not in text:
+    return True
+  if _INDEX.search(before):
+    return False
+  # a::b is a name in C++ and 1::2 a slice, so one group must look like part of an address.
   groups = re.split('[:%]', text)
-  return '::' not in text or not _INDEX.search(before) and (text == '::1' or any(
-      len(group) > 2 and any(map(str.isdigit, group)) for group in groups))
+  return text == '::1' or any(len(group) > 2 and any(map(str.isdigit, group)) for group in groups)
 
 
 def _digits(match: re.Match) -> str:
@@ -61,7 +64,7 @@ def _is_card(match: re.Match) -> bool:
 
 
 def _is_international(match: re.Match) -> bool:
-  """8 to 15 digits [E.164], 10 at least where nothing separates them; +1 as in North America."""
+  """Accepts 8 to 15 digits [E.164], at least 10 without separators; +1 by North American rules."""
   digits = _digits(match).removeprefix('00')
   if not 8 <= len(digits) <= 15 or digits.endswith('000000'):
     return False
@@ -70,40 +73,42 @@ def _is_international(match: re.Match) -> bool:
   return len(digits) >= 10 or re.search(r'\d[ ./()-]', match[0]) is not None
 
 
-# In this order: an address holds numbers, and a card could pass for a phone.
+# The order matters: an address holds numbers, and a card number could pass for a phone number.
 KINDS: tuple[tuple[str, re.Pattern, Callable[[re.Match], bool]], ...] = (
     ('email', _EMAIL, lambda match: True), ('ip', _IP, _is_ip), ('card', _CARD, _is_card),
     ('phone', _INTERNATIONAL, _is_international), ('phone', _AMERICAN, lambda match: True))
 
 
-def scrub(text: str, tell: Callable[[str, str], None] = lambda kind, found: None) -> str:
-  """The text with <email>, <ip>, <card> and <phone> in place of what is one.
+def scrub(text: str, on_match: Callable[[str, str], None] = lambda kind, match: None) -> str:
+  """Replaces what it recognises with <email>, <ip>, <card> and <phone>.
 
-  tell(kind, found) hears of each. Example: 'ann@x.org or (415) 555-2671' -> '<email> or <phone>'.
+  on_match(kind, match) is called for each. Example: 'ann@x.org or (415) 555-2671' -> '<email> or
+  <phone>'.
   """
-  for kind, pattern, holds in KINDS:
-    def mask(match, kind=kind, holds=holds):
-      if not holds(match):
+  for kind, pattern, is_valid in KINDS:
+    def mask(match, kind=kind, is_valid=is_valid):
+      if not is_valid(match):
         return match[0]
-      tell(kind, match[0])
+      on_match(kind, match[0])
       return f'<{kind}>'
     text = pattern.sub(mask, text)
   return text
 
 
-def run(job: Job) -> None:
-  """Scrubs the job's fields; every row stays. The report's examples are masked, as they would
-  otherwise spread what is to go."""
-  for kind, _, _ in KINDS:
-    job.count(kind, by=0)
+def run(job: PrepareJob) -> None:
+  """Scrubs the job's fields and keeps every record.
+
+  The examples in the report are masked too, so that the report holds no personal data.
+  """
+  job.declare(*(kind for kind, _, _ in KINDS))
   job.counts['changed'] = 0
   with job.write() as write:
-    for row in job.read():
-      before, after = job.texts(row), []
+    for record in job.read():
+      before, after = job.texts(record), []
       for text in before:
-        found = []
-        after.append(scrub(text, lambda kind, _, found=found: found.append(kind)))
-        for kind in found:
-          job.count(kind, row, after[-1], after[-1].index(f'<{kind}>'))
+        kinds = []
+        after.append(scrub(text, lambda kind, _, kinds=kinds: kinds.append(kind)))
+        for kind in kinds:
+          job.count(kind, record, after[-1], after[-1].index(f'<{kind}>'))
       job.counts['changed'] += after != before
-      write({**row.fields, **dict(zip(job.fields, after))})
+      write({**record.fields, **dict(zip(job.fields, after))})

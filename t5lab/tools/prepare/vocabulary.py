@@ -1,36 +1,83 @@
-"""A sentencepiece vocabulary of a person's own files, and how well it fits them.
+"""Trains a sentencepiece vocabulary on your own files and measures it on held-out records.
 
-Settings and ids are those of the embedded ones (train_vocab.py): pad 0, end of sequence 1, unknown
-2, bytes, pieces, and 100 sentinels on top. Nothing is normalised, so every text comes back.
+Settings and ids are those of the embedded vocabularies: pad 0, end of sequence 1, unknown 2, then
+bytes and pieces, and 100 sentinels at the end. Text is not normalized, so decode(encode(text)) is
+text.
 
-Lines of up to 1000 characters are what it learns from; of more than --max-sentences of them, those
-whose hashes are smallest. A hundredth of the rows, up to 1000, is held out and measured, chosen
-likewise. So neither depends on the order of the rows; sentencepiece's sums do, a little.
+Training uses lines of up to 1000 characters: all of them, or the --max-sentences with the smallest
+hashes. One percent of the records, at most 1000 and chosen the same way, is held out. So neither
+choice depends on the order of the records (the sums inside sentencepiece do, slightly).
 
-Memory: 8 bytes a line that is used, 16 at times, the rows held out, and what sentencepiece keeps,
-which is the lines and more.
+Memory: 8 bytes per line used, 16 at peaks, the held-out records, and sentencepiece's own memory,
+which holds at least all training lines.
 """
 import collections
+from collections.abc import Iterable
+import io
 
 import numpy as np
+import sentencepiece
 
 from t5lab.data import vocab
 from t5lab.errors import DataError
-from t5lab.tools.prepare import hashes, train_vocab
-from t5lab.tools.prepare.job import Job
+from t5lab.tools.prepare import hashes
+from t5lab.tools.prepare.job import PrepareJob
 
-MOST = 1_000_000
-HELD_OUT, MOST_HELD_OUT = 0.01, 1000
+MAX_SENTENCES = 1_000_000
+HELD_OUT, MAX_HELD_OUT = 0.01, 1000
+LINE = 1000     # characters; sentencepiece drops lines of more than max_sentence_length bytes
 
 
-class Smallest:
-  """Keeps the `most` smallest 64-bit numbers that it was shown; equal ones count once."""
+def split_lines(text: str) -> list[str]:
+  """Splits a text into lines of at most LINE characters."""
+  return [text[i:i + LINE] for i in range(0, len(text), LINE)]
 
-  def __init__(self, most: int):
-    self._most, self._kept, self._new = most, np.zeros(0, np.uint64), []
+
+def train(lines: Iterable[str], size: int) -> bytes:
+  """Returns a model file of size - 100 pieces (the sentinels are not in the file)."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines), model_writer=model, vocab_size=size - vocab.NUM_SENTINELS,
+      model_type='unigram', pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True,
+      normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True,
+      character_coverage=0.9999, split_digits=True, max_sentence_length=8 * LINE,
+      shuffle_input_sentence=False, num_threads=4, minloglevel=2)
+  return model.getvalue()
+
+
+def measure(vocabulary: vocab.Vocab, texts: Iterable[str]) -> dict[str, float]:
+  """Returns how well a vocabulary fits texts.
+
+  The fractions of texts and of characters that decoding does not restore, the fraction of unknown
+  ids, and tokens per word (between spaces) and per byte.
+  """
+  n = collections.Counter()
+  for text in texts:
+    ids = vocabulary.encode(text)
+    restored = vocabulary.decode(ids)
+    n['texts'] += 1
+    n['lost'] += restored != text
+    n['lost_characters'] += (collections.Counter(text) - collections.Counter(restored)).total()
+    n['characters'] += len(text)
+    n['unknown'] += ids.count(vocabulary.unk_id)
+    n['tokens'] += len(ids)
+    n['words'] += len(text.split())
+    n['bytes'] += len(text.encode('utf-8'))
+  per = lambda count, unit: n[count] / max(1, n[unit])
+  return {'texts': n['texts'], 'texts_lost': per('lost', 'texts'),
+          'characters_lost': per('lost_characters', 'characters'),
+          'unknown_rate': per('unknown', 'tokens'), 'tokens_per_word': per('tokens', 'words'),
+          'tokens_per_byte': per('tokens', 'bytes')}
+
+
+class SmallestHashes:
+  """Keeps the `count` smallest distinct 64-bit numbers of a stream."""
+
+  def __init__(self, count: int):
+    self._count, self._kept, self._new = count, np.zeros(0, np.uint64), []
 
   def add(self, number: int) -> None:
-    if len(self._kept) < self._most or number < self._kept[-1]:
+    if len(self._kept) < self._count or number < self._kept[-1]:
       self._new.append(number)
       if len(self._new) == 2**16:
         self._merge()
@@ -41,89 +88,67 @@ class Smallest:
 
   def _merge(self):
     new = np.array(self._new, np.uint64)
-    self._kept, self._new = np.unique(np.concatenate([self._kept, new]))[:self._most], []
+    self._kept, self._new = np.unique(np.concatenate([self._kept, new]))[:self._count], []
 
   def limit(self, count: int | None = None) -> int:
-    """The largest that is kept, or the count-th smallest; -1 if there is none."""
+    """Returns the largest number kept, or the count-th smallest; -1 if there is none."""
     self._merge()
     kept = self._kept[:count]
     return int(kept[-1]) if len(kept) else -1
 
 
-def lines(text: str) -> list[str]:
-  return [text[i:i + train_vocab.LINE] for i in range(0, len(text), train_vocab.LINE)]
-
-
-def measure(vocabulary: vocab.Vocab, texts: list[str]) -> dict[str, float]:
-  """What a vocabulary makes of texts: shares that do not come back, of texts and of characters;
-  share of unknown ids; tokens a word (between spaces) and a byte."""
-  lost = lost_characters = characters = unknown = tokens = words = size = 0
-  for text in texts:
-    ids = vocabulary.encode(text)
-    back = vocabulary.decode(ids)
-    lost += back != text
-    lost_characters += (collections.Counter(text) - collections.Counter(back)).total()
-    characters += len(text)
-    unknown += ids.count(vocabulary.unk_id)
-    tokens += len(ids)
-    words += len(text.split())
-    size += len(text.encode('utf-8'))
-  return {'texts': len(texts), 'texts_lost': lost / max(1, len(texts)),
-          'characters_lost': lost_characters / max(1, characters),
-          'unknown_rate': unknown / max(1, tokens), 'tokens_per_word': tokens / max(1, words),
-          'tokens_per_byte': tokens / max(1, size)}
-
-
-def run(job: Job, size: int, most: int = MOST) -> None:
+def run(job: PrepareJob, size: int, max_sentences: int = MAX_SENTENCES) -> None:
   """Trains on the job's fields and writes the model file, which t5lab.data.vocab.load opens.
 
-  size: ids in all, sentinels included. DataError where the texts do not support so many.
+  size: number of ids, sentinels included. Raises DataError if the texts cannot fill it.
   """
-  line_hashes, row_hashes, count = Smallest(most), Smallest(MOST_HELD_OUT + 1), 0
-  for row in job.read('sampling'):
-    texts = job.texts(row)
-    row_hashes.add(row_hash(texts))
+  # First pass: find the hashes below which a line is used and a record is held out.
+  line_hashes, record_hashes = SmallestHashes(max_sentences), SmallestHashes(MAX_HELD_OUT + 1)
+  count = 0
+  for record in job.read('sampling'):
+    texts = job.texts(record)
+    record_hashes.add(record_hash(texts))
     count += 1
     for text in texts:
-      for line in lines(text):
+      for line in split_lines(text):
         line_hashes.add(hashes.hash64(line))
-  # At least one, and never all: rows of the same text are held out together.
-  held = min(MOST_HELD_OUT, int(count * HELD_OUT) or 1, len(row_hashes) - 1)
-  last_line, last_row = line_hashes.limit(), row_hashes.limit(held) if held else -1
-  del line_hashes, row_hashes
+  # At least one record, but never all: records with the same text are held out together.
+  held_out_count = min(MAX_HELD_OUT, int(count * HELD_OUT) or 1, len(record_hashes) - 1)
+  last_record = record_hashes.limit(held_out_count) if held_out_count else -1
+  last_line = line_hashes.limit()
+  del line_hashes, record_hashes
+
+  # Second pass: train.
   held_out, used = [], collections.Counter()
 
-  def sample():
-    for row in job.read('training', again=True):
-      texts = job.texts(row)
-      if row_hash(texts) <= last_row:
-        if len(held_out) < MOST_HELD_OUT:
+  def training_lines():
+    for record in job.read('training', again=True):
+      texts = job.texts(record)
+      if record_hash(texts) <= last_record:
+        if len(held_out) < MAX_HELD_OUT:
           held_out.extend(texts)
         continue
       for text in texts:
-        for line in lines(text):
+        for line in split_lines(text):
           if hashes.hash64(line) <= last_line:
             used.update(lines=1, characters=len(line))
             yield line
 
   try:
-    model = train_vocab.train(sample(), size)
+    model = train(training_lines(), size)
   except RuntimeError as e:
-    raise DataError(f'--size {size}, less {vocab.NUM_SENTINELS} sentinels, is more or less than '
-                    f'sentencepiece can make of these texts: {_reason(e)}') from e
+    # Without the position in sentencepiece's source. Its numbers do not count the sentinels.
+    reason = str(e).rpartition('] ')[2].strip() or str(e)
+    raise DataError(f'--size {size}, less {vocab.NUM_SENTINELS} sentinels, is not a size that '
+                    f'sentencepiece can make of these texts: {reason}') from e
   vocabulary = vocab.sentencepiece_model(job.output, model)
   job.write_bytes(model)
-  job.more['vocabulary'] = {'size': vocabulary.size, 'bytes': len(model),
-                            'sha256': vocabulary.sha256, 'trained_on': dict(used)}
-  job.more['held_out'] = measure(vocabulary, held_out)
+  job.extra['vocabulary'] = {'size': vocabulary.size, 'bytes': len(model),
+                             'sha256': vocabulary.sha256, 'trained_on': dict(used)}
+  job.extra['held_out'] = measure(vocabulary, held_out)
   job.finish()
 
 
-def row_hash(texts: list[str]) -> int:
-  """Another number than that of its lines, so that being held out says nothing of being used."""
+def record_hash(texts: list[str]) -> int:
+  """Differs from the hash of its line, so that being held out and being used are independent."""
   return hashes.hash64('\x1f'.join(['row', *texts]))
-
-
-def _reason(error: RuntimeError) -> str:
-  """sentencepiece's message without the place in its source. Its numbers are without sentinels."""
-  return str(error).rpartition('] ')[2].strip() or str(error)

@@ -5,7 +5,7 @@ import pytest
 from t5lab.data import vocab
 from t5lab.data.sources import corpora
 from t5lab.errors import DataError, UsageError
-from t5lab.tools.prepare import train_vocab
+from t5lab.tools.prepare import embedded_vocabs, vocabulary
 
 SPECS = ['byte', 't5lab_2048', 't5lab_8192']
 
@@ -171,12 +171,13 @@ def test_model_without_an_end_of_sequence_is_refused():
 
 
 def test_training_is_deterministic():
-  lines = train_vocab.balanced_lines()[::20]
-  assert train_vocab.train(lines, 512) == train_vocab.train(lines, 512)
+  lines = embedded_vocabs.balanced_lines()[::20]
+  assert vocabulary.train(lines, 512) == vocabulary.train(lines, 512)
 
 
 def test_shipped_model_is_what_training_makes():
-  again = vocab.sentencepiece_model('again', train_vocab.train(train_vocab.balanced_lines(), 2048))
+  model = vocabulary.train(embedded_vocabs.balanced_lines(), 2048)
+  again = vocab.sentencepiece_model('again', model)
   shipped = vocab.load('t5lab_2048')
   pieces = lambda v: set(v.pieces(range(259, v.size)))
   # Equal on the machine that made it; another libm may turn a few pieces over.
@@ -184,5 +185,5 @@ def test_shipped_model_is_what_training_makes():
 
 
 def test_tokens_per_word_of_the_table():
-  rates = train_vocab.tokens_per_word(vocab.load('t5lab_2048'))
+  rates = embedded_vocabs.tokens_per_word(vocab.load('t5lab_2048'))
   assert round(rates['de'], 2) == 2.70 and round(rates['en'], 2) == 1.85

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from t5lab.errors import UsageError
-from t5lab.tools.prepare import augment, job
+from t5lab.tools.prepare import augment
+from t5lab.tools.prepare.job import PrepareJob
 
 TEXT = '  The whale\tswam away\nfrom all of the ships. '
 
 
 class Fixed:
-  """A generator whose draws are given."""
+  """A generator with fixed draws."""
 
   def __init__(self, draws, number=0):
     self.draws, self.number = draws, number
@@ -34,7 +35,7 @@ def test_word_dropout():
   assert augment.word_dropout(' ', Fixed([]), 0.1) == ' '
 
 
-def test_word_dropout_drops_its_share(rng):
+def test_word_dropout_drops_its_fraction(rng):
   text = ' '.join(map(str, range(20_000)))
   kept = augment.word_dropout(text, rng, 0.3).split()
   assert abs(len(kept) / 20_000 - 0.7) < 0.01
@@ -42,16 +43,17 @@ def test_word_dropout_drops_its_share(rng):
 
 
 def test_span_deletion(rng):
-  """round(0.15 * 20) = 3 of 20 words, one span, wherever; it may go round the end."""
+  """round(0.15 * 20) = 3 of 20 words in one span at any position; it may wrap around the end."""
   text = ' '.join(map(str, range(20)))
-  gone = collections.Counter()
+  times_deleted = collections.Counter()
   for _ in range(2000):
     kept = list(map(int, augment.span_deletion(text, rng, 0.15, 3.).split()))
-    left = sorted(set(range(20)) - set(kept))
-    assert len(left) == 3 and kept == sorted(kept)
-    assert any({i % 20, (i + 1) % 20, (i + 2) % 20} == set(left) for i in range(20))
-    gone.update(left)
-  assert min(gone.values()) > 220 and max(gone.values()) < 380       # 300 each, deviation 16
+    deleted = sorted(set(range(20)) - set(kept))
+    assert len(deleted) == 3 and kept == sorted(kept)
+    assert any({i % 20, (i + 1) % 20, (i + 2) % 20} == set(deleted) for i in range(20))
+    times_deleted.update(deleted)
+  # 300 each, standard deviation 16.
+  assert min(times_deleted.values()) > 220 and max(times_deleted.values()) < 380
 
 
 @pytest.mark.parametrize('text, outcomes', [
@@ -62,16 +64,16 @@ def test_span_deletion_of_few_words(rng, text, outcomes):
 
 
 def test_back_translate():
-  asked = []
+  calls = []
 
   def generate(texts):
-    asked.append(texts)
+    calls.append(texts)
     return [text.upper() for text in texts]
 
   rows = [{'de': 'a', 'en': 'x', 'n': 1}, {'de': 'b'}, {'de': 'c', 'en': 'z'}]
-  assert list(augment.back_translate(rows, generate, 'en', 'de', batch=2)) == [
+  assert list(augment.back_translate(rows, generate, 'en', 'de', chunk=2)) == [
       {'de': 'a', 'en': 'A', 'n': 1}, {'de': 'b', 'en': 'B'}, {'de': 'c', 'en': 'C'}]
-  assert asked == [['a', 'b'], ['c']]
+  assert calls == [['a', 'b'], ['c']]
   assert list(augment.back_translate(rows[:1], generate, 'en', 'de', tag='<BT>')) == [
       {'de': 'a', 'en': '<BT> A', 'n': 1}]
   with pytest.raises(ValueError):
@@ -83,59 +85,62 @@ def make(tmp_path, rows, fields=('text',), name='in.jsonl'):
   source = tmp_path / name
   source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   target = tmp_path / f'{name}.out.jsonl'
-  return job.Job('augment', [str(source)], target, fields, overwrite=True, says=io.StringIO())
+  return PrepareJob('augment', [str(source)], target, fields, overwrite=True, log=io.StringIO())
 
 
-def written(j):
-  with open(j.output) as f:
+def written(job):
+  with open(job.output) as f:
     return [json.loads(line) for line in f]
 
 
-def test_noise_keeps_rows_and_does_not_depend_on_their_order(tmp_path):
+def test_noise_keeps_records_and_does_not_depend_on_their_order(tmp_path):
   rows = [{'text': ' '.join(f'{n}.{i}' for i in range(30)), 'n': n} for n in range(4)]
-  j = make(tmp_path, rows)
-  augment.run_noise(j, 'word_dropout', copies=2, seed=5, rate=0.3)
-  first = written(j)
+  job = make(tmp_path, rows)
+  augment.run_noise(job, 'word_dropout', copies=2, seed=5, rate=0.3)
+  first = written(job)
   assert [row['n'] for row in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
   assert first[::3] == rows
   assert len({row['text'] for row in first}) == 12
   kept = [tuple(word.split('.')[1] for word in row['text'].split()) for row in first]
-  assert len(set(kept)) == 9                     # the four rows are one, their noise is not
-  assert j.counts['written'] == 12 and j.rules['word_dropout']['count'] == 8
-  assert j.settings == {'rate': 0.3}
-  turned = make(tmp_path, rows[:1:-1], name='part.jsonl')
-  augment.run_noise(turned, 'word_dropout', copies=2, seed=5, rate=0.3)
-  assert written(turned) == first[9:] + first[6:9]
+  assert len(set(kept)) == 9                     # equal but for their number, with different noise
+  assert job.counts['written'] == 12 and job.rules['word_dropout']['count'] == 8
+  assert job.settings == {'rate': 0.3}
+  reversed_tail = make(tmp_path, rows[:1:-1], name='part.jsonl')
+  augment.run_noise(reversed_tail, 'word_dropout', copies=2, seed=5, rate=0.3)
+  assert written(reversed_tail) == first[9:] + first[6:9]
   other = make(tmp_path, rows, name='other.jsonl')
   augment.run_noise(other, 'word_dropout', copies=2, seed=6, rate=0.3)
   assert not {row['text'] for row in written(other)[1::3]} & {row['text'] for row in first}
 
 
-def test_noise_in_every_field_and_copies_that_are_the_row(tmp_path):
-  j = make(tmp_path, [{'a': 'x y', 'b': 'z w'}, {'a': 'x', 'b': 'z'}], ['a', 'b'])
-  augment.run_noise(j, 'span_deletion', rate=0.5, mean_span=1.)
-  out = written(j)
+def test_noise_in_every_field_and_unchanged_copies(tmp_path):
+  job = make(tmp_path, [{'a': 'x y', 'b': 'z w'}, {'a': 'x', 'b': 'z'}], ['a', 'b'])
+  augment.run_noise(job, 'span_deletion', rate=0.5, mean_span=1.)
+  out = written(job)
   assert out[0] == {'a': 'x y', 'b': 'z w'} and out[2:] == [{'a': 'x', 'b': 'z'}]
   assert out[1]['a'] in 'xy' and out[1]['b'] in 'zw'
-  assert j.rules['unchanged']['count'] == 1
+  assert job.rules['unchanged']['count'] == 1
 
 
 def test_back_translation_of_a_file(tmp_path):
-  j = make(tmp_path, [{'de': 'eins', 'en': 'one'}, {'de': 'zwei'}, {'de': 'drei', 'en': 'three'}],
+  job = make(tmp_path, [{'de': 'eins', 'en': 'one'}, {'de': 'zwei'}, {'de': 'drei', 'en': 'three'}],
            ['de'])
-  made = {'eins': 'un', 'zwei': 'deux', 'drei': ' '}
-  augment.run_back_translation(j, lambda texts: [made[t] for t in texts], 'en', tag='<BT>')
-  assert written(j) == [{'de': 'eins', 'en': 'one'}, {'de': 'drei', 'en': 'three'},
+  translations = {'eins': 'un', 'zwei': 'deux', 'drei': ' '}
+  augment.run_back_translation(job, lambda texts: list(map(translations.get, texts)), 'en',
+                               tag='<BT>')
+  assert written(job) == [{'de': 'eins', 'en': 'one'}, {'de': 'drei', 'en': 'three'},
                         {'de': 'eins', 'en': '<BT> un'}, {'de': 'zwei', 'en': '<BT> deux'}]
-  assert {rule: found['count'] for rule, found in j.rules.items()} == {
+  assert {rule: entry['count'] for rule, entry in job.rules.items()} == {
       'back_translation': 2, 'empty': 1}
 
 
-@pytest.mark.parametrize('options, said', [
-    ({'copies': 0}, '--copies 0: at least 1'), ({'seed': -1}, '--seed -1: at least 0'),
-    ({'rate': 1.}, '--rate 1.0: a share between 0 and 1'), ({'rate': 0}, '--rate 0: a share'),
-    ({'mean_span': .5}, '--mean-span 0.5: at least 1')])
-def test_refused(tmp_path, options, said):
-  with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize('options, message', [
+    ({'copies': 0}, '--copies must be at least 1, got 0'),
+    ({'seed': -1}, '--seed must be at least 0, got -1'),
+    ({'rate': 1.}, '--rate must be a fraction between 0 and 1, got 1.0'),
+    ({'rate': 0}, '--rate must be a fraction between 0 and 1, got 0'),
+    ({'mean_span': .5}, '--mean-span must be at least 1 word, got 0.5')])
+def test_invalid_options(tmp_path, options, message):
+  with pytest.raises(UsageError, match=message):
     augment.run_noise(make(tmp_path, [{'text': 'a'}]), 'span_deletion',
                       **{'rate': 0.1, 'mean_span': 3., **options})

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 
 from t5lab.errors import DataError, UsageError
-from t5lab.tools.prepare import clean, job
+from t5lab.tools.prepare import clean
+from t5lab.tools.prepare.job import PrepareJob
 
 A, B, C, D, E = (f'This is the sentence number {name} of all.' for name in (
     'one', 'two', 'three', 'four', 'five'))
 
 
 def cleaner(*only, bad_words=(), language=None):
-  said = []
+  counted = []
   rules = clean.select(only, bad_words=bool(bad_words), language='xx' if language else '')
   return clean.Cleaner(rules, bad_words=bad_words, language=language,
-                       count=lambda rule, text, at=0: said.append((rule, text))), said
+                       count=lambda rule, text, at=0: counted.append((rule, text))), counted
 
 
 LINES = [
@@ -45,12 +46,12 @@ LINES = [
 
 
 @pytest.mark.parametrize('rule, line, kept', LINES)
-def test_rules_of_lines(rule, line, kept):
-  page, said = cleaner(rule)
+def test_rules_for_lines(rule, line, kept):
+  pages, counted = cleaner(rule)
   first, last = 'The first line of them.', 'And this is the last.'
-  assert page.page(f'{first}\n{line}\n\n{last}') == '\n'.join(
+  assert pages.page(f'{first}\n{line}\n\n{last}') == '\n'.join(
       [first, *([kept] if kept else []), last])
-  assert said.count((rule, line.strip())) == (kept != line.strip())
+  assert counted.count((rule, line.strip())) == (kept != line.strip())
 
 
 PAGES = [
@@ -63,65 +64,66 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize('rule, goes, stays', PAGES)
-def test_rules_of_pages(rule, goes, stays):
-  page, said = cleaner(rule, bad_words=['heck of', 'darn', 'heck'] if rule == 'bad_words' else ())
-  assert page.page(stays) == stays
-  assert said == []
-  assert page.page(goes) is None
-  assert [rule for rule, _ in said] == [rule]
+@pytest.mark.parametrize('rule, dropped, kept', PAGES)
+def test_rules_for_pages(rule, dropped, kept):
+  bad_words = ['heck of', 'darn', 'heck'] if rule == 'bad_words' else ()
+  pages, counted = cleaner(rule, bad_words=bad_words)
+  assert pages.page(kept) == kept
+  assert counted == []
+  assert pages.page(dropped) is None
+  assert [rule for rule, _ in counted] == [rule]
 
 
-def test_the_rules_together_as_in_the_code_of_c4():
-  page, said = cleaner()
+def test_all_rules_together_follow_the_code_of_c4():
+  pages, counted = cleaner()
   text = '\n'.join(['menu { x }', f'  {A}  ', '', f'{B} {C} [2]', 'Too short.', f'{D}[3]'])
-  assert page.page(text) is None
-  assert said[:4] == [
+  assert pages.page(text) is None
+  assert counted[:4] == [
       ('no_end_mark', 'menu { x }'), ('citations', B + ' ' + C + ' [2]'),
       ('no_end_mark', B + ' ' + C + ' '), ('short_line', 'Too short.')]
-  page, said = cleaner()
-  assert page.page(f'menu {{\n{A}\n{B}\n{C}[3]') == f'{A}\n{B}\n{C}'
-  assert said == [('no_end_mark', 'menu {'), ('citations', f'{C}[3]')]
+  pages, counted = cleaner()
+  assert pages.page(f'menu {{\n{A}\n{B}\n{C}[3]') == f'{A}\n{B}\n{C}'
+  assert counted == [('no_end_mark', 'menu {'), ('citations', f'{C}[3]')]
 
 
-def test_a_span_that_comes_again_stays_where_it_was_first():
-  page, said = cleaner('repeated_spans')
-  assert page.page(f'{A} {B} {C} {D}') == f'{A} {B} {C} {D}'
-  assert page.page(f'{E}\n{A.upper()}  {B}\n{C} {E}') == f'{E}\n{E}'
-  assert said == [('repeated_spans', f'{A.upper()}  '), ('repeated_spans', B),
+def test_a_repeated_span_is_kept_where_it_occurred_first():
+  pages, counted = cleaner('repeated_spans')
+  assert pages.page(f'{A} {B} {C} {D}') == f'{A} {B} {C} {D}'
+  assert pages.page(f'{E}\n{A.upper()}  {B}\n{C} {E}') == f'{E}\n{E}'
+  assert counted == [('repeated_spans', f'{A.upper()}  '), ('repeated_spans', B),
                   ('repeated_spans', f'{C} ')]
-  assert page.page(f'{A} {B} {D}') == f'{A} {B} {D}'        # two in a row, not three
-  assert page.page(f'{B} {C} {D}') is None                  # nothing is left
-  assert said[-1][0] == 'few_sentences'
+  assert pages.page(f'{A} {B} {D}') == f'{A} {B} {D}'        # two in a row, not three
+  assert pages.page(f'{B} {C} {D}') is None                  # nothing is left
+  assert counted[-1][0] == 'few_sentences'
 
 
-def test_a_span_that_comes_again_in_its_page():
-  page, _ = cleaner('repeated_spans')
-  assert page.page(' '.join([A] * 5)) == ' '.join([A] * 3)
-  page, _ = cleaner('repeated_spans')
-  assert page.page(f'{A} {B} {C} {D} {A} {B} {C} {E}') == f'{A} {B} {C} {D} {E}'
+def test_a_span_repeated_within_a_page():
+  pages, _ = cleaner('repeated_spans')
+  assert pages.page(' '.join([A] * 5)) == ' '.join([A] * 3)
+  pages, _ = cleaner('repeated_spans')
+  assert pages.page(f'{A} {B} {C} {D} {A} {B} {C} {E}') == f'{A} {B} {C} {D} {E}'
 
 
-def test_spans_of_a_page_that_goes_are_not_remembered():
-  page, _ = cleaner('repeated_spans', 'few_sentences', 'lorem_ipsum')
-  assert page.page(f'{A} {B} {C}\nlorem ipsum') is None
-  assert page.page(f'{A} {B} {C}') == f'{A} {B} {C}'
-  assert page.page(f'{A} {B} {C} {D} {E}') is None          # two are left
-  assert page.page(f'{C} {D} {E}') == f'{C} {D} {E}'        # and they were not remembered
+def test_spans_of_a_dropped_page_are_not_remembered():
+  pages, _ = cleaner('repeated_spans', 'few_sentences', 'lorem_ipsum')
+  assert pages.page(f'{A} {B} {C}\nlorem ipsum') is None
+  assert pages.page(f'{A} {B} {C}') == f'{A} {B} {C}'
+  assert pages.page(f'{A} {B} {C} {D} {E}') is None          # two are left
+  assert pages.page(f'{C} {D} {E}') == f'{C} {D} {E}'        # and they were not remembered
 
 
 def test_language():
-  page, said = cleaner('language', language=lambda text: 0.99 if text == 'oui' else 0.98)
-  assert page.page('oui') == 'oui'
-  assert page.page('yes') is None
-  assert said == [('language', 'yes')]
+  pages, counted = cleaner('language', language=lambda text: 0.99 if text == 'oui' else 0.98)
+  assert pages.page('oui') == 'oui'
+  assert pages.page('yes') is None
+  assert counted == [('language', 'yes')]
 
 
-def test_py3langid_tells_languages():
+def test_py3langid_distinguishes_languages():
   english = clean.language_probability('en')
   assert english('The ship sailed out of the harbour before the sun had risen.') > 0.99
   assert english('Das Schiff verließ den Hafen, noch bevor die Sonne aufgegangen war.') < 0.01
-  with pytest.raises(UsageError, match='--language english: not one of ace, af, .*, en, '):
+  with pytest.raises(UsageError, match='--language must be one of ace, af, .*en, .*; got english'):
     clean.language_probability('english')
 
 
@@ -135,7 +137,7 @@ def test_select():
   assert clean.select() == set(clean.RULES) - {'bad_words', 'language'}
   assert clean.select(['policy', 'citations'], ['policy']) == {'citations'}
   assert clean.select(bad_words=True, language='en') == set(clean.RULES)
-  with pytest.raises(UsageError, match="no rule 'polcy'. Did you mean 'policy'"):
+  with pytest.raises(UsageError, match="unknown rule 'polcy'. Did you mean 'policy'"):
     clean.select(without=['polcy'])
   with pytest.raises(UsageError, match='rule bad_words needs --bad-words FILE'):
     clean.select(['bad_words'])
@@ -147,9 +149,9 @@ def test_bad_words_are_read(tmp_path):
   path = tmp_path / 'words'
   path.write_text('Darn\n\n a.b \n')
   assert clean.read_bad_words(path) == ['darn', 'a.b']
-  page, _ = cleaner('bad_words', bad_words=clean.read_bad_words(path))
-  assert page.page('a.b') is None
-  assert page.page('axb') == 'axb'
+  pages, _ = cleaner('bad_words', bad_words=clean.read_bad_words(path))
+  assert pages.page('a.b') is None
+  assert pages.page('axb') == 'axb'
   path.write_text('\n')
   with pytest.raises(DataError, match='holds no words'):
     clean.read_bad_words(path)
@@ -164,16 +166,16 @@ def test_run(tmp_path):
   rows = [{'a': f'{A} {{', 'b': B}, {'a': 'Hi.', 'b': f'{B}\nmenu', 'n': 1}, {'a': 'Hi.', 'b': B}]
   source = tmp_path / 'in.jsonl'
   source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  j = job.Job('clean', [str(source)], tmp_path / 'out.jsonl', ['a', 'b'])
-  clean.run(j, clean.select(['no_end_mark', 'curly_brace', 'policy']))
+  job = PrepareJob('clean', [str(source)], tmp_path / 'out.jsonl', ['a', 'b'])
+  clean.run(job, clean.select(['no_end_mark', 'curly_brace', 'policy']))
   written = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
   assert written == [{'a': '', 'b': B}, {'a': 'Hi.', 'b': B, 'n': 1}, {'a': 'Hi.', 'b': B}]
-  assert j.counts == {'read': 3, 'unreadable': 0, 'dropped': 0, 'changed': 2, 'written': 3}
-  assert {rule: found['count'] for rule, found in j.rules.items()} == {
+  assert job.counts == {'read': 3, 'unreadable': 0, 'dropped': 0, 'changed': 2, 'written': 3}
+  assert {rule: entry['count'] for rule, entry in job.rules.items()} == {
       'no_end_mark': 2, 'policy': 0, 'curly_brace': 0}
 
 
-def test_numbers_of_spans_are_not_of_their_order():
-  page, _ = cleaner('repeated_spans')
-  one, other = page._numbers([[A, B, C]]), page._numbers([[A], [C, B]])
-  assert len(one) == len(other) == 1 and not np.array_equal(one, other)
+def test_span_hashes_depend_on_the_order():
+  pages, _ = cleaner('repeated_spans')
+  span, reordered = pages._span_hashes([[A, B, C]]), pages._span_hashes([[A], [C, B]])
+  assert len(span) == len(reordered) == 1 and not np.array_equal(span, reordered)

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from t5lab.errors import UsageError
-from t5lab.tools.prepare import decontaminate, job
+from t5lab.tools.prepare import decontaminate
+from t5lab.tools.prepare.job import PrepareJob
 
 
 def numbers(first, last, separator=' '):
@@ -16,16 +17,16 @@ def write(path, rows):
   return str(path)
 
 
-def evaluation(*texts):
-  e = decontaminate.Evaluation()
+def eval_set(*texts):
+  e = decontaminate.EvalSet()
   for text in texts:
     e.add([text])
   e.settle()
   return e
 
 
-def test_thirteen_words_in_a_row():
-  e = evaluation(numbers(0, 30), numbers(100, 113))
+def test_thirteen_consecutive_words():
+  e = eval_set(numbers(0, 30), numbers(100, 113))
   assert e.overlap(f'x {numbers(5, 18, ", ")} y') == ([0], numbers(5, 18))
   assert e.overlap(f'x {numbers(5, 17)} y {numbers(17, 29)}') is None
   assert e.hit.tolist() == [True, False]
@@ -35,15 +36,15 @@ def test_thirteen_words_in_a_row():
 
 
 def test_eight_words_of_a_short_text():
-  e = evaluation(numbers(0, 12), numbers(20, 28), numbers(40, 53))
+  e = eval_set(numbers(0, 12), numbers(20, 28), numbers(40, 53))
   assert e.overlap(f'x {numbers(2, 10)}') == ([0], numbers(2, 10))
   assert e.overlap(f'x {numbers(2, 9)} y') is None
   assert e.overlap(f'{numbers(20, 28)}!') == ([1], numbers(20, 28))
   assert e.overlap(numbers(40, 52)) is None        # of a text of 13 words
 
 
-def test_a_shorter_text_only_as_a_whole():
-  e = evaluation('Home, sweet home', numbers(0, 7))
+def test_a_shorter_text_must_match_as_a_whole():
+  e = eval_set('Home, sweet home', numbers(0, 7))
   assert e.overlap('home SWEET home!') == ([0], 'home sweet home')
   assert e.overlap('my home sweet home') is None
   assert e.overlap('home sweet') is None
@@ -51,8 +52,8 @@ def test_a_shorter_text_only_as_a_whole():
   assert e.overlap('') is None and e.overlap('?!') is None
 
 
-def test_the_same_words_in_two_rows():
-  e = evaluation(numbers(0, 20), numbers(5, 30))
+def test_the_same_words_in_two_records():
+  e = eval_set(numbers(0, 20), numbers(5, 30))
   assert e.overlap(numbers(5, 18)) == ([0, 1], numbers(5, 18))
 
 
@@ -72,8 +73,8 @@ def files(tmp_path):
 @pytest.mark.parametrize('drop', [True, False])
 def test_run(tmp_path, files, drop):
   target = tmp_path / 'out.jsonl'
-  j = job.Job('decontaminate', files.pop('train'), target, ['en', 'de'], says=io.StringIO())
-  decontaminate.run(j, files, fields=['q', 'answers'], drop=drop)
+  job = PrepareJob('decontaminate', files.pop('train'), target, ['en', 'de'], log=io.StringIO())
+  decontaminate.run(job, files, fields=['q', 'answers'], drop=drop)
   report = json.loads((tmp_path / 'out.jsonl.report.json').read_text())
   if drop:
     assert [json.loads(line) for line in target.read_text().splitlines()] == [TRAIN[1]]
@@ -98,9 +99,10 @@ def test_run(tmp_path, files, drop):
 
 
 def test_other_lengths(tmp_path, files):
-  j = job.Job('decontaminate', files['train'], tmp_path / 'o.jsonl', ['en'], says=io.StringIO())
-  decontaminate.run(j, {'test': files['test']}, fields=['q'], ngram=3, short=3)
-  assert j.rules['test']['examples'][0]['text'] == '0 1 2'
-  j = job.Job('decontaminate', files['train'], tmp_path / 'p.jsonl', says=io.StringIO())
-  with pytest.raises(UsageError, match='--short 8: at least 1, at most the 3 words of --ngram'):
-    decontaminate.run(j, {'test': files['test']}, ngram=3)
+  job = PrepareJob('decontaminate', files['train'], tmp_path / 'o.jsonl', ['en'], log=io.StringIO())
+  decontaminate.run(job, {'test': files['test']}, fields=['q'], ngram=3, short=3)
+  assert job.rules['test']['examples'][0]['text'] == '0 1 2'
+  job = PrepareJob('decontaminate', files['train'], tmp_path / 'p.jsonl', log=io.StringIO())
+  message = '--short must be between 1 and the 3 words of --ngram, got 8'
+  with pytest.raises(UsageError, match=message):
+    decontaminate.run(job, {'test': files['test']}, ngram=3)

@@ -1,14 +1,16 @@
-"""What the tools share: rows in and out, reports, hashes, and their memory."""
+"""Shared by the tools: records in and out, reports, hashes, and their memory."""
 import gzip
 import io
+import itertools
 import json
 import random
 import tracemalloc
 
-import datasketch  # noqa: F401  (its own memory is not what is measured)
+import datasketch  # noqa: F401  (imported first: its own memory is not measured)
 import numpy as np
 import pytest
 
+from t5lab import files
 from t5lab.data import vocab
 from t5lab.errors import DataError, UsageError
 from t5lab.tools.prepare import (
@@ -18,10 +20,9 @@ from t5lab.tools.prepare import (
   dedup,
   hashes,
   scrub,
-  train_vocab,
   vocabulary,
 )
-from t5lab.tools.prepare import job as jobs
+from t5lab.tools.prepare.job import PrepareJob
 
 
 def make(path, texts, **more):
@@ -29,18 +30,18 @@ def make(path, texts, **more):
   return str(path)
 
 
-def job(tmp_path, *inputs, output='out.jsonl', **options):
-  return jobs.Job('tool', list(inputs), tmp_path / output, says=io.StringIO(), **options)
+def make_job(tmp_path, *inputs, output='out.jsonl', **options):
+  return PrepareJob('tool', list(inputs), tmp_path / output, log=io.StringIO(), **options)
 
 
-def test_report_and_rows(tmp_path):
+def test_report_and_records(tmp_path):
   a, b = make(tmp_path / 'a.jsonl', ['one', 'two'], id=7), make(tmp_path / 'b.jsonl', ['three'])
-  j = job(tmp_path, a, b, settings={'rate': 1})
-  with j.write() as write:
-    for row in j.read():
-      j.count('long', row, row.fields['text'] * 100, at=150)
-      if row.line == 1:
-        write(row.fields)
+  job = make_job(tmp_path, a, b, settings={'rate': 1})
+  with job.write() as write:
+    for record in job.read():
+      job.count('long', record, record.fields['text'] * 100, at=150)
+      if record.line == 1:
+        write(record.fields)
   assert (tmp_path / 'out.jsonl').read_text() == (
       '{"text": "one", "id": 7}\n{"text": "three"}\n')
   report = json.loads((tmp_path / 'out.jsonl.report.json').read_text())
@@ -57,53 +58,53 @@ def test_report_and_rows(tmp_path):
 
 
 def test_three_examples_of_a_rule(tmp_path):
-  j = job(tmp_path, make(tmp_path / 'a.jsonl', 'abcde'))
-  for row in j.read():
-    j.count('rule', row, row.fields['text'])
-  j.count('other', by=0)
-  assert j.rules['rule'] == {'count': 5, 'examples': [
+  job = make_job(tmp_path, make(tmp_path / 'a.jsonl', 'abcde'))
+  for record in job.read():
+    job.count('rule', record, record.fields['text'])
+  job.declare('rule', 'other')
+  assert job.rules['rule'] == {'count': 5, 'examples': [
       {'row': f'{tmp_path}/a.jsonl:{n}', 'text': text} for n, text in enumerate('abc', start=1)]}
-  assert j.rules['other'] == {'count': 0, 'examples': []}
+  assert job.rules['other'] == {'count': 0, 'examples': []}
 
 
-def test_unreadable_rows_are_told(tmp_path):
+def test_unreadable_records_are_reported(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "a"}\n{"other": 1}\n{"text": "b"}\n')
-  j = job(tmp_path, str(path), bad_rows=0.5)
-  assert [row.fields['text'] for row in j.read()] == ['a', 'b']
-  assert j.counts == {'read': 2, 'unreadable': 1}
-  assert j.more['unreadable'][0]['row'] == f'{path}:2'
-  assert "'text'" in j.more['unreadable'][0]['reason']
+  job = make_job(tmp_path, str(path), bad_rows=0.5)
+  assert [record.fields['text'] for record in job.read()] == ['a', 'b']
+  assert job.counts == {'read': 2, 'unreadable': 1}
+  assert job.extra['unreadable'][0]['row'] == f'{path}:2'
+  assert "'text'" in job.extra['unreadable'][0]['reason']
 
 
-def test_an_output_that_exists_is_kept(tmp_path):
+def test_an_existing_output_is_kept(tmp_path):
   a = make(tmp_path / 'a.jsonl', ['one'])
-  (tmp_path / 'out.jsonl').write_text('mine')
-  with pytest.raises(UsageError, match=r'out\.jsonl exists; --overwrite replaces it'):
-    job(tmp_path, a)
+  (tmp_path / 'out.jsonl').write_text('old')
+  with pytest.raises(UsageError, match=r'out\.jsonl exists; add --overwrite to replace it'):
+    make_job(tmp_path, a)
   (tmp_path / 'out.jsonl').unlink()
-  (tmp_path / 'out.jsonl.report.json').write_text('mine')
+  (tmp_path / 'out.jsonl.report.json').write_text('old')
   with pytest.raises(UsageError, match='report.json exists'):
-    job(tmp_path, a)
-  scrub.run(job(tmp_path, a, overwrite=True))
+    make_job(tmp_path, a)
+  scrub.run(make_job(tmp_path, a, overwrite=True))
   assert json.loads((tmp_path / 'out.jsonl.report.json').read_text())['command'] == 'tool'
 
 
-@pytest.mark.parametrize('output, said', [
+@pytest.mark.parametrize('output, message', [
     ('a.jsonl', 'is one of the inputs'), ('no/out.jsonl', 'folder does not exist'),
-    ('out.csv', r'must end in \.jsonl or \.jsonl\.gz or \.jsonl\.zst')])
-def test_outputs_that_cannot_be(tmp_path, output, said):
+    ('out.csv', r'must end in \.jsonl or \.jsonl\.gz or \.jsonl\.zst, got .*out\.csv')])
+def test_invalid_outputs(tmp_path, output, message):
   a = make(tmp_path / 'a.jsonl', ['one'])
-  with pytest.raises(UsageError, match=said):
-    job(tmp_path, a, output=output, overwrite=True)
+  with pytest.raises(UsageError, match=message):
+    make_job(tmp_path, a, output=output, overwrite=True)
 
 
-def test_nothing_half_written(tmp_path):
+def test_a_failed_run_leaves_the_old_files(tmp_path):
   a = make(tmp_path / 'a.jsonl', ['one', 'two'])
   (tmp_path / 'out.jsonl').write_text('old')
   (tmp_path / 'out.jsonl.report.json').write_text('old')
-  j = job(tmp_path, a, overwrite=True)
-  with pytest.raises(DataError), j.write() as write:
+  job = make_job(tmp_path, a, overwrite=True)
+  with pytest.raises(DataError, match='stop'), job.write() as write:
     write({'text': 'one'})
     raise DataError('stop')
   assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -116,39 +117,48 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   def full(_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(jobs.os, 'fsync', full)
-  with pytest.raises(DataError, match='cannot write .*r.json: No space left on device'):
-    jobs.replace(str(tmp_path / 'r.json'), b'{}')
-  assert list(tmp_path.iterdir()) == []
+  job = make_job(tmp_path, make(tmp_path / 'a.jsonl', ['one']))
+  monkeypatch.setattr(files.os, 'fsync', full)
+  with pytest.raises(DataError, match='cannot write .*out.jsonl.report.json: No space left on dev'):
+    job.finish()
+  with pytest.raises(DataError, match='cannot write .*out.jsonl: No space left on device'):
+    job.write_bytes(b'model')
+  assert [p.name for p in tmp_path.iterdir()] == ['a.jsonl']
 
 
-def test_progress(tmp_path, monkeypatch):
-  now = iter(range(0, 10_000, 3))
-  monkeypatch.setattr(jobs.time, 'perf_counter', lambda: float(next(now)))
-  a = make(tmp_path / 'a.jsonl', ['x' * 85] * 192)             # 99 bytes a row of 97 told by texts
-  says = io.StringIO()
-  j = jobs.Job('tool', [a], tmp_path / 'o.jsonl', says=says)
-  list(j.read('first'))
-  list(j.read('again', again=True))
-  assert says.getvalue().splitlines() == [
-      'tool first: 128 rows · 21 rows/s · ETA 0:03',
-      'tool first: 192 rows · 16 rows/s · done',
-      'tool again: 128 rows · 21 rows/s · ETA 0:03',
-      'tool again: 192 rows · 16 rows/s · done']
+@pytest.fixture
+def clock(monkeypatch):
+  """Every look at the clock takes a sixteenth of a second; a progress line is due every 5 s."""
+  ticks = itertools.count()
+  monkeypatch.setattr(files.time, 'monotonic', lambda: next(ticks) / 16)
 
 
-def test_progress_of_a_packed_file_has_no_eta_before_a_pass_ended(tmp_path, monkeypatch):
-  now = iter(range(0, 10_000, 9))
-  monkeypatch.setattr(jobs.time, 'perf_counter', lambda: float(next(now)))
+def test_progress(tmp_path, clock):
+  a = make(tmp_path / 'a.jsonl', ['x' * 85] * 200)             # 95 of 98 bytes are counted
+  log = io.StringIO()
+  job = PrepareJob('tool', [a], tmp_path / 'o.jsonl', log=log)
+  list(job.read('first'))
+  list(job.read('again', again=True))
+  assert log.getvalue().splitlines() == [
+      'tool first: 80 records · 16 records/s · ETA 0:07',
+      'tool first: 160 records · 16 records/s · ETA 0:02',
+      'tool first: 200 records · 16 records/s · done',
+      'tool again: 80 of 200 records · 16 records/s · ETA 0:07',
+      'tool again: 160 of 200 records · 16 records/s · ETA 0:02',
+      'tool again: 200 of 200 records · 16 records/s · done']
+
+
+def test_a_compressed_file_has_an_eta_only_in_a_second_pass(tmp_path, clock):
   with gzip.open(tmp_path / 'a.jsonl.gz', 'wt') as f:
     f.write('{"text": "x"}\n' * 100)
-  says = io.StringIO()
-  j = jobs.Job('tool', [str(tmp_path / 'a.jsonl.gz')], tmp_path / 'o.jsonl', says=says)
-  list(j.read())
-  list(j.read(again=True))
-  assert says.getvalue().splitlines() == [
-      'tool: 64 rows · 7 rows/s', 'tool: 100 rows · 6 rows/s · done',
-      'tool: 64 rows · 7 rows/s · ETA 0:05', 'tool: 100 rows · 6 rows/s · done']
+  log = io.StringIO()
+  job = PrepareJob('tool', [str(tmp_path / 'a.jsonl.gz')], tmp_path / 'o.jsonl', log=log)
+  list(job.read())
+  list(job.read(again=True))
+  assert log.getvalue().splitlines() == [
+      'tool: 80 records · 16 records/s', 'tool: 100 records · 16 records/s · done',
+      'tool: 80 of 100 records · 16 records/s · ETA 0:01',
+      'tool: 100 of 100 records · 16 records/s · done']
 
 
 # -- hashes ----------------------------------------------------------------------------------------
@@ -159,7 +169,7 @@ def test_words():
 
 
 def test_hash64_is_the_same_everywhere():
-  """What `b2sum -l 64` prints, its bytes from the last to the first."""
+  """The output of `b2sum -l 64`, with its bytes reversed."""
   assert hashes.hash64('') == 0xb4b2797457a0a6e4
   assert hashes.hash64('T5') == 0xff6f4c7df36583d8
   assert hashes.hash_all(['', 'T5']).tolist() == [0xb4b2797457a0a6e4, 0xff6f4c7df36583d8]
@@ -174,18 +184,18 @@ def test_ngrams():
   assert a != b
 
 
-def test_table_is_a_dict_of_lists():
+def test_table_is_a_dict_of_sets():
   rng = random.Random(0)
-  table, plain = hashes.Table(fresh=8), {}
+  table, reference = hashes.Table(min_waiting=8), {}
   for value in range(300):
     keys = np.array([rng.randrange(200) * 2**55 for _ in range(3)], np.uint64)
     for key in keys.tolist():
-      plain.setdefault(key, set()).add(value)
+      reference.setdefault(key, set()).add(value)
     table.add(keys, value)
-    asked = np.array([rng.randrange(250) * 2**55 for _ in range(4)], np.uint64)
-    assert table.contains(asked).tolist() == [key in plain for key in asked.tolist()]
-    assert table.values(asked).tolist() == sorted(
-        set().union(*(plain.get(key, ()) for key in asked.tolist())))
+    queries = np.array([rng.randrange(250) * 2**55 for _ in range(4)], np.uint64)
+    assert table.contains(queries).tolist() == [key in reference for key in queries.tolist()]
+    assert table.values(queries).tolist() == sorted(
+        set().union(*(reference.get(key, ()) for key in queries.tolist())))
   assert len(table) == 900
 
 
@@ -204,21 +214,21 @@ RUNS = {
 
 @pytest.mark.parametrize('name', RUNS)
 def test_no_file_is_held_in_memory(tmp_path, name, monkeypatch):
-  """Each row brings 120 kB that no tool has a use for, and may be held no longer than its turn."""
+  """Each record has 40 kB (as a str) that no tool needs: at most a few may be alive at once."""
   rng = np.random.default_rng(0)
   words = [f'word{i}' for i in range(500)]
   texts = [' '.join(rng.choice(words, 25)) + '.' for _ in range(101)]
   make(tmp_path / 'a.jsonl', texts[:100], more='é' * 20_000)
   make(tmp_path / 'b.jsonl', texts[100:])
-  j = job(tmp_path, str(tmp_path / 'a.jsonl'), str(tmp_path / 'b.jsonl'))
+  job = make_job(tmp_path, str(tmp_path / 'a.jsonl'), str(tmp_path / 'b.jsonl'))
   model = vocab.embedded_model('t5lab_2048')
-  monkeypatch.setattr(train_vocab, 'train', lambda lines, size: (list(lines), model)[1])
+  monkeypatch.setattr(vocabulary, 'train', lambda lines, size: (list(lines), model)[1])
   assert (tmp_path / 'a.jsonl').stat().st_size > 12_000_000
   if name == 'dedup':
-    dedup.Near()                     # its imports
+    dedup.NearIndex()                # loads its imports
   tracemalloc.start()
   try:
-    RUNS[name](j)
+    RUNS[name](job)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()

@@ -6,34 +6,36 @@ import pytest
 from t5lab.data import vocab
 from t5lab.data.sources import corpora
 from t5lab.errors import DataError
-from t5lab.tools.prepare import job, train_vocab, vocabulary
+from t5lab.tools.prepare import vocabulary
+from t5lab.tools.prepare.job import PrepareJob
 
 
 def make(tmp_path, texts, name='v.model'):
   source = tmp_path / f'{name}.jsonl'
   source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
-  return job.Job('vocab', [str(source)], tmp_path / name, ends=('.model',), says=io.StringIO())
+  return PrepareJob('vocab', [str(source)], tmp_path / name, suffixes=('.model',),
+                    log=io.StringIO())
 
 
-def test_smallest():
-  small = vocabulary.Smallest(3)
+def test_smallest_hashes():
+  small = vocabulary.SmallestHashes(3)
   assert small.limit() == -1
   for number in (9, 5, 9, 2**64 - 1, 7, 5, 1):
     small.add(number)
   assert small.limit() == 7 and small.limit(1) == 1 and small.limit(2) == 5
   small.add(8)
   assert small.limit() == 7
-  few = vocabulary.Smallest(10)
+  few = vocabulary.SmallestHashes(10)
   few.add(2**64 - 1)
   assert few.limit() == 2**64 - 1
-  many = vocabulary.Smallest(100)
+  many = vocabulary.SmallestHashes(100)
   for number in range(200_000, 0, -1):
     many.add(number)
   assert many.limit() == 100 and len(many._new) < 2**16
 
 
 def test_measure():
-  """Bytes: an id a byte. A vocabulary that knows a and b only, and loses capitals."""
+  """The byte vocabulary has one id per byte; `lossy` knows only a and b and loses capitals."""
   assert vocabulary.measure(vocab.load('byte'), ['ab c', 'é']) == {
       'texts': 2, 'texts_lost': 0., 'characters_lost': 0., 'unknown_rate': 0.,
       'tokens_per_word': 2., 'tokens_per_byte': 1.}
@@ -51,12 +53,12 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp('vocab')
   texts = [text[i:i + 1500] for text in (row['text'] for row in corpora.load('books', 'train')[:4])
            for i in range(0, 60_000, 1500)]
-  j = make(folder, [text for text in texts if text.strip()])
-  vocabulary.run(j, 600)
+  job = make(folder, [text for text in texts if text.strip()])
+  vocabulary.run(job, 600)
   return folder / 'v.model', json.loads((folder / 'v.model.report.json').read_text())
 
 
-def test_ids_are_t5s(trained):
+def test_ids_are_those_of_t5(trained):
   v = vocab.load(str(trained[0]))
   assert (v.size, v.pad_id, v.eos_id, v.unk_id, v.bos_id) == (600, 0, 1, 2, None)
   assert v.sentinels[:2] == (599, 598) and v.num_sentinels == 100
@@ -65,7 +67,7 @@ def test_ids_are_t5s(trained):
 
 @pytest.mark.parametrize('text', [
     'The whale', '  two  spaces\n\tand\r\n', '\u2581x', '日本語 🐋', 'ＡＢＣ ﬁne e\u0301', '', ' '])
-def test_every_text_comes_back(trained, text):
+def test_every_text_round_trips(trained, text):
   v = vocab.load(str(trained[0]))
   assert v.decode(v.encode(text)) == text
 
@@ -78,36 +80,36 @@ def test_report(trained):
   assert report['vocabulary']['trained_on']['lines'] == 56
   assert report['held_out']['texts_lost'] == report['held_out']['unknown_rate'] == 0
   assert 2 < report['held_out']['tokens_per_word'] < 3.5
-  assert not (path.parent / 'v.model.part').exists()
+  assert sorted(p.name for p in path.parent.iterdir()) == [
+      'v.model', 'v.model.jsonl', 'v.model.report.json']
 
 
-def sample(tmp_path, monkeypatch, texts, name, most=vocabulary.MOST):
-  """What is handed to sentencepiece, and the report."""
-  handed = []
+def sample(tmp_path, monkeypatch, texts, name, max_sentences=vocabulary.MAX_SENTENCES):
+  """Returns (the lines that sentencepiece gets, the report)."""
+  lines = []
 
-  def train(lines, size):
-    handed.extend(lines)
+  def train(iterator, size):
+    lines.extend(iterator)
     return vocab.embedded_model('t5lab_2048')
 
-  monkeypatch.setattr(train_vocab, 'train', train)
-  j = make(tmp_path, texts, name)
-  vocabulary.run(j, 2048, most)
-  return handed, json.loads((tmp_path / f'{name}.report.json').read_text())
+  monkeypatch.setattr(vocabulary, 'train', train)
+  vocabulary.run(make(tmp_path, texts, name), 2048, max_sentences)
+  return lines, json.loads((tmp_path / f'{name}.report.json').read_text())
 
 
 def test_the_sample_does_not_depend_on_the_order(tmp_path, monkeypatch):
   texts = [f'text number {i}' for i in range(500)]
-  a, report = sample(tmp_path, monkeypatch, texts, 'a.model', most=50)
-  b, turned = sample(tmp_path, monkeypatch, texts[::-1], 'b.model', most=50)
+  a, report = sample(tmp_path, monkeypatch, texts, 'a.model', max_sentences=50)
+  b, reversed_report = sample(tmp_path, monkeypatch, texts[::-1], 'b.model', max_sentences=50)
   assert a == b[::-1] and len(a) == 48
   assert set(a) <= set(sorted(texts, key=vocabulary.hashes.hash64)[:50])
-  assert report['held_out'] == turned['held_out'] and report['held_out']['texts'] == 5
-  everything, _ = sample(tmp_path, monkeypatch, texts, 'c.model')
-  assert len(everything) == 495
-  assert set(a) <= set(everything)               # none of the held out ones
+  assert report['held_out'] == reversed_report['held_out'] and report['held_out']['texts'] == 5
+  all_lines, _ = sample(tmp_path, monkeypatch, texts, 'c.model')
+  assert len(all_lines) == 495
+  assert set(a) <= set(all_lines)               # no held-out lines
 
 
-def test_long_texts_are_cut_and_one_row_is_all_used(tmp_path, monkeypatch):
+def test_long_texts_are_split_and_a_single_record_is_used(tmp_path, monkeypatch):
   lines, report = sample(tmp_path, monkeypatch, ['a' * 999 + 'b' * 1001 + 'c'], 'a.model')
   assert lines == ['a' * 999 + 'b', 'b' * 1000, 'c']
   assert report['held_out']['texts'] == 0
