@@ -1,6 +1,6 @@
-"""How Orbax writes and reads the arrays of a checkpoint: one folder of TensorStore files a part.
+"""Arrays of a checkpoint, written and read by Orbax: one folder of TensorStore files per tree.
 
-runs/checkpoint.py says when, and what counts.
+runs/checkpoint.py decides when to write and what counts as saved.
 """
 
 import asyncio
@@ -17,67 +17,90 @@ import orbax.checkpoint as ocp
 
 
 class Writer:
-  """Writes trees of arrays, a folder each, while their program goes on."""
+  """Writes trees of arrays, each into its own folder, in the background."""
 
   def __init__(self, copy: bool = True):
-    """copy: False promises that arrays stay as they are until they are written."""
+    """copy: False saves a copy on the host; the arrays must then not change until written."""
     self._loop: asyncio.AbstractEventLoop | None = None
-    # float32 parameters shrink by 8 % under zstd, at the price of the cores that train
+    # No compression: zstd shrinks float32 parameters by 8 % only, and takes the cores that train.
     self._orbax = ocp.PyTreeCheckpointHandler(
         use_ocdbt=True, use_compression=False, **({} if copy else _without_copies()))
 
   def start(self, folders: dict[Path, dict]) -> list:
-    """Copies the arrays and has them written -> futures, whose result() raises what went wrong."""
-    for x in jax.tree.leaves(list(folders.values())):   # all copies before the first is waited for
+    """Copies the arrays and starts to write them.
+
+    Returns futures, whose result() raises what went wrong.
+    """
+    # Start all copies from the devices before waiting for the first.
+    for x in jax.tree.leaves(list(folders.values())):
       if isinstance(x, jax.Array) and x.is_fully_addressable:
         x.copy_to_host_async()
 
-    async def begin():
-      return [write for folder, tree in folders.items() for write in await self._orbax.async_save(
-          epath.Path(folder), args=ocp.args.PyTreeSave(jax.tree.map(_snapshot, tree))) or ()]
+    async def save_all():
+      futures = []
+      for folder, tree in folders.items():
+        args = ocp.args.PyTreeSave(jax.tree.map(_snapshot, tree))
+        futures += await self._orbax.async_save(epath.Path(folder), args=args) or ()
+      return futures
 
-    _mute_late_writes()
-    if not self._loop:       # a notebook's main thread has its own; TensorStore reports to it late
+    # In an event loop of our own: a notebook's main thread runs one already, and TensorStore
+    # reports to the loop after async_save has returned.
+    _mute_late_failures()
+    if not self._loop:
       self._loop = asyncio.new_event_loop()
       threading.Thread(target=self._loop.run_forever, name='saves', daemon=True).start()
-    return asyncio.run_coroutine_threadsafe(begin(), self._loop).result()
+    return asyncio.run_coroutine_threadsafe(save_all(), self._loop).result()
 
   def finish(self, folder: Path) -> None:
-    """Once all processes have written theirs, in one of them."""
+    """Completes a folder, in one process, once all processes have written their arrays."""
     self._orbax.finalize(epath.Path(folder))
 
 
 def reader(signatures):
-  """read(folder, abstract tree) -> tree. signatures: (shape, dtype) of all arrays it will see."""
-  # the largest array's bytes at once, and not a second copy of the model
-  most = max((math.prod(shape) * 4 for shape, _ in signatures), default=0) // 10 ** 9 + 1
-  orbax = ocp.PyTreeCheckpointHandler(use_ocdbt=True, restore_concurrent_gb=most)
-  return lambda folder, tree: orbax.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(
-      item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
+  """Returns read(folder, abstract tree) -> tree.
+
+  signatures: (shape, dtype) of all arrays that it will read.
+  """
+  # As much at once as the largest array needs: reading takes no second copy of the model.
+  largest = max((math.prod(shape) * 4 for shape, _ in signatures), default=0)
+  orbax = ocp.PyTreeCheckpointHandler(
+      use_ocdbt=True, restore_concurrent_gb=largest // 10 ** 9 + 1)
+
+  def read(folder, tree):
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    return orbax.restore(
+        epath.Path(folder), args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args))
+  return read
 
 
 @functools.cache
-def _mute_late_writes():
-  """The first failed write ends a save, and Orbax's thread closes its loop; TensorStore's threads
-  still report every other failed one to it, for each of which Python would print a trace."""
-  hook = sys.unraisablehook
+def _mute_late_failures():
+  """Silences failed writes that TensorStore reports after a save has failed already.
 
-  def said(unraisable):
-    if str(unraisable.exc_value) != 'Event loop is closed' or unraisable.object is not None:
-      hook(unraisable)
-  sys.unraisablehook = said
+  The first failed write ends the save, and Orbax's thread closes its event loop. TensorStore's
+  threads report every other one to the closed loop, and Python would print a trace for each.
+  """
+  default_hook = sys.unraisablehook
+
+  def hook(unraisable):
+    is_late = str(unraisable.exc_value) == 'Event loop is closed' and unraisable.object is None
+    if not is_late:
+      default_hook(unraisable)
+  sys.unraisablehook = hook
 
 
 def _without_copies() -> dict:
-  numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-  return dict(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, numpy), (jax.Array, ocp.type_handlers.ArrayHandler())))
+  numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+  registry = ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
+  return dict(type_handler_registry=registry)
 
 
 def _snapshot(x):
-  """Array -> what Orbax saves: numpy if this host holds it all, else the shards of each process.
+  """Returns numpy if this host holds the whole array, else the array, saved shard by shard.
 
   Orbax copies either to the host before async_save returns, so `x` may then be donated. (On CPU
   np.asarray is a view; JAX does not reuse a donated buffer while a view of it lives.)
   """
-  return x if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
+  is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
+  return x if is_global else np.asarray(x)

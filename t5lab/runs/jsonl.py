@@ -1,27 +1,32 @@
-"""Files of one JSON object a line that a resumed run cuts back and continues."""
+"""Logs of one JSON object per line, which a resumed run truncates and continues.
 
+Each object has an integer under `key`, e.g. its step. Other lines, such as one that a kill or a
+power cut tore, are ignored.
+"""
+
+from collections.abc import Iterator
 import json
 from pathlib import Path
 
 from t5lab import files
 
 
-def read(path, number: str) -> list[dict]:
-  """The objects of a file, one a line, that have a `number`; [] where there is no file. A line that
-  a power cut tore is left out."""
-  return [row for _, row in _json_lines(_read_bytes(path), number)]
+def read(path, key: str) -> list[dict]:
+  """Returns the objects of a file; [] if there is no file."""
+  return [entry for _, entry in _entries(_read_bytes(path), key)]
 
 
-def truncate(path, number: str, last: int) -> list[dict]:
-  """Removes the lines whose `number` is over `last` -> the rows that stay.
+def truncate(path, key: str, last: int) -> list[dict]:
+  """Removes the entries whose `key` is over `last` and returns the others.
 
   The file is replaced in one rename, and only if something changes.
   """
   text = _read_bytes(path)
-  kept = [(line, row) for line, row in _json_lines(text, number) if row[number] <= last]
-  if (new := b''.join(line + b'\n' for line, _ in kept)) != text:
-    files.write_text(path, new.decode())
-  return [row for _, row in kept]
+  kept = [(line, entry) for line, entry in _entries(text, key) if entry[key] <= last]
+  new_text = b''.join(line + b'\n' for line, _ in kept)
+  if new_text != text:
+    files.write_text(path, new_text.decode())
+  return [entry for _, entry in kept]
 
 
 def _read_bytes(path) -> bytes:
@@ -31,11 +36,11 @@ def _read_bytes(path) -> bytes:
     return b''
 
 
-def _json_lines(text: bytes, number: str):
+def _entries(text: bytes, key: str) -> Iterator[tuple[bytes, dict]]:
   for line in text.splitlines():
     try:
-      row = json.loads(line)
-      if isinstance(row[number], int):
-        yield line, row
+      entry = json.loads(line)
+      if isinstance(entry[key], int):
+        yield line, entry
     except (ValueError, TypeError, KeyError):
       continue

@@ -1,4 +1,4 @@
-"""The lock of a run's directory: one trainer at a time."""
+"""The lock of a run's directory: only one trainer at a time writes there."""
 
 import datetime
 import errno
@@ -11,54 +11,29 @@ import time
 
 from t5lab.errors import UsageError
 
-WELL = 0.5              # seconds after which a holder of the lock that still runs is believed to
+# A holder that still runs after this many seconds is not about to exit, so it is not waited for.
+SETTLED_SECONDS = 0.5
+
+_held: set[int] = set()  # descriptors of the lock files that this process holds
 
 
-_held: set[int] = set()  # lock file descriptors of this process
-
-
-def _drop_in_child():
-  # A forked data worker shares the lock. If it outlived a killed trainer, it would keep the
-  # directory locked, so it lets go at birth (the parent's descriptor keeps the lock).
+def _close_in_child():
+  # A forked data worker shares the lock. If it outlived a killed trainer, the directory would stay
+  # locked, so the worker closes its descriptors at once; the parent's keep the lock.
   for fd in _held:
     os.close(fd)
   _held.clear()
 
 
-os.register_at_fork(after_in_child=_drop_in_child)
-
-
-def _boot_id() -> str:
-  try:
-    return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-  except OSError:
-    return ''
-
-
-def _started(pid: int) -> str:
-  """Start time of a live process in clock ticks since boot; '' if it is gone or unknown."""
-  try:
-    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
-  except (OSError, IndexError):
-    return ''
-
-
-def _runs(holder: dict) -> bool:
-  """Whether this machine runs the holder still; while a process ends, its memory goes first."""
-  try:
-    return (holder.get('boot_id') == _boot_id() != '' and
-            _started(holder.get('pid')) == holder.get('start') != '' and
-            bool(Path(f'/proc/{holder["pid"]}/cmdline').read_bytes()))
-  except (OSError, KeyError):
-    return False
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunLock:
   """Holds `directory` for one trainer: `with RunLock(workdir): ...`.
 
-  The kernel's flock decides, and ends with the process however it dies; the JSON in the file says
-  who it is. A second trainer gets a UsageError naming pid and host after `patience` seconds. What
-  a dead holder left is taken over and logged.
+  The lock is the kernel's flock on run.lock, which ends with the process however it dies. The JSON
+  in the file says who holds it. A second trainer gets a UsageError with the holder's pid and host
+  after `patience` seconds. A lock that a dead process left is taken over, and that is logged.
   """
 
   def __init__(self, directory, *, patience: float = 2.0, log=print):
@@ -76,31 +51,25 @@ class RunLock:
       raise UsageError(f'cannot lock {self.path}: {e.strerror}') from None
     _held.add(self._fd)
     try:
-      self._lock()
-      before = self._read()
-      if before:
-        self._log(f'taking over {self.path} from {self._name(before)}, which ended without '
+      self._acquire()
+      if previous := self._read_holder():
+        self._log(f'taking over {self.path} from {_describe(previous)}, which ended without '
                   'releasing it')
-      me = {'host': socket.gethostname(), 'pid': os.getpid(), 'boot_id': _boot_id(),
-            'start': _started(os.getpid()),
-            'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}
-      os.ftruncate(self._fd, 0)
-      os.pwrite(self._fd, json.dumps(me).encode(), 0)
-      os.fsync(self._fd)
+      self._write_holder()
     except BaseException:
       self._close()
       raise
     return self
 
   def __exit__(self, *_):
-    os.ftruncate(self._fd, 0)  # released in order: nothing to take over
+    os.ftruncate(self._fd, 0)  # an orderly end leaves no holder to take over from
     self._close()
 
   def _close(self):
     _held.discard(self._fd)
     os.close(self._fd)
 
-  def _lock(self):
+  def _acquire(self):
     start = time.monotonic()
     while True:
       try:
@@ -109,25 +78,80 @@ class RunLock:
         if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
           raise UsageError(f'cannot lock {self.path}: {e.strerror}; this file system has no flock, '
                            'keep the run on another') from None
-      # a trainer killed a moment ago may be on its way out; one that is well is not waited for
-      holder, waited = self._read(), time.monotonic() - start
-      if waited > self._patience or waited > WELL and _runs(holder):
-        gone = (holder.get('boot_id') == _boot_id() != '' and holder.get('host') ==
-                socket.gethostname() and _started(holder.get('pid')) != holder.get('start'))
-        raise UsageError(
-            f'{self.path.parent} is in use by {self._name(holder)}' +
-            (', which is gone but left a child process that holds the lock: end it'
-             if gone else '; wait for it, stop it, or choose another --workdir'))
+
+      # A trainer that was killed a moment ago may still be exiting: worth waiting for.
+      holder = self._read_holder()
+      waited = time.monotonic() - start
+      if waited > self._patience or (waited > SETTLED_SECONDS and _is_running(holder)):
+        if _is_gone(holder):
+          advice = ', which is gone but left a child process that holds the lock: end it'
+        else:
+          advice = '; wait for it, stop it, or choose another --workdir'
+        raise UsageError(f'{self.path.parent} is in use by {_describe(holder)}{advice}')
       time.sleep(0.05)
 
-  def _read(self) -> dict:
+  def _read_holder(self) -> dict:
     try:
-      found = json.loads(os.pread(self._fd, 4096, 0))
-      return found if isinstance(found, dict) else {}
+      holder = json.loads(os.pread(self._fd, 4096, 0))
     except ValueError:
       return {}
+    return holder if isinstance(holder, dict) else {}
 
-  @staticmethod
-  def _name(holder: dict) -> str:
-    return (f'pid {holder.get("pid", "unknown")} on host {holder.get("host", "unknown")} '
-            f'(since {holder.get("time", "unknown")})')
+  def _write_holder(self):
+    holder = {
+        'host': socket.gethostname(),
+        'pid': os.getpid(),
+        'boot_id': _boot_id(),
+        'start': _start_time(os.getpid()),
+        'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    }
+    os.ftruncate(self._fd, 0)
+    os.pwrite(self._fd, json.dumps(holder).encode(), 0)
+    os.fsync(self._fd)
+
+
+# --- the process that holds the lock -----------------------------------------------------------
+
+
+def _describe(holder: dict) -> str:
+  pid, host, since = (holder.get(key, 'unknown') for key in ('pid', 'host', 'time'))
+  return f'pid {pid} on host {host} (since {since})'
+
+
+def _is_running(holder: dict) -> bool:
+  """Whether the holder runs on this machine, and is not just exiting."""
+  if not _is_of_this_boot(holder) or not _is_alive(holder):
+    return False
+  try:  # a process that exits loses its memory first, and with it its command line
+    return bool(Path(f'/proc/{holder["pid"]}/cmdline').read_bytes())
+  except (OSError, KeyError):
+    return False
+
+
+def _is_gone(holder: dict) -> bool:
+  """Whether the holder ran on this machine and has ended."""
+  is_local = _is_of_this_boot(holder) and holder.get('host') == socket.gethostname()
+  return is_local and _start_time(holder.get('pid')) != holder.get('start')
+
+
+def _is_of_this_boot(holder: dict) -> bool:
+  return holder.get('boot_id') == _boot_id() != ''
+
+
+def _is_alive(holder: dict) -> bool:
+  return _start_time(holder.get('pid')) == holder.get('start') != ''
+
+
+def _boot_id() -> str:
+  try:
+    return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+  except OSError:
+    return ''
+
+
+def _start_time(pid: int) -> str:
+  """Start time of a live process in clock ticks since boot; '' if it is gone or unknown."""
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+  except (OSError, IndexError):
+    return ''

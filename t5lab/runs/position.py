@@ -1,4 +1,4 @@
-"""Where a run stands, as the manifest of a checkpoint knows it besides the arrays."""
+"""Position of a run: what a checkpoint's manifest holds besides the arrays, to resume exactly."""
 
 import dataclasses
 
@@ -7,8 +7,13 @@ from t5lab.training import guards
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """offset: batches that rewinds left out: step s reads batch s + offset of the stream, counted
-  from 1. digest: of the batches so far. guard: training/guards.py's, as JSON; None: a new one."""
+  """The step of a run, and what the steps so far have read and judged.
+
+  offset: batches that rewinds left out. Step s reads batch s + offset of the stream, counted from
+    1.
+  digest: of the batches so far, see training/digests.py.
+  guard: guards.to_json of the guard's state; None is a new guard.
+  """
   step: int = 0
   offset: int = 0
   digest: str = ''
@@ -17,11 +22,11 @@ class Position:
   @classmethod
   def from_manifest(cls, manifest) -> 'Position':
     data = manifest.meta['data']
-    return cls(manifest.step, data.get('offset', 0), data.get('digest', ''),
-               manifest.meta.get('guard'))
+    return cls(step=manifest.step, offset=data.get('offset', 0), digest=data.get('digest', ''),
+               guard=manifest.meta.get('guard'))
 
 
 def checkpoint_meta(step: int, offset: int, digest: str, guard: guards.Guard, data) -> dict:
-  """What `Position.from_manifest` reads back. data: the run's Pipeline."""
+  """The meta that `Position.from_manifest` reads back. data: the run's Pipeline."""
   return {'data': {**data.position(step + offset), 'offset': offset, 'digest': digest},
           'guard': guards.to_json(guard)}

@@ -1,15 +1,13 @@
-"""What a run tells: metrics.jsonl (exact), TensorBoard, and one live line (or plain ones).
+"""The record of a run: metrics.jsonl (exact), TensorBoard, and a progress bar or plain lines.
 
-metrics.jsonl has one JSON object a line, in order of step:
+metrics.jsonl has one JSON object per line, in order of step. A training entry and an evaluation:
 
   {"step": 20, "loss": 5.25, …, "data": "9f86…", "timing": {"tokens_per_second": 9000.1, …}}
   {"step": 20, "eval": {"bleu": 11.7, …}}
 
-the first a training row, the second an evaluation.
-
 Floats are written with repr, so float() gives back the same bits; a non-finite one is NaN, Infinity
-or -Infinity, as Python's json has it. Whatever depends on the clock is under "timing" and nothing
-else is: without that key the file of a killed and resumed run equals that of an uninterrupted one.
+or -Infinity, as in Python's json. Everything that depends on the clock is under "timing": without
+that key, the file of a killed and resumed run equals that of an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ import sys
 import time
 
 import rich.console
-import rich.progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -29,76 +27,79 @@ from t5lab.errors import Failure
 from t5lab.runs import jsonl
 
 PLAIN_SECONDS = 15.  # between lines where there is no terminal
+RESERVED = {'step', 'eval', 'timing', 'data'}  # keys of an entry that are not metrics
 
 
 class Report:
-  """Writes a run's rows in `workdir`, continuing after `resume_step` (0: from the beginning).
+  """Writes a run's entries in `workdir`, continuing after `resume_step` (0: from the beginning).
 
-  Rows after resume_step, which the resumed run will write again, and a torn last line are removed
-  at construction; `evaluated` holds the steps that already have an evaluation row, so that a run
-  killed between its checkpoint and its evaluation knows to evaluate.
-  tty: a live bar (True), plain lines (False), or what `file` (default: standard output) is (None).
+  The constructor removes entries after resume_step, which the resumed run will write again, and a
+  torn last line. `evaluated` holds the steps that have an evaluation entry, so that a run that was
+  killed between its checkpoint and its evaluation evaluates when it resumes.
   """
 
   def __init__(self, workdir, *, resume_step: int, total_steps: int, tty: bool | None = None,
                file=None):
+    """tty: a progress bar (True) or plain lines (False); None: a bar if `file` is a terminal.
+
+    file: where the run is shown; default: standard output.
+    """
     self._file = file or sys.stdout
-    self._bar = None
-    self._printed = float('-inf')
     self._total = total_steps
+    self._last_shown = float('-inf')
+    self._bar = None
     self._path = Path(workdir) / 'metrics.jsonl'
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      self.evaluated = _truncate(self._path, resume_step)
-      self._rows = open(self._path, 'a', encoding='utf-8')
+      self._open_entries(resume_step)
     except OSError as e:
       raise Failure(f'cannot write {self._path}: {e.strerror}') from None
     self._board = _Board(Path(workdir) / 'tensorboard', resume_step, self.log)
     if self._file.isatty() if tty is None else tty:
-      columns = rich.progress
-      self._bar = rich.progress.Progress(
-          columns.TextColumn('step'), columns.MofNCompleteColumn(), columns.BarColumn(),
-          columns.TextColumn('{task.fields[line]}'),
+      self._bar = Progress(
+          TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[line]}'),
           console=rich.console.Console(file=self._file, force_terminal=True))
       self._task = self._bar.add_task('', total=total_steps, completed=resume_step, line='')
       self._bar.start()
 
   def step(self, step: int, metrics: Mapping, timing: Mapping | None = None, *,
            data: str = '') -> None:
-    """A training row: metrics are deterministic scalars, timing whatever the clock decides, data
-    the digest of all batches so far (training/digests.py).
+    """Writes a training entry.
 
+    metrics: deterministic scalars. timing: scalars that depend on the clock. data: the digest of
+    all batches so far (training/digests.py).
     The display shows metrics['loss'], timing['tokens_per_second'] and ['steps_per_second'].
     """
     metrics, timing = _scalars(metrics), _scalars(timing or {})
-    if clash := {'step', 'eval', 'timing', 'data'} & metrics.keys():
-      raise ValueError(f'metrics named {sorted(clash)}: these are keys of a row')
-    self._write({'step': step, **metrics, **({'data': data} if data else {}), 'timing': timing})
-    self._board.add(step, *(summary.scalar(f'{group}/{name}', value)
-                            for group, values in (('train', metrics), ('timing', timing))
-                            for name, value in values.items()))
+    if clash := RESERVED & metrics.keys():
+      raise ValueError(f'metrics must not be named {sorted(RESERVED)}, got {sorted(clash)}')
+    digest = {'data': data} if data else {}
+    self._write({'step': step, **metrics, **digest, 'timing': timing})
+    scalars = {f'train/{name}': value for name, value in metrics.items()}
+    scalars |= {f'timing/{name}': value for name, value in timing.items()}
+    self._board.add_scalars(step, scalars)
     self._show(step, metrics, timing)
 
   def eval(self, step: int, metrics: Mapping) -> None:
-    """An evaluation row; it is also printed."""
+    """Writes an evaluation entry and prints it."""
     metrics = _scalars(metrics)
     self._write({'step': step, 'eval': metrics})
     self.evaluated.add(step)
-    self._board.add(step, *(summary.scalar(f'eval/{k}', v) for k, v in metrics.items()))
-    self.log(f'step {step} eval ' + ' '.join(f'{k} {v:.4g}' for k, v in metrics.items()))
+    self._board.add_scalars(step, {f'eval/{name}': value for name, value in metrics.items()})
+    shown = ' '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+    self.log(f'step {step} eval {shown}')
 
   def rewind(self, step: int) -> None:
-    """Forgets the rows after `step`, which the run will write again."""
-    self._rows.close()
-    self.evaluated = _truncate(self._path, step)
-    self._rows = open(self._path, 'a', encoding='utf-8')
+    """Removes the entries after `step`, which the run will write again."""
+    self._entries.close()
+    self._open_entries(step)
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """A text such as sample predictions, for TensorBoard's text page (it reads markdown)."""
+    """Adds a text, e.g. sample predictions, to TensorBoard's text page, which reads markdown."""
     self._board.add(step, summary.text(tag, text))
 
   def log(self, text: str) -> None:
-    """Prints a line, above the bar where there is one."""
+    """Prints a line, above the progress bar if there is one."""
     if self._bar:
       self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -107,7 +108,7 @@ class Report:
   def close(self) -> None:
     if self._bar:
       self._bar.stop()
-    self._rows.close()
+    self._entries.close()
     self._board.close()
 
   def __enter__(self):
@@ -116,63 +117,58 @@ class Report:
   def __exit__(self, *_):
     self.close()
 
-  def _write(self, row):
+  def _open_entries(self, step):
+    """Opens metrics.jsonl to append after `step`."""
+    last = step or -1  # from the beginning: not even an evaluation of step 0 stays
+    entries = jsonl.truncate(self._path, 'step', last)
+    self.evaluated = {entry['step'] for entry in entries if 'eval' in entry}
+    self._entries = open(self._path, 'a', encoding='utf-8')
+
+  def _write(self, entry):
     try:
-      self._rows.write(json.dumps(row, ensure_ascii=False) + '\n')
-      self._rows.flush()  # one write a line: a kill tears none
+      self._entries.write(json.dumps(entry, ensure_ascii=False) + '\n')
+      self._entries.flush()  # one write per line: a kill does not tear it
     except OSError as e:
       raise Failure(f'cannot write {self._path}: {e.strerror}') from None
 
   def _show(self, step, metrics, timing):
-    parts = []
+    fields = []
     if 'loss' in metrics:
-      parts.append(f'loss {metrics["loss"]:.4f}')
+      fields.append(f'loss {metrics["loss"]:.4f}')
     if 'tokens_per_second' in timing:
-      parts.append(f'{timing["tokens_per_second"]:,.0f} tokens/s')
+      fields.append(f'{timing["tokens_per_second"]:,.0f} tokens/s')
     if speed := timing.get('steps_per_second'):
-      parts.append(f'{speed:.2f} steps/s')
-      parts.append(f'ETA {_clock((self._total - step) / speed)}')
-    line = ' · '.join(parts)
+      fields.append(f'{speed:.2f} steps/s')
+      fields.append(f'ETA {_clock((self._total - step) / speed)}')
+    line = ' · '.join(fields)
     if self._bar:
       self._bar.update(self._task, completed=step, line=line)
       return
     now = time.monotonic()
-    if now - self._printed >= PLAIN_SECONDS or step >= self._total:
-      self._printed = now
+    if now - self._last_shown >= PLAIN_SECONDS or step >= self._total:
+      self._last_shown = now
       self.log(f'step {step}/{self._total} · {line}')
 
 
 class NoReport:
-  """The report of every process but the main one: nothing is written, nothing said."""
+  """The report of every process but the main one: writes and prints nothing."""
   evaluated = frozenset()
 
-  def step(self, step, metrics, timing=None, *, data=''):
+  def _ignore(self, *args, **kwargs):
     pass
 
-  def eval(self, step, metrics):
-    pass
-
-  def rewind(self, step):
-    pass
-
-  def text(self, step, tag, text):
-    pass
-
-  def log(self, text):
-    pass
+  step = eval = rewind = text = log = __exit__ = _ignore
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    pass
-
 
 class _Board:
-  """TensorBoard's event file, written in place.
+  """TensorBoard's event file, written in this thread.
 
-  tensorboardX' SummaryWriter hands events to a thread through a queue of ten: once a full disk has
-  ended the thread, the next calls wait for ever. A run goes on without its TensorBoard instead.
+  tensorboardX's SummaryWriter passes events to a thread through a queue of ten: once a full disk
+  has ended that thread, later calls block forever. Here a failed write ends the TensorBoard log and
+  not the run.
   """
 
   def __init__(self, directory: Path, resume_step: int, log):
@@ -182,35 +178,31 @@ class _Board:
       directory.mkdir(parents=True, exist_ok=True)
       self._writer = EventsWriter(str(directory / 'events'), f'.{os.getpid()}.{resume_step}')
     except OSError as e:
-      self._log(f'no TensorBoard log: cannot write {directory}: {e.strerror}')
-    # hides what an earlier process wrote after resume_step
-    self._add(event_pb2.Event(step=resume_step + 1, session_log=event_pb2.SessionLog(
-        status=event_pb2.SessionLog.START)))
+      self._log(f'TensorBoard is off: cannot write {directory}: {e.strerror}')
+    # Makes TensorBoard hide what an earlier process wrote after resume_step.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._call('write_event', event_pb2.Event(step=resume_step + 1, session_log=start))
+
+  def add_scalars(self, step: int, scalars: Mapping) -> None:
+    self.add(step, *(summary.scalar(name, value) for name, value in scalars.items()))
 
   def add(self, step: int, *summaries) -> None:
     for each in summaries:
-      self._add(event_pb2.Event(step=step, wall_time=time.time(), summary=each))
+      event = event_pb2.Event(step=step, wall_time=time.time(), summary=each)
+      self._call('write_event', event)
     self._call('flush')
 
   def close(self) -> None:
     self._call('close')
 
-  def _add(self, event):
-    self._call('write_event', event)
-
   def _call(self, method, *args):
+    if not self._writer:
+      return
     try:
-      if self._writer:
-        getattr(self._writer, method)(*args)
+      getattr(self._writer, method)(*args)
     except OSError as e:
       self._writer = None
-      self._log(f'no more TensorBoard log: {e.strerror}')
-
-
-def _truncate(path: Path, resume_step: int) -> set[int]:
-  """Keeps the whole rows up to resume_step (none if 0) -> steps with an evaluation row."""
-  last = resume_step or -1              # from the beginning, not even an evaluation of step 0
-  return {row['step'] for row in jsonl.truncate(path, 'step', last) if 'eval' in row}
+      self._log(f'TensorBoard is off from here on: {e.strerror}')
 
 
 def _scalars(values: Mapping) -> dict:

@@ -1,10 +1,12 @@
-"""A run's directory and its config.json.
+"""The directory of a run and its config.json.
 
   config.json       the resolved config of the run: data, never code
   run.lock          runs/lock.py
   checkpoints/      runs/checkpoint.py
   metrics.jsonl     runs/report.py
+  tensorboard/      runs/report.py
   anomalies.jsonl   runs/sentry.py
+  watchdog_N.txt    runs/watchdog.py
 """
 
 from collections.abc import Mapping
@@ -16,58 +18,63 @@ import stat
 from t5lab import files
 from t5lab.errors import UsageError
 
-_warned: set[str] = set()
-
-
-def warn_if_others_write(directory, log) -> None:
-  """Says once in a process that everybody on this machine may change what lies in `directory`."""
-  try:
-    mode = os.stat(directory).st_mode
-  except OSError:
-    return
-  if mode & stat.S_IWOTH and str(directory) not in _warned:
-    _warned.add(str(directory))
-    log(f'anybody on this machine may write in {directory}, and so change what is loaded: '
-        f'chmod o-w {directory}')
-
 
 def write_config(directory, config: Mapping) -> None:
   """Writes `directory/config.json`; UsageError if a value is not plain JSON."""
   try:
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
   except (TypeError, ValueError) as e:
-    raise UsageError(f'config.json holds plain JSON values only: {e}') from None
+    raise UsageError(f'config.json must hold plain JSON values only: {e}') from None
   files.write_text(Path(directory) / 'config.json', text + '\n')
 
 
 def read_config(directory) -> dict:
-  """The config of the run in `directory`; UsageError if there is none or it is not JSON."""
+  """Reads the config of the run in `directory`; UsageError if it has none or it is not JSON."""
   path = Path(directory) / 'config.json'
   if not path.is_file():
     raise UsageError(f'{directory} is not a run of t5lab: it has no config.json')
   return files.read_json(path)
 
 
-def _leaves(tree, prefix=''):
-  for key, value in tree.items():
-    name = f'{prefix}{key}'
-    if isinstance(value, dict) and value:
-      yield from _leaves(value, name + '.')
-    else:
-      yield name, value
-
-
 def config_differences(saved: Mapping, new: Mapping, allowed=()) -> list[str]:
-  """Keys in which two configs differ, as 'a.b: 1 -> 2', sorted; [] if resuming is safe.
+  """Lists the keys in which two configs differ, as 'a.b: 1 -> 2', sorted.
 
-  allowed: keys ('total_steps') or sections ('log') that a resumed run may change.
+  allowed: keys ('total_steps') or sections ('log') that may differ.
   """
-  old, new = (dict(_leaves(json.loads(json.dumps(c)))) for c in (saved, new))
+  saved, new = _leaves(saved), _leaves(new)
   lines = []
-  for key in sorted(old.keys() | new.keys()):
-    if any(key == a or key.startswith(a + '.') for a in allowed):
-      continue
-    was, now = (json.dumps(c[key]) if key in c else 'absent' for c in (old, new))
-    if was != now:
-      lines.append(f'{key}: {was} -> {now}')
+  for key in sorted(saved.keys() | new.keys()):
+    is_allowed = any(key == a or key.startswith(f'{a}.') for a in allowed)
+    before, after = saved.get(key, 'absent'), new.get(key, 'absent')
+    if before != after and not is_allowed:
+      lines.append(f'{key}: {before} -> {after}')
   return lines
+
+
+def _leaves(config: Mapping) -> dict[str, str]:
+  """{'a.b': JSON text of the value}. As text, true and 1 differ."""
+  leaves = {}
+
+  def visit(tree, prefix):
+    for key, value in tree.items():
+      if isinstance(value, dict) and value:
+        visit(value, f'{prefix}{key}.')
+      else:
+        leaves[f'{prefix}{key}'] = json.dumps(value)
+  visit(json.loads(json.dumps(config)), '')
+  return leaves
+
+
+_warned: set[str] = set()
+
+
+def warn_if_others_write(directory, log) -> None:
+  """Warns, once per process, if every user of this machine may change files in `directory`."""
+  try:
+    mode = os.stat(directory).st_mode
+  except OSError:
+    return
+  if mode & stat.S_IWOTH and str(directory) not in _warned:
+    _warned.add(str(directory))
+    log(f'any user of this machine can write to {directory} and so change what is loaded: '
+        f'chmod o-w {directory}')

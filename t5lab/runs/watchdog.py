@@ -1,7 +1,7 @@
-"""Turns a silent hang into stack traces and exit code 124.
+"""Watchdog: turns a silent hang into stack traces and exit code 124.
 
-A step that waits for a peer which stopped answering, for a disk or for a lock waits for ever and
-says nothing. A thread here notices that the loop has not come by, and ends the process.
+A step that waits for a peer that stopped answering, for a disk or for a lock waits forever and
+prints nothing. A thread here notices that the training loop has stopped, and ends the process.
 """
 
 from collections import deque
@@ -16,37 +16,44 @@ import time
 from t5lab.errors import WATCHDOG
 
 FACTOR = 20          # times the median time of a step
-STEPS = 100          # that the median is taken of
+STEPS = 100          # the newest steps, of which the median is taken
+LEAVE_SECONDS = 10.  # for the stack traces and `leave`
 
 
 class Watchdog:
   """`with Watchdog(60., workdir) as dog:` then `beat` before each step, `synced` after each fetch.
 
-  `seconds`, or FACTOR medians of a step's time if that is more, without a sign of life end the
-  process: stacks of all threads to standard error and to workdir/watchdog_<process>.txt, a line
-  that says what was waited for, exit code 124. Steps run on the devices long after they were
-  dispatched, so what a step takes is known only where the host waits for one, and each step that is
-  still under way may take its time too. Nothing is watched before two fetches, for the first step
-  compiles as long as it has to; let the loop fetch after each step until `armed`.
+  The process ends after `seconds` without a sign of life, or FACTOR times the median time of a step
+  if that is longer: with the stacks of all threads on standard error and in
+  workdir/watchdog_<process>.txt, a line that says what the loop was waiting for, and exit code 124.
 
-  beat costs a clock reading. seconds: 0 is off. leave: called with the code at last, instead of
-  os._exit; it has 10 s.
+  The devices run steps long after the host dispatched them, so a step's time is known only where
+  the host waits for a result, and each step in flight adds its own time to the limit. Nothing is
+  watched before the second fetch, because the first step compiles for an unknown time; the loop
+  should fetch after each step until `armed`.
+
+  seconds: 0 turns the watchdog off. leave: called with the exit code at last instead of os._exit;
+  it has LEAVE_SECONDS. `beat` costs one clock reading.
   """
 
   def __init__(self, seconds: float, workdir, *, process: int = 0, leave=os._exit):
-    self._seconds, self._path = seconds, Path(workdir) / f'watchdog_{process}.txt'
+    self._seconds = seconds
+    self._path = Path(workdir) / f'watchdog_{process}.txt'
     self._leave = leave
-    self._lock = threading.Lock()
-    self._closing = threading.Event()
-    self._last = self._fetched = time.monotonic()
-    self._under_way, self._known = 0, False
-    self._doing, self._limit = '', None  # _limit: of the block in `paused`
-    self._steps = deque(maxlen=STEPS)    # seconds of each
     self._thread = None
+    self._closing = threading.Event()
+
+    self._lock = threading.Lock()          # of everything below
+    self._last_sign = self._last_fetch = time.monotonic()
+    self._in_flight = 0                    # steps dispatched since the last fetch
+    self._has_fetched = False
+    self._step_seconds = deque(maxlen=STEPS)
+    self._doing = ''
+    self._paused_limit = None              # of the block in `paused`
 
   def __enter__(self):
     if self._seconds:
-      self._thread = threading.Thread(target=self._run, name='watchdog', daemon=True)
+      self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
       self._thread.start()
     return self
 
@@ -57,71 +64,76 @@ class Watchdog:
 
   @property
   def armed(self) -> bool:
-    """Whether a step's time is known (or nothing is to be watched)."""
-    return bool(self._steps) or not self._seconds
+    """Whether a step's time is known, or the watchdog is off."""
+    return bool(self._step_seconds) or not self._seconds
 
   def beat(self, doing: str) -> None:
-    """The loop is here, and goes on to do what `doing` names."""
+    """Reports that the loop is about to dispatch the step that `doing` names."""
     with self._lock:
-      self._last, self._doing = time.monotonic(), doing
-      self._under_way += 1
+      self._last_sign = time.monotonic()
+      self._doing = doing
+      self._in_flight += 1
 
   def synced(self) -> None:
-    """The host has what the last step computed."""
+    """Reports that the host has the results of all steps in flight."""
     with self._lock:
       now = time.monotonic()
-      if self._known and self._under_way:
-        self._steps.append((now - self._fetched) / self._under_way)
-      self._last = self._fetched = now
-      self._known, self._under_way = self._known or self._under_way > 0, 0
+      if self._has_fetched and self._in_flight:
+        self._step_seconds.append((now - self._last_fetch) / self._in_flight)
+      self._has_fetched = self._has_fetched or self._in_flight > 0
+      self._last_sign = self._last_fetch = now
+      self._in_flight = 0
 
   def tick(self) -> None:
-    """A sign of life from inside what takes long."""
+    """A sign of life from inside an operation that takes long."""
     with self._lock:
-      self._last = time.monotonic()
+      self._last_sign = time.monotonic()
 
   @contextlib.contextmanager
   def paused(self, doing: str, seconds: float = 0.):
-    """A block with a limit of its own, 0: none, such as an evaluation that has to compile first;
-    `tick` starts it anew. What the block takes is no step's time."""
+    """A block with a limit of its own (0: none), e.g. an evaluation, which may compile first.
+
+    `tick` restarts the limit. The time of the block does not count as a step's.
+    """
     with self._lock:
-      before, self._doing, self._limit = (self._doing, self._limit), doing, seconds
-      start = self._last = time.monotonic()
+      outer = self._doing, self._paused_limit
+      self._doing, self._paused_limit = doing, seconds
+      start = self._last_sign = time.monotonic()
     try:
       yield
     finally:
       with self._lock:
-        self._doing, self._limit = before
-        self._last = time.monotonic()
-        self._fetched += self._last - start
+        self._doing, self._paused_limit = outer
+        self._last_sign = time.monotonic()
+        self._last_fetch += self._last_sign - start
 
   def limit(self) -> float:
-    """Seconds without a sign of life that end the process now; 0: none do."""
+    """Seconds without a sign of life that would end the process now; 0: no limit."""
     with self._lock:
-      return self._current()
+      return self._current_limit()
 
-  def _current(self):
-    if self._limit is not None:
-      return self._limit
-    if not self._steps:
+  def _current_limit(self):
+    if self._paused_limit is not None:
+      return self._paused_limit
+    if not self._step_seconds:
       return 0.
-    median = statistics.median(self._steps)
-    return max(self._seconds, FACTOR * median) + self._under_way * median
+    median = statistics.median(self._step_seconds)
+    return max(self._seconds, FACTOR * median) + self._in_flight * median
 
-  def _run(self):
+  def _watch(self):
     while not self._closing.wait(min(1., self._seconds / 4)):
       with self._lock:
-        limit = self._current()
-        waited = time.monotonic() - self._last if limit else 0.
+        limit = self._current_limit()
+        silent = time.monotonic() - self._last_sign if limit else 0.
         doing = self._doing
-      if limit and waited > limit:
-        self._bite(f'no sign of life for {waited:.0f} s (the limit is {limit:.0f} s); it was '
-                   f'waiting for: {doing}')
+      if limit and silent > limit:
+        self._end_process(f'no sign of life for {silent:.0f} s (limit: {limit:.0f} s) while '
+                          f'waiting for: {doing}')
 
-  def _bite(self, reason):
+  def _end_process(self, reason):
     line = f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; exit code {WATCHDOG}'
-    # Nothing here may wait: neither for a full disk nor for a lock that the hanging thread holds.
-    threading.Timer(10., os._exit, [WATCHDOG]).start()
+    # Nothing here may block: neither a full disk nor a lock that the hanging thread holds.
+    threading.Timer(LEAVE_SECONDS, os._exit, [WATCHDOG]).start()
     faulthandler.dump_traceback(2, all_threads=True)
     try:
       with open(self._path, 'w') as f:
