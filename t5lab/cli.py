@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
       raise
     if together := sys.modules.get('t5lab.parallel.multihost'):
-      together.heed()
+      together.await_abort()
     what = ' '.join(str(e).split())[:300]
     return _end(Failure.code,
                 f'internal error, {type(e).__name__}: {what} (--debug shows the trace)')
@@ -66,7 +66,7 @@ def _end(code: int, message: str) -> int:
   together = sys.modules.get('t5lab.parallel.multihost')
   print(f't5lab: {message}', file=sys.stderr)
   if together and code != Preempted.code:       # that all of them agreed on
-    together.give_up(code, message)
+    together.abort_all(code, message)
   return code
 
 
