@@ -1,14 +1,15 @@
 """t5lab bisect RUN_A RUN_B
 
-Finds the first step and tensor at which two runs part. Compares their configs, metrics and
-checkpoints, then replays both from the last checkpoint at which they are the same, or from their
-seeds, and looks at the data, the loss, the gradients and the updated arrays of each step, bit for
-bit. Nothing in either folder changes.
+Finds the first step and tensor at which two runs differ. Compares their configs, metrics and
+checkpoints, then replays both from the last checkpoint at which they agree, or from their seeds,
+and compares the data, loss, gradients and updated arrays of each step bit for bit. Nothing in
+either folder changes.
 
-Exit code 0: the runs are equal; 70: they part, and the last line says where.
+Exit codes: 0 the runs are equal; 70 they differ, and the last line says where.
 """
 
 import argparse
+import functools
 import sys
 
 from t5lab.commands import Parser, use_compilation_cache
@@ -24,12 +25,11 @@ def main(argv: list[str] | None = None) -> int:
                       help="modules of yours that register the runs' tasks")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-  from t5lab.programs import bisect as bisecting
-  from t5lab.programs import replay as replaying
+  from t5lab.programs import bisect
+  from t5lab.programs.replay import Replay
   use_compilation_cache()
   modules = tuple(filter(None, args.modules.split(',')))
-  a, b = (replaying.Replay(path, modules) for path in (args.a, args.b))
-  verdict = bisecting.bisect(a, b, say=lambda text: print(text, flush=True))
+  a, b = (Replay(path, modules) for path in (args.a, args.b))
+  verdict = bisect.bisect(a, b, log=functools.partial(print, flush=True))
   print(verdict.text)
-  return NumericalError.code if verdict.parted else 0
-
+  return NumericalError.code if verdict.differ else 0

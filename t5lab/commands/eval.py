@@ -10,7 +10,6 @@ here: --config.data.modules=my.tasks.
 """
 
 import argparse
-import functools
 import sys
 
 from t5lab import config as configs
@@ -35,13 +34,8 @@ def main(argv: list[str] | None = None) -> int:
       raise UsageError(f'--config.{key}: eval takes changes of eval.* and of what the data is: '
                        f'{", ".join(k.rstrip(".") for k in MAY_CHANGE[1:])}')
 
-  import jax
-
-  from t5lab.models.transformer import Transformer
   from t5lab.parallel import sharding
-  from t5lab.programs import lab as labs
-  from t5lab.programs import loading, scoring, streams
-  from t5lab.training import steps
+  from t5lab.programs import lab, loading, scoring
   use_compilation_cache()
   c = loading.read_config(args.workdir)
   theirs, c.data.modules = tuple(c.data.modules), ()      # what lies in a folder is not imported
@@ -57,28 +51,25 @@ def main(argv: list[str] | None = None) -> int:
   if not numbers:
     raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')
   chosen = numbers if args.step == 'all' else [args.step]
+  mesh = sharding.make_mesh(**c.mesh.to_dict())
+  evaluator = scoring.Evaluator(c, mesh)   # compiles once for all steps and weights
   try:
-    evaluation = streams.open_evaluation(c)
+    evaluator.open()
   except UsageError as e:
     if not theirs or c.data.modules:
       raise
     raise UsageError(f'{e} The run used {", ".join(theirs)}: if you trust it, add '
                      f'--config.data.modules={",".join(theirs)}') from e
-  sums = jax.jit(functools.partial(steps.eval_step, model=Transformer(configs.model_config(c))))
-  engine = labs.make_engine(c)             # compiles once for all steps and weights
-  mesh = sharding.make_mesh(**c.mesh.to_dict())
-  changed = ''.join(f'.{x}' for x in (args.task, args.split) if x)
+  suffix = ''.join(f'.{x}' for x in (args.task, args.split) if x)
   results = []
   for number in chosen:
-    found = {}
-    for name in ('raw', 'ema') if c.optim.ema else ('raw',):
-      found[name] = labs.load(args.workdir, number, name, config=c, engine=engine)
-    step = found['raw'].step
+    labs = {weights: lab.load(args.workdir, number, weights, config=c, engine=evaluator.engine)
+            for weights in (('raw', 'ema') if c.optim.ema else ('raw',))}
+    step = labs['raw'].step
     with sharding.use(mesh, c.rules):
-      result = scoring.evaluate(evaluation, found, sums, mesh)
-    path = scoring.write_evaluation(args.workdir, step, result, changed)
-    show(result, f'{args.workdir} · step {step} · {c.eval.split}',
-         c.eval.samples)
+      result = evaluator.score(labs)
+    path = scoring.write_evaluation(args.workdir, step, result, suffix)
+    show(result, f'{args.workdir} · step {step} · {c.eval.split}', c.eval.samples)
     print(path)
     results.append(result)
   for result in results:

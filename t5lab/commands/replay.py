@@ -1,15 +1,17 @@
 """t5lab replay --workdir RUN --from S [--steps K] [--output DIR]
 
-Does steps S + 1 … S + K of a run again, from its own config, its checkpoint of step S (0: the seed)
-and its data, and compares every number with what the run wrote: each row of metrics.jsonl, and the
-arrays of each checkpoint in the window, bit for bit. Nothing in the run's folder changes. With
---output the replay leaves a row of each step and its last state there.
+Computes steps S + 1 to S + K of a run again, from its own config, its checkpoint of step S (0: the
+seed) and its data, and compares every number with what the run wrote: each row of metrics.jsonl and
+the arrays of each checkpoint in the window, bit for bit. Nothing in the run's folder changes. With
+--output, the rows of the replay and its last state are written to a new folder.
 
-Exit code 0: reproduced; 70: it differs, and the first step and number are named; 2: the run left
-nothing to compare with. Bits are those of the same software on the same kind and number of devices.
+Exit codes: 0 reproduced; 70 not reproduced (the first step and number that differ are named);
+2 the run left nothing to compare with. The bits agree on the same software and the same kind and
+number of devices.
 """
 
 import argparse
+import json
 from pathlib import Path
 import sys
 
@@ -21,132 +23,147 @@ from t5lab.errors import NumericalError, UsageError
 def main(argv: list[str] | None = None) -> int:
   parser = Parser('t5lab replay', description=__doc__,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--workdir', required=True, help='the folder of the run')
   parser.add_argument('--from', dest='start', type=int, required=True, metavar='S',
-                      help='a step with a checkpoint, or 0: from the beginning')
-  parser.add_argument('--steps', type=int, metavar='K', help='default: to the next checkpoint')
-  parser.add_argument('--output', metavar='DIR', help='a new folder for what the replay makes')
+                      help='a step with a checkpoint, or 0 for the seed')
+  parser.add_argument('--steps', type=int, metavar='K',
+                      help='how many steps to replay (default: to the next checkpoint)')
+  parser.add_argument('--output', metavar='DIR',
+                      help='a new folder for the rows and the last state')
   parser.add_argument('--modules', default='', metavar='A,B',
                       help="modules of yours that register the run's tasks")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
-  from t5lab.programs import replay as replaying
+  from t5lab.programs.replay import Replay, compare_checkpoint, differing_keys, read_rows
   from t5lab.runs import sentry
   use_compilation_cache()
-  replay = replaying.Replay(args.workdir, tuple(filter(None, args.modules.split(','))))
-  stop = _stop(replay, args.start, args.steps)
-  rows, wanted = replay.rows(), range(args.start + 1, stop + 1)
-  saved = [s for s in replay.checkpoints.steps() if s in wanted]
-  known = [s for s in wanted if s in rows]
-  if not known and not saved:
-    near = sorted({s for s in [*rows, *replay.checkpoints.steps()] if s > args.start})[:1]
-    raise UsageError(f'{args.workdir} has neither a row nor a checkpoint of steps {args.start + 1} '
-                     f'to {stop}' + (f'; the next is of step {near[0]}' if near else ''))
+
+  # The window, and what the run wrote in it.
+  replay = Replay(args.workdir, tuple(filter(None, args.modules.split(','))))
+  stop = _last_step(replay, args.start, args.steps)
+  window = range(args.start + 1, stop + 1)
+  rows = read_rows(args.workdir)
+  row_steps = [step for step in window if step in rows]
+  checkpoint_steps = [step for step in replay.checkpoints.steps() if step in window]
+  if not row_steps and not checkpoint_steps:
+    later = [step for step in [*rows, *replay.checkpoints.steps()] if step > args.start]
+    hint = f'; the next is at step {min(later)}' if later else ''
+    raise UsageError(f'{args.workdir} has neither a row nor a checkpoint of steps '
+                     f'{args.start + 1} to {stop}{hint}')
   output = _open_output(args.output, replay)
-  replay.go(args.start)
-  print(f'{args.workdir}: steps {args.start + 1} to {stop}, from '
-        f'{"the seed" if args.start == 0 else f"the checkpoint of step {args.start}"}, on '
-        f'{replay.program.mesh.size} {_platform()} device{"s" * (replay.program.mesh.size > 1)}')
+
+  replay.start_at(args.start)
+  origin = f'the checkpoint of step {args.start}' if args.start else 'the seed'
+  devices = replay.program.mesh.devices
+  print(f'{args.workdir}: steps {args.start + 1} to {stop}, from {origin}, on {devices.size} '
+        f'{devices.flat[0].platform} device{"s" * (devices.size > 1)}')
   print(f'{"step":>8}  {"loss":>12}  {"grad_norm":>12}  {"lr":>12}  recorded')
+
   arrays = 0
-  for _ in wanted:
-    done = replay.next()
+  for _ in window:
+    # A step and its row.
+    replayed = replay.next_step()
+    step, row = replayed.step, rows.get(replayed.step)
     if output:
-      output.add(done.row)
-    theirs = rows.get(done.step)
-    wrong = replaying.differing(done.row, theirs) if theirs else []
-    said = '-' if theirs is None else f'differs in {wrong[0]}' if wrong else 'the same bits'
-    said += ', skipped' * bool(done.row['skipped'])
-    numbers = '  '.join(f'{done.row[k]:>12.7g}' for k in ('loss', 'grad_norm', 'lr'))
-    print(f'{done.step:>8}  {numbers}  {said}', flush=True)
-    if wrong:
-      k = wrong[0]
-      return _parted(replay, args.start, f'step {done.step}: {k} is {done.row[k]!r}, the run wrote '
-                                         f'{theirs[k]!r}')
-    if done.step in saved:
-      count, differences = replaying.compare_checkpoint(replay, done.step)
+      output.add(replayed.row)
+    differing = differing_keys(replayed.row, row) if row else []
+    verdict = '-' if row is None else 'bit-equal'
+    if differing:
+      verdict = f'differs in {differing[0]}'
+    if replayed.row['skipped']:
+      verdict += ', skipped'
+    numbers = '  '.join(f'{replayed.row[k]:>12.7g}' for k in ('loss', 'grad_norm', 'lr'))
+    print(f'{step:>8}  {numbers}  {verdict}', flush=True)
+    if differing:
+      key = differing[0]
+      raise _not_reproduced(replay, args.start, f'step {step}: {key} is {replayed.row[key]!r}, '
+                                                f'the run wrote {row[key]!r}')
+
+    # Its checkpoint.
+    if step in checkpoint_steps:
+      count, differences = compare_checkpoint(replay, step)
       arrays += count
-      print(f'{"":>8}  checkpoint of step {done.step}: '
-            + (f'{len(differences)} of {count} arrays differ' if differences
-               else f'{count} arrays, the same bits'), flush=True)
+      verdict = f'{len(differences)} of {count} arrays differ' if differences else (
+          f'{count} arrays bit-equal')
+      print(f'{"":>8}  checkpoint of step {step}: {verdict}', flush=True)
       if differences:
         first = differences[0]
-        return _parted(replay, args.start, f'step {done.step}: {first.what} is not that of the '
-                                           f'checkpoint: {first.text}')
-    if done.halted:
-      stop = done.step
-      if stop not in (known_bad := {r['step'] for r in sentry.read_anomalies(args.workdir)}):
-        return _parted(replay, args.start, f'step {stop} is bad, in the run it was none of '
-                                           f'{sorted(known_bad)}')
-      print(f'step {stop} is bad again, as it was in the run')
+        raise _not_reproduced(replay, args.start, f'step {step}: {first.name} differs from the '
+                                                  f'checkpoint: {first.text}')
+
+    # A step at which the guard ended the run.
+    if replayed.halted:
+      stop = step
+      bad_steps = {record['step'] for record in sentry.read_anomalies(args.workdir)}
+      if step not in bad_steps:
+        raise _not_reproduced(replay, args.start, f'step {step} is bad in the replay; the bad '
+                                                  f'steps of the run were {sorted(bad_steps)}')
+      print(f'step {step} is bad again, as it was in the run')
       break
+
   if output:
     output.close(replay)
-  known, saved = (sum(s <= stop for s in x) for x in (known, saved))
-  print(f'steps {args.start + 1} to {stop} are reproduced bit for bit: {known} rows of metrics, '
-        f'{saved} checkpoints with {arrays} arrays' + f'; written to {args.output}' * bool(output))
+  row_count = sum(step <= stop for step in row_steps)
+  checkpoint_count = sum(step <= stop for step in checkpoint_steps)
+  written = f'; written to {args.output}' if output else ''
+  print(f'steps {args.start + 1} to {stop} are reproduced bit for bit: {row_count} rows of '
+        f'metrics, {checkpoint_count} checkpoints with {arrays} arrays{written}')
   return 0
 
 
-def _stop(replay, start, steps) -> int:
-  if start < 0 or steps is not None and steps < 1:
-    raise UsageError(f'--from {start} --steps {steps}: a step of 0 or more, and 1 step or more')
+def _last_step(replay, start, steps) -> int:
+  if start < 0 or (steps is not None and steps < 1):
+    raise UsageError(f'--from must be 0 or more and --steps 1 or more, got --from {start} --steps '
+                     f'{steps}')
   if steps is None:
-    return next((s for s in replay.checkpoints.steps() if s > start), replay.config.total_steps)
+    later = [step for step in replay.checkpoints.steps() if step > start]
+    return later[0] if later else replay.config.total_steps
   return start + steps
 
 
-def _platform() -> str:
-  import jax
-  return jax.devices()[0].platform
-
-
-def _parted(replay, start, what) -> int:
-  why = ''
-  if replay.changed_since(start):
-    why += '; the config was changed since the checkpoint of that start (total_steps, guard, …)'
+def _not_reproduced(replay, start, difference) -> NumericalError:
+  reason = ''
+  if replay.config_changed_since(start):
+    reason += '; the config was changed after that checkpoint (total_steps, guard, …)'
   then = {} if start == 0 else replay.checkpoints.manifest(start).meta.get('mesh', {})
   now = dict(replay.program.mesh.shape)
   if then and then != now:
     show = lambda m: ' '.join(f'{k}={v}' for k, v in m.items() if v != 1) or 'one device'
-    why += f'; the run had a mesh of {show(then)}, this is {show(now)}: sums are in another order'
-  raise NumericalError(f'not reproduced: {what}{why}')
+    reason += f'; the run had a mesh of {show(then)}, this one is {show(now)}, which sums in ' \
+              'another order'
+  return NumericalError(f'not reproduced: {difference}{reason}')
 
 
 def _open_output(path, replay):
   if not path:
     return None
-  where = Path(path).absolute()
-  run = replay.workdir.absolute()
-  if where == run or run in where.parents:
-    raise UsageError(f'--output {path} lies in the run that is replayed, which stays as it is')
-  if where.exists() and any(where.iterdir()):
+  folder, run = Path(path).absolute(), replay.workdir.absolute()
+  if folder == run or run in folder.parents:
+    raise UsageError(f'--output {path} is inside the replayed run, which must not change')
+  if folder.exists() and any(folder.iterdir()):
     raise UsageError(f'--output {path} is not empty; name a new folder')
-  return _Output(where)
+  return _Output(folder)
 
 
 class _Output:
-  """config.json, metrics.jsonl with a row of each step, and a checkpoint of the last one."""
+  """config.json, metrics.jsonl with a row for each step, and a checkpoint of the last one."""
 
-  def __init__(self, where: Path):
-    where.mkdir(parents=True, exist_ok=True)
-    self._where, self._rows = where, []
+  def __init__(self, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._folder, self._rows = folder, []
 
   def add(self, row):
     self._rows.append(row)
 
   def close(self, replay):
-    import json
-
     from t5lab.data import vocab
     from t5lab.programs import loading
     from t5lab.runs import rundir
     from t5lab.runs.checkpoint import Checkpoints
-    vocab.export(replay.config.data.vocab, self._where / loading.VOCABULARY)
-    rundir.write_config(self._where, rundir.read_config(replay.workdir))
-    files.write_text(self._where / 'metrics.jsonl', ''.join(
-        json.dumps(row) + '\n' for row in self._rows))
-    checkpoints = Checkpoints(self._where / 'checkpoints')
+    vocab.export(replay.config.data.vocab, self._folder / loading.VOCABULARY)
+    rundir.write_config(self._folder, rundir.read_config(replay.workdir))
+    files.write_text(self._folder / 'metrics.jsonl',
+                     ''.join(json.dumps(row) + '\n' for row in self._rows))
+    checkpoints = Checkpoints(self._folder / 'checkpoints')
     checkpoints.save(replay.step, replay.state, meta=replay.meta())
     checkpoints.wait()
-

@@ -1,9 +1,9 @@
-"""The first step and tensor at which two runs part.
+"""Finds the first step and tensor at which two runs differ.
 
-What both wrote narrows it down: the last checkpoint that both have with the same arrays, the first
-row or checkpoint that differs. From that checkpoint (or the seed) both are replayed, one after the
-other, with a checksum of every array a step, and at the first step that differs everything is
-looked at in the order in which it is computed: data, loss, gradients, update.
+What both runs wrote narrows it down: the last checkpoint that both have with the same arrays, and
+the first row or checkpoint that differs. From that checkpoint, or from the seed, both are replayed
+one after the other with a checksum of every array after each step. The first step that differs is
+then examined in the order of its computation: data, loss, gradients, update.
 """
 
 from collections.abc import Callable
@@ -14,121 +14,153 @@ import hashlib
 import jax
 import numpy as np
 
-from t5lab import config as configs
-from t5lab import trees
+from t5lab import config, trees
 from t5lab.errors import UsageError
-from t5lab.programs import replay as replaying
-from t5lab.programs.replay import PARTS, Replay
+from t5lab.programs import loading
+from t5lab.programs.replay import (
+  PARTS,
+  Difference,
+  Replay,
+  compare,
+  compare_checkpoint,
+  compare_trees,
+  differing_keys,
+  read_rows,
+)
 from t5lab.runs import rundir
 from t5lab.training import digests, steps
 
-NOT_COMPARED = ('checkpoint', 'eval', 'log', 'plan', 'guard.watchdog')    # change no number
+NOT_COMPARED = ('checkpoint', 'eval', 'log', 'plan', 'guard.watchdog')    # they change no number
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """parted: whether the runs differ. step: where. what: 'config', 'seed', 'data', 'loss',
-  'gradients', 'update', or 'record': the replays agree, what was written does not."""
-  parted: bool
+  """The result of a bisection.
+
+  cause: 'config', 'seed', 'data', 'loss', 'gradients', 'update', or 'record' if the replays agree
+  and only what was written differs; '' if the runs are equal.
+  """
+  differ: bool
   step: int
-  what: str
+  cause: str
   text: str
 
 
-def bisect(a: Replay, b: Replay, say: Callable = print) -> Verdict:
-  """Compares two runs, replays as much of them as it has to. `say` gets a line at a time."""
+def bisect(a: Replay, b: Replay, log: Callable = print) -> Verdict:
+  """Compares two runs, and replays as much of them as is needed. log(line) reports progress."""
   for line in config_differences(a, b):
-    say(f'config {line}')
-  shapes = [{p: (x.shape, str(x.dtype)) for p, x in trees.flatten(r.program.abstract).items()}
-            for r in (a, b)]
-  if wrong := [p for p in {**shapes[0], **shapes[1]} if shapes[0].get(p) != shapes[1].get(p)]:
-    shown = [f'{s[wrong[0]][1]}{list(s[wrong[0]][0])}' if wrong[0] in s else 'absent'
-             for s in shapes]
-    return Verdict(True, 0, 'config', 'the runs part before any training, they are of other models '
-                   f'or optimizers: {wrong[0]} is {" and ".join(shown)} ({len(wrong)} arrays '
-                   'differ)')
-  start, end = narrow(a, b, say)
+    log(f'config {line}')
+  if text := _shape_difference(a, b):
+    return Verdict(True, 0, 'config', text)
+
+  start, end = narrow(a, b, log)
   if end is None:
     return Verdict(False, start, '', f'equal: everything that both runs wrote, up to step {start}')
-  say(f'replaying both from {f"the checkpoint of step {start}" if start else "the seed"} to step '
-      f'{end}')
-  step = _first_difference(a, b, start, end, say)
+  origin = f'the checkpoint of step {start}' if start else 'the seed'
+  log(f'replaying both from {origin} to step {end}')
+  step = _first_difference(a, b, start, end, log)
   if step is None:
-    return _records(a, b, start, end)
-  return _look(a, b, start, step)
+    return _compare_records(a, b, start, end)
+  return _examine(a, b, start, step)
 
 
 def config_differences(a: Replay, b: Replay) -> list[str]:
-  """['optim.lr: 0.1 -> 0.2'] of keys that a run's numbers depend on."""
-  read = lambda r: configs.to_dict(configs.from_dict(rundir.read_config(r.workdir)))
+  """['optim.lr: 0.1 -> 0.2'], of the keys that the numbers of a run depend on."""
+  read = lambda run: config.to_dict(config.from_dict(rundir.read_config(run.workdir)))
   return rundir.config_differences(read(a), read(b), NOT_COMPARED)
+
+
+def _shape_difference(a: Replay, b: Replay) -> str:
+  """The first array that only one of the runs has in its shape and dtype, as a text; '' if none."""
+  shapes_a, shapes_b = ({path: f'{x.dtype}{list(x.shape)}' for path, x in
+                         trees.flatten(run.program.abstract).items()} for run in (a, b))
+  differing = [path for path in {**shapes_a, **shapes_b}
+               if shapes_a.get(path) != shapes_b.get(path)]
+  if not differing:
+    return ''
+  first = differing[0]
+  return ('the runs cannot be compared: their models or optimizers differ; '
+          f'{first} is {shapes_a.get(first, "absent")} and {shapes_b.get(first, "absent")} '
+          f'({len(differing)} arrays differ)')
 
 
 # --- what was written --------------------------------------------------------------------------
 
 
-def narrow(a: Replay, b: Replay, say) -> tuple[int, int | None]:
-  """(the last common start at which they are the same, the first step at which a row or checkpoint
-  differs); (the last common step, None) if nothing differs."""
-  rows_a, rows_b = a.rows(), b.rows()
+def narrow(a: Replay, b: Replay, log) -> tuple[int, int | None]:
+  """(the last common start before any difference, the first step whose row or checkpoint differs);
+  (the last common step, None) if nothing differs."""
+  # Rows of metrics.
+  rows_a, rows_b = read_rows(a.workdir), read_rows(b.workdir)
   common = sorted(rows_a.keys() & rows_b.keys())
-  wrong_row = next((s for s in common if replaying.differing(rows_a[s], rows_b[s])), None)
-  say(f'{len(common)} common rows of metrics: ' + (
-      'all the same bits' if wrong_row is None else f'the first that differs is of step '
-      f'{wrong_row}, in {", ".join(replaying.differing(rows_a[wrong_row], rows_b[wrong_row]))}'))
+  first_row = next((step for step in common if differing_keys(rows_a[step], rows_b[step])), None)
+  if first_row is None:
+    log(f'{len(common)} common rows of metrics: bit-equal')
+  else:
+    keys = ', '.join(differing_keys(rows_a[first_row], rows_b[first_row]))
+    log(f'{len(common)} common rows of metrics: the first that differs is step {first_row}, '
+        f'in {keys}')
+
+  # Checkpoints.
   both = sorted(set(a.checkpoints.steps()) & set(b.checkpoints.steps()))
-  same, wrong_save = 0, None
+  start, first_checkpoint = 0, None
   for step in both:
-    if _same_checkpoint(a, b, step):
-      if wrong_row is None or step < wrong_row:
-        same = step
-      continue
-    wrong_save = step
-    break
-  say(f'{len(both)} common checkpoints: ' + (
-      'all the same bits' if wrong_save is None else
-      f'the first that differs is of step {wrong_save}'))
-  ends = [s for s in (wrong_row, wrong_save) if s is not None]
-  if not ends:
-    if not common and not both:
-      raise UsageError(f'{a.workdir} and {b.workdir} have no step in common to compare: neither a '
-                       'row of metrics nor a checkpoint')
-    return max([*common, *both]), None
-  return same, min(ends)
+    if not _same_checkpoint(a, b, step):
+      first_checkpoint = step
+      break
+    if first_row is None or step < first_row:
+      start = step
+  if first_checkpoint is None:
+    log(f'{len(both)} common checkpoints: bit-equal')
+  else:
+    log(f'{len(both)} common checkpoints: the first that differs is step {first_checkpoint}')
+
+  ends = [step for step in (first_row, first_checkpoint) if step is not None]
+  if ends:
+    return start, min(ends)
+  if not common and not both:
+    raise UsageError(f'{a.workdir} and {b.workdir} have no step in common to compare: neither a '
+                     'row of metrics nor a checkpoint')
+  return max([*common, *both]), None
 
 
 def _same_checkpoint(a, b, step) -> bool:
-  # equal files are equal arrays; the opposite need not hold
-  files = [{name: digest for name, (_, digest) in r.checkpoints.verify(step).files.items()}
-           for r in (a, b)]
-  if files[0] == files[1]:
+  # Equal files hold equal arrays; different files may too.
+  digests_a, digests_b = ({name: sha256 for name, (_, sha256) in
+                           run.checkpoints.verify(step).files.items()} for run in (a, b))
+  if digests_a == digests_b:
     return True
-  return not any(replaying.compare_trees(a.saved(step, part), b.saved(step, part))
-                 for part in PARTS if trees.flatten(getattr(a.program.abstract, part)))
+  parts = [part for part in PARTS if trees.flatten(getattr(a.program.abstract, part))]
+  return not any(compare_trees(a.saved(step, part), b.saved(step, part)) for part in parts)
 
 
-def _records(a, b, start, end) -> Verdict:
-  """Both replays agree up to the step where the records differ: one of the records is wrong."""
+def _compare_records(a, b, start, end) -> Verdict:
+  """Both replays agree up to the step where the records differ: finds the record that is wrong."""
   wrong = []
   for run in (a, b):
-    run.go(start)
-    rows = run.rows()
-    found = ''
-    while run.step < end and not found:
-      done = run.next()
-      if keys := replaying.differing(done.row, rows.get(done.step, {})):
-        found = (f'step {done.step}, {keys[0]}: replayed {done.row[keys[0]]!r}, written '
-                 f'{rows[done.step][keys[0]]!r}')
-    if not found and end in run.checkpoints.steps():
-      _, differences = replaying.compare_checkpoint(run, end)
-      if differences:
-        found = f'the checkpoint of step {end}, {differences[0].what}: {differences[0].text}'
-    if found:
-      wrong.append(f'{run.workdir} is not what its config, data and start make ({found})')
-  return Verdict(True, end, 'record', f'the runs part at step {end} in what they wrote, not in '
-                 'what they compute, for both replays agree; '
+    if error := _record_error(run, start, end):
+      wrong.append(f'{run.workdir} is not what its config, data and start produce ({error})')
+  return Verdict(True, end, 'record', f'the runs differ at step {end} in what they wrote, not in '
+                 'what they compute, because both replays agree; '
                  + ('; '.join(wrong) or 'neither record differs from its own replay')
                  + ': a fault of hardware or software, or an edited file')
+
+
+def _record_error(run, start, end) -> str:
+  """The first number that the run wrote and its replay does not reproduce; '' if there is none."""
+  run.start_at(start)
+  rows = read_rows(run.workdir)
+  while run.step < end:
+    replayed = run.next_step()
+    keys = differing_keys(replayed.row, rows.get(replayed.step, {}))
+    if keys:
+      return (f'step {replayed.step}, {keys[0]}: replayed {replayed.row[keys[0]]!r}, written '
+              f'{rows[replayed.step][keys[0]]!r}')
+  if end in run.checkpoints.steps():
+    _, differences = compare_checkpoint(run, end)
+    if differences:
+      return f'the checkpoint of step {end}, {differences[0].name}: {differences[0].text}'
+  return ''
 
 
 # --- what is computed --------------------------------------------------------------------------
@@ -141,109 +173,132 @@ def _checksums(state):
 
 
 def _trace(run: Replay, start: int, end: int):
-  """Yields (step, {feature: SHA-256}, row, {path: checksum of the state after it})."""
-  run.go(start)
+  """Yields (step, {feature: SHA-256}, row, {path: checksum of the state after the step})."""
+  run.start_at(start)
   yield start, {}, {}, jax.device_get(_checksums(run.state))
   while run.step < end:
-    done = run.next()
+    replayed = run.next_step()
     features = {name: hashlib.sha256(f'{x.dtype}{x.shape}'.encode() + x.tobytes()).hexdigest()
-                for name, x in done.batch.items()}
-    row = {k: v for k, v in done.row.items() if k != 'data'}
-    yield done.step, features, row, jax.device_get(_checksums(run.state))
+                for name, x in replayed.batch.items()}
+    row = {name: value for name, value in replayed.row.items() if name != 'data'}
+    yield replayed.step, features, row, jax.device_get(_checksums(run.state))
 
 
-def _first_difference(a, b, start, end, say) -> int | None:
-  kept = list(_trace(a, start, end))
-  a.state = None                          # one run in memory at a time
-  for ours, theirs in zip(kept, _trace(b, start, end)):
-    step, features, row, sums = theirs
-    if ours[1] != features or ours[3] != sums or replaying.differing(ours[2], row):
+def _first_difference(a, b, start, end, log) -> int | None:
+  trace_a = list(_trace(a, start, end))
+  a.free_state()                          # only one run is in memory at a time
+  for before, now in zip(trace_a, _trace(b, start, end)):
+    _, features_a, row_a, sums_a = before
+    step, features_b, row_b, sums_b = now
+    if features_a != features_b or sums_a != sums_b or differing_keys(row_a, row_b):
       return step
     if step > start:
-      say(f'step {step}: data, loss and {len(sums)} arrays are the same')
+      log(f'step {step}: data, loss and {len(sums_b)} arrays are the same')
   return None
 
 
-def _look(a: Replay, b: Replay, start: int, step: int) -> Verdict:
-  """What differs first in `step`, everything before it being the same."""
-  found = []
-  for run in (a, b):
-    run.go(start)
-    while run.step < step - 1:
-      run.next()
-    if step > start:
-      number, batch = run.batch()
-      gradient = jax.device_get(_gradients(run, batch))
-      row = run.next().row
-    else:
-      number, batch, gradient, row = 0, {}, {}, {}
-    state = jax.device_get(trees.flatten(run.state))
-    state = {path: state[path] for part in PARTS for path in state if path.split('/')[0] == part}
-    found.append((number, batch, row, gradient, state))
-    run.state = None
-  (number, batch, row, gradient, state), (number_b, batch_b, row_b, gradient_b, state_b) = found
-  at = f'the runs part at step {step}'
+@dataclasses.dataclass(frozen=True)
+class _Evidence:
+  """All of a step, on the host. number: of the batch in the stream; gradient, state: {path: array}.
+  """
+  number: int
+  batch: dict
+  row: dict
+  gradient: dict
+  state: dict
+
+
+def _collect(run: Replay, start: int, step: int) -> _Evidence:
+  """Replays a run up to `step` and keeps what that step computes."""
+  run.start_at(start)
+  while run.step < step - 1:
+    run.next_step()
+  number, batch, gradient, row = 0, {}, {}, {}
+  if step > start:
+    number, batch = run.next_batch()
+    gradient = jax.device_get(_gradients(run, batch))
+    row = run.next_step().row
+  state = jax.device_get(trees.flatten(run.state))
+  run.free_state()
+  by_part = {path: state[path] for part in PARTS for path in state if path.split('/')[0] == part}
+  return _Evidence(number, batch, row, gradient, by_part)
+
+
+def _examine(a: Replay, b: Replay, start: int, step: int) -> Verdict:
+  """What differs first in `step`, when everything before it is the same."""
+  x, y = (_collect(run, start, step) for run in (a, b))
+  where = f'the runs differ at step {step}'
+
   if step == start:
-    first, more = _first(replaying.compare_trees(state, state_b))
-    return Verdict(True, step, 'seed', f'{at}, before any training: {first.what} differs, '
-                   f'{first.text}{more}')
-  if wrong := [name for name in {**batch, **batch_b}
-               if name not in batch or name not in batch_b
-               or replaying.compare(name, batch[name], batch_b[name])]:
-    text = _data(a, b, number, number_b, wrong, batch, batch_b)
-    return Verdict(True, step, 'data', f'{at}: {text}')
-  forward = [k for k in ('loss', 'z_loss', 'accuracy', 'tokens') if replaying.differing(
-      {k: row[k]}, row_b)]
+    first, more = _first(compare_trees(x.state, y.state))
+    return Verdict(True, step, 'seed', f'{where}, before any training: {first.name} '
+                   f'differs, {first.text}{more}')
+
+  features = [name for name in {**x.batch, **y.batch}
+              if name not in x.batch or name not in y.batch
+              or compare(name, x.batch[name], y.batch[name])]
+  if features:
+    return Verdict(True, step, 'data', f'{where}: {_describe_data(a, b, x, y, features)}')
+
+  # Metrics of the forward pass; the others depend on the gradients.
+  forward = [name for name in ('loss', 'z_loss', 'accuracy', 'tokens')
+             if name in differing_keys(x.row, y.row)]
   if forward:
-    k = forward[0]
-    return Verdict(True, step, 'loss', f'{at}: the data is the same, {k} is {row[k]!r} and '
-                   f'{row_b[k]!r}')
-  if differences := sorted(replaying.compare_trees(gradient, gradient_b), key=_from_the_loss):
-    first, more = _first(differences)
-    return Verdict(True, step, 'gradients', f'{at}: data and loss are the same, the gradient of '
-                   f'{first.what} differs, {first.text}{more}')
-  differences = replaying.compare_trees(state, state_b)
+    name = forward[0]
+    return Verdict(True, step, 'loss', f'{where}: the data is the same, {name} is '
+                   f'{x.row[name]!r} and {y.row[name]!r}')
+
+  differences = sorted(compare_trees(x.gradient, y.gradient), key=_backward_order)
   if differences:
     first, more = _first(differences)
-    return Verdict(True, step, 'update', f'{at}: data, loss and gradients are the same, the update '
-                   f'makes {first.what} differ, {first.text}{more}')
-  keys = replaying.differing(row, row_b)
-  return Verdict(True, step, 'update', f'{at}: all arrays are the same, but ' + ', '.join(
-      f'{k} is {row[k]!r} and {row_b[k]!r}' for k in keys[:3]))
+    return Verdict(True, step, 'gradients', f'{where}: data and loss are the same, the gradient of '
+                   f'{first.name} differs, {first.text}{more}')
+
+  differences = compare_trees(x.state, y.state)
+  if differences:
+    first, more = _first(differences)
+    return Verdict(True, step, 'update', f'{where}: data, loss and gradients are the same, the '
+                   f'update makes {first.name} differ, {first.text}{more}')
+
+  shown = [f'{k} is {x.row[k]!r} and {y.row[k]!r}' for k in differing_keys(x.row, y.row)[:3]]
+  return Verdict(True, step, 'update', f'{where}: all arrays are the same, but '
+                 + ', '.join(shown))
 
 
-def _first(differences):
+def _first(differences: list[Difference]) -> tuple[Difference, str]:
   return differences[0], f' ({len(differences)} arrays differ)' * (len(differences) > 1)
 
 
-def _from_the_loss(difference) -> int:
+def _backward_order(difference: Difference) -> int:
   """Gradients are computed from the heads back to the embedding, which all of them enter."""
-  part = difference.what.split('/')[0]
-  return {'decoder': 1, 'encoder': 2, 'embedding': 3}.get(part, 0)
+  module = difference.name.split('/')[0]
+  return {'decoder': 1, 'encoder': 2, 'embedding': 3}.get(module, 0)
 
 
-def _data(a, b, number, number_b, wrong, batch, batch_b) -> str:
-  name = wrong[0]
-  if name not in batch or name not in batch_b:
+def _describe_data(a, b, x: _Evidence, y: _Evidence, features: list[str]) -> str:
+  name = features[0]
+  if name not in x.batch or name not in y.batch:
     return f'only one of the batches has {name}'
-  x, y = batch[name], batch_b[name]
-  if x.shape != y.shape:
-    return f'batch features {name} are of shapes {x.shape} and {y.shape}'
-  rows = np.flatnonzero((x != y).reshape(len(x), -1).any(axis=1)).tolist()
-  ids = [run.data.row_ids(n - 1)[rows[0]] for run, n in ((a, number), (b, number_b))]
+  values_a, values_b = x.batch[name], y.batch[name]
+  if values_a.shape != values_b.shape:
+    return f'batch features {name} have shapes {values_a.shape} and {values_b.shape}'
+  differs = (values_a != values_b).reshape(len(values_a), -1).any(axis=1)
+  rows = np.flatnonzero(differs).tolist()
   shown = ', '.join(map(str, rows[:8])) + ', …' * (len(rows) > 8)
-  names = ' '.join(wrong[1:])
-  return (f'batch features {name} differ (rows {shown})' + f', and {names}' * bool(names)
-          + f'; row {rows[0]} holds {", ".join(ids[0][:3])} and {", ".join(ids[1][:3])}')
+  others = f', and {" ".join(features[1:])}' if len(features) > 1 else ''
+  ids_a, ids_b = (', '.join(run.data.row_ids(evidence.number - 1)[rows[0]][:3])
+                  for run, evidence in ((a, x), (b, y)))
+  return (f'batch features {name} differ (rows {shown}){others}; '
+          f'row {rows[0]} holds {ids_a} and {ids_b}')
 
 
 def _gradients(run: Replay, batch) -> dict:
-  """{path: array}, before clipping, of the step that comes."""
+  """{path: array} of the next step, before clipping."""
   c = run.config
-  with run.using():
+  with run.using_mesh():
     return _gradient(run.state.params, run.state.step, run.put(batch), run.base, run.program.model,
                      steps.Loss(**c.loss.to_dict()), c.seed, c.optim.microbatches,
-                     replaying.loading.lora_scale(c))
+                     loading.lora_scale(c))
 
 
 @functools.partial(jax.jit, static_argnums=range(4, 9))

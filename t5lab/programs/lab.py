@@ -324,5 +324,5 @@ def load(path, step: str | int = 'latest', weights: str | None = None, *, config
   no checkpoint verifies.
   """
   config = config or loading.read_config(path)
-  found = loading.load(path, step, weights, config=config)
+  found = loading.load(path, step, weights, c=config)
   return Lab(config, found.params, step=found.step, weights=found.weights, engine=engine)

@@ -1,7 +1,8 @@
-"""Weights on disk -> arrays on a mesh: of a run, of a converted checkpoint, or to start a run from.
+"""Weights from disk to a mesh: those of a run, of a converted checkpoint, or to start a run from.
 
-Both are a directory with config.json, checkpoints/ and, where it is not an embedded one, the
-vocabulary's files in vocabulary/. Arrays go straight to their devices, whatever mesh wrote them.
+Runs and converted checkpoints are both a directory with config.json, checkpoints/ and, unless the
+vocabulary is embedded in the package, its files in vocabulary/. Arrays go straight to their
+devices, whatever mesh wrote them.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,7 @@ import re
 import flax.linen as nn
 import jax
 
-from t5lab import config as configs
-from t5lab import trees
+from t5lab import config, trees
 from t5lab.data.batches import features
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models.transformer import Transformer
@@ -25,56 +25,89 @@ from t5lab.runs.checkpoint import Checkpoints
 from t5lab.training import lora, steps
 
 WEIGHTS = ('ema', 'raw')
-VOCABULARY = 'vocabulary'      # the folder of a run's own copy
+VOCABULARY = 'vocabulary'      # the folder of a run's own copy of its vocabulary
+
+# Fields in which a model may differ from the weights it starts from: either the shapes of the
+# arrays show the difference, or it concerns training alone.
+MAY_DIFFER = ('vocab_size', 'd_model', 'd_ff', 'enc_layers', 'dec_layers', 'max_length', 'types',
+              'experts', 'moe_every', 'capacity_factor', 'eval_capacity_factor', 'tied',
+              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'pad_id', 'start_id',
+              'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype', 'remat')
+
+
+# --- config and vocabulary ---------------------------------------------------------------------
 
 
 def read_config(path):
-  """The config of a run or converted checkpoint; its vocabulary is the copy that lies there."""
-  c = configs.from_dict(rundir.read_config(path))
-  c.data.vocab = own_vocabulary(path, c.data.vocab)
+  """The config of a run or converted checkpoint, on the copy of the vocabulary stored there."""
+  c = config.from_dict(rundir.read_config(path))
+  c.data.vocab = stored_vocabulary(path, c.data.vocab)
   return c
 
 
-def own_vocabulary(path, spec: str) -> str:
-  """The spec of the copy in path/vocabulary/, or `spec` where there is none."""
-  # of a .gguf its tokenizer alone was copied, as the file that it amounts to
-  names = ('tokenizer.json', 'tokenizer.model') if spec.endswith('.gguf') else (Path(spec).name,)
-  found = [mine for name in names if (mine := Path(path) / VOCABULARY / name).is_file()]
-  return str(found[0]) if spec and found else spec
+def stored_vocabulary(path, spec: str) -> str:
+  """The spec of the copy in path/vocabulary/, or `spec` if there is no copy."""
+  if not spec:
+    return spec
+  names = [Path(spec).name]
+  if spec.endswith('.gguf'):     # only its tokenizer was copied, as the file that it amounts to
+    names = ['tokenizer.json', 'tokenizer.model']
+  for name in names:
+    copy = Path(path) / VOCABULARY / name
+    if copy.is_file():
+      return str(copy)
+  return spec
 
 
-def batch_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
-  """The model features of one row, as shapes: enough to build parameters."""
-  model = configs.model_config(config)
-  form = 'classes' if model.classes else 'nsp' if model.nsp else 'mlm'      # where it is an encoder
-  row = features.build_row([], config.data.lengths.to_dict(), kind=model.kind, form=form)
-  return {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in row.items()}
+# --- parameters as shapes ----------------------------------------------------------------------
 
 
-def boxed_params(config):
-  """Abstract parameters of the config's model, with their logical axes."""
-  return steps.abstract_params(Transformer(configs.model_config(config)), batch_shapes(config))[0]
+def batch_shapes(c) -> dict[str, jax.ShapeDtypeStruct]:
+  """The model features of one row as shapes, which is all that initialization needs."""
+  model = config.model_config(c)
+  form = 'classes' if model.classes else 'nsp' if model.nsp else 'mlm'      # of encoder-only models
+  row = features.build_row([], c.data.lengths.to_dict(), kind=model.kind, form=form)
+  return {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in row.items()}
+
+
+def boxed_params(c):
+  """Abstract parameters of the config's model, boxed with their logical axes."""
+  return steps.abstract_params(Transformer(config.model_config(c)), batch_shapes(c))[0]
 
 
 def abstract_params(model):
-  """Parameters of a TransformerConfig as shapes."""
-  return nn.unbox(boxed_params(configs.of_model(model)))
+  """The parameters of a TransformerConfig as shapes."""
+  return nn.unbox(boxed_params(config.from_model(model)))
 
 
-def placed(boxed, mesh, rules: str):
-  """Boxed abstract arrays -> the same as shapes with shardings."""
+def with_shardings(boxed, mesh, rules: str):
+  """Boxed abstract arrays -> the same, unboxed, with shardings."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       nn.unbox(boxed), sharding.shardings(boxed, mesh, rules))
 
 
-def open_checkpoints(config, path, log=functools.partial(print, flush=True)) -> Checkpoints:
-  k = config.checkpoint
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """params: arrays on their devices. step, weights ('ema' or 'raw') and sha256, the digest of the
+  checkpoint's manifest, identify them."""
+  params: dict
+  step: int
+  weights: str
+  sha256: str
+
+
+def open_checkpoints(c, path, log=functools.partial(print, flush=True)) -> Checkpoints:
+  """The checkpoints in path/checkpoints, kept and ranked as the config says."""
+  k = c.checkpoint
   return Checkpoints(Path(path) / 'checkpoints', keep=k.keep, best_metric=k.best,
                      best_mode='min' if k.best.endswith('loss') else 'max', log=log)
 
 
 def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:
-  """'latest' -> None (the newest that verifies), 'best' -> its number, N -> N."""
+  """'latest' -> None (the newest that verifies), 'best' -> its step, N -> N."""
   if step == 'latest':
     return None
   if step == 'best':
@@ -86,158 +119,174 @@ def choose_step(checkpoints: Checkpoints, step: str | int) -> int | None:
   try:
     return int(step)
   except ValueError:
-    raise UsageError(f'step {step!r}: a number, latest or best') from None
+    raise UsageError(f"step must be a number, 'latest' or 'best', got {step!r}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """params: placed arrays; step, weights ('ema' | 'raw') and the manifest's sha256 say which."""
-  params: dict
-  step: int
-  weights: str
-  sha256: str
-
-
-def load(path, step: str | int = 'latest', weights: str | None = None, *, config=None, mesh=None,
-         ) -> Loaded:
+def load(path, step: str | int = 'latest', weights: str | None = None, *, c=None,
+         mesh=None) -> Loaded:
   """The parameters of a run or converted checkpoint; adapters are merged into their base.
 
-  weights: 'ema' or 'raw'; None is the average where the run keeps one. config: instead of the saved
-  one. CheckpointError if no checkpoint verifies.
+  weights: 'ema' or 'raw'; None is the average if the run keeps one. c: a config to use instead of
+  the saved one. Errors: CheckpointError if no checkpoint verifies.
   """
   path = Path(path)
-  config = config or read_config(path)
-  mesh = mesh or sharding.make_mesh(**config.mesh.to_dict())
-  weights, part = _which(weights, config, f'weights={weights!r}: {path}')
-  boxed = boxed_params(config)
-  base, wanted = None, boxed
-  if config.lora.rank:
-    base = load_base(config, boxed, mesh)
-    wanted = jax.eval_shape(lambda: lora.init(boxed, config.lora.kernels, config.lora.rank, 0))
-  checkpoints = open_checkpoints(config, path)
-  found = checkpoints.restore({part: placed(wanted, mesh, config.rules)},
-                              choose_step(checkpoints, step), only=(part,))
-  if found is None:
+  c = c or read_config(path)
+  mesh = mesh or sharding.make_mesh(**c.mesh.to_dict())
+  weights, part = _weights_part(weights, c, f'weights={weights!r}: {path}')
+
+  # What to read: the parameters of the model, or those of the adapters.
+  boxed = boxed_params(c)
+  base, stored = None, boxed
+  if c.lora.rank:
+    base = load_base(c, boxed, mesh)
+    stored = jax.eval_shape(lambda: lora.init(boxed, c.lora.kernels, c.lora.rank, 0))
+
+  checkpoints = open_checkpoints(c, path)
+  restored = checkpoints.restore({part: with_shardings(stored, mesh, c.rules)},
+                                 choose_step(checkpoints, step), only=(part,))
+  if restored is None:
     raise CheckpointError(f'{path} has no checkpoint yet; train it with `t5lab train`')
-  state, saved = found
+  state, manifest = restored
   params = state[part]
   if base is not None:
-    check_base(base, saved.meta, config, path)
-    params = lora.merge(base.params, params, lora_scale(config))
-  return Loaded(params, saved.step, weights, _digest(checkpoints, saved.step))
+    check_base(base, manifest.meta, c, path)
+    params = lora.merge(base.params, params, lora_scale(c))
+  return Loaded(params, manifest.step, weights, _manifest_digest(checkpoints, manifest.step))
 
 
-def _which(weights: str | None, config, what: str) -> tuple[str, str]:
-  """('ema' or 'raw', the part of a state that it is); None or '' is the average if there is one."""
-  weights = weights or ('ema' if config.optim.ema else 'raw')
-  if weights not in WEIGHTS or (weights == 'ema' and not config.optim.ema):
-    raise UsageError(f'{what} has ' + (
-        ' and '.join(WEIGHTS) if config.optim.ema else 'raw only (optim.ema=0)'))
+def _weights_part(weights: str | None, c, where: str) -> tuple[str, str]:
+  """('ema' or 'raw', the part of the state that holds them). None or '': the average, if any."""
+  weights = weights or ('ema' if c.optim.ema else 'raw')
+  if weights not in WEIGHTS or (weights == 'ema' and not c.optim.ema):
+    available = ' and '.join(WEIGHTS) if c.optim.ema else 'raw only (optim.ema=0)'
+    raise UsageError(f'{where} has {available}')
   return weights, 'ema' if weights == 'ema' else 'params'
 
 
-def check_base(base: Loaded, meta: dict, config, path) -> None:
-  """CheckpointError if the adapters of a checkpoint in path were made for other weights.
+def _manifest_digest(checkpoints, step) -> str:
+  return hashlib.sha256((checkpoints.path(step) / manifests.NAME).read_bytes()).hexdigest()
 
-  meta: that checkpoint's.
+
+# --- the weights that a run starts from --------------------------------------------------------
+
+
+def lora_scale(c) -> float:
+  return c.lora.alpha / c.lora.rank if c.lora.rank else 1.
+
+
+def check_base(base: Loaded, meta: dict, c, path) -> None:
+  """CheckpointError if the adapters of a checkpoint in `path` were trained on other weights.
+
+  meta: the metadata of that checkpoint.
   """
-  made_with = meta.get('init', {}).get('sha256')
-  if made_with != base.sha256:
-    raise CheckpointError(f'{path} holds adapters of other weights than {config.init.path} has '
-                          f'now (manifest {str(made_with)[:12]}, now {base.sha256[:12]})')
+  trained_on = meta.get('init', {}).get('sha256')
+  if trained_on != base.sha256:
+    raise CheckpointError(f'{path} holds adapters of other weights than {c.init.path} has '
+                          f'now (manifest {str(trained_on)[:12]}, now {base.sha256[:12]})')
 
 
-def lora_scale(config) -> float:
-  return config.lora.alpha / config.lora.rank if config.lora.rank else 1.
-
-
-def load_base(config, boxed, mesh, fresh: Callable | None = None) -> Loaded:
+def load_base(c, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   """The weights of init.path for the parameters `boxed`.
 
-  Leaves that init.fresh names, and path lacks or has in another shape, come from fresh(paths) ->
-  {path: array}; leaves of path that init.ignore names are left. Any other difference is a
-  CheckpointError that lists it.
+  Leaves that init.fresh names and that init.path lacks, or has in another shape, come from
+  fresh(paths) -> {path: array}. Leaves of init.path that init.ignore names are dropped.
+  Errors: CheckpointError that lists any other difference.
   """
-  path = Path(config.init.path)
-  for name, patterns in (('fresh', config.init.fresh), ('ignore', config.init.ignore)):
+  path = Path(c.init.path)
+  _check_init(c)
+  source = read_config(path)
+  if source.lora.rank:
+    raise UsageError(f'init.path={c.init.path} is a run of adapters: export it with `t5lab '
+                     'convert --from t5lab --to t5lab`, which merges them')
+  _check_architecture(config.model_config(c), config.model_config(source), path)
+  weights, part = _weights_part(c.init.weights, source,
+                                f'init.weights={c.init.weights!r}: {path}')
+
+  # The step to read.
+  checkpoints = open_checkpoints(source, path)
+  step = choose_step(checkpoints, c.init.step)
+  if step is None:
+    step = max(checkpoints.steps(), default=None)
+  if step is None:
+    raise CheckpointError(f'init.path={c.init.path} has no checkpoint')
+
+  # Which leaves are new here, and which of the saved ones are dropped.
+  saved = {}
+  for name, (shape, _) in checkpoints.manifest(step).leaves.items():
+    top, _, leaf_path = name.partition('/')
+    if top == part:
+      saved[leaf_path] = shape
+  ours = trees.flatten(with_shardings(boxed, mesh, c.rules))
+  new = [p for p, leaf in ours.items()
+         if saved.get(p) != leaf.shape and trees.fits(p, c.init.fresh)]
+  dropped = [p for p in saved
+             if p in new or (p not in ours and trees.fits(p, c.init.ignore))]
+
+  # A restore reads whole checkpoints, so it is asked for the dropped leaves too.
+  abstract = {p: leaf for p, leaf in ours.items() if p not in new}
+  abstract.update({p: jax.ShapeDtypeStruct(saved[p], 'float32') for p in dropped})
+  state, manifest = checkpoints.restore({part: trees.unflatten(abstract)}, step, only=(part,))
+  params = {p: x for p, x in trees.flatten(state[part]).items() if p in ours and p not in new}
+  if new:
+    params.update(fresh(new))
+  return Loaded(trees.unflatten(params, like=nn.unbox(boxed)), manifest.step, weights,
+                _manifest_digest(checkpoints, manifest.step))
+
+
+def _check_init(c) -> None:
+  """UsageError for patterns that are not regular expressions, or that adapters cannot use."""
+  for key, patterns in (('fresh', c.init.fresh), ('ignore', c.init.ignore)):
     for pattern in patterns:
       try:
         re.compile(pattern)
       except re.error as e:
-        raise UsageError(f'init.{name} has {pattern!r}, not a regular expression: {e}') from e
-  if config.lora.rank and config.init.fresh:
-    raise UsageError(f'init.fresh={tuple(config.init.fresh)} with lora.rank={config.lora.rank}: '
-                     'new weights would stay as the seed made them, for adapters alone are trained')
-  theirs = read_config(path)
-  if theirs.lora.rank:
-    raise UsageError(f'init.path={config.init.path} is a run of adapters: export it with `t5lab '
-                     'convert --from t5lab --to t5lab`, which merges them')
-  _check_formula(configs.model_config(config), configs.model_config(theirs), path)
-  weights, part = _which(config.init.weights, theirs,
-                         f'init.weights={config.init.weights!r}: {path}')
-  checkpoints = open_checkpoints(theirs, path)
-  step = choose_step(checkpoints, config.init.step)
-  step = max(checkpoints.steps(), default=None) if step is None else step
-  if step is None:
-    raise CheckpointError(f'init.path={config.init.path} has no checkpoint')
-  saved = {name.partition('/')[2]: shape for name, (shape, _) in
-           checkpoints.manifest(step).leaves.items() if name.startswith(f'{part}/')}
-  ours = trees.flatten(placed(boxed, mesh, config.rules))
-  new = [p for p, leaf in ours.items()
-         if saved.get(p) != leaf.shape and trees.fits(p, config.init.fresh)]
-  dropped = [p for p in saved if p in new or p not in ours and trees.fits(p, config.init.ignore)]
-  abstract = {p: leaf for p, leaf in ours.items() if p not in new}
-  abstract.update({p: jax.ShapeDtypeStruct(saved[p], 'float32') for p in dropped})
-  state, found = checkpoints.restore({part: trees.unflatten(abstract)}, step, only=(part,))
-  params = trees.flatten(state[part])
-  params = {p: x for p, x in params.items() if p in ours and p not in new}
-  if new:
-    params.update(fresh(new))
-  return Loaded(trees.unflatten(params, like=nn.unbox(boxed)), found.step, weights,
-                _digest(checkpoints, found.step))
+        raise UsageError(f'init.{key} has {pattern!r}, not a regular expression: {e}') from e
+  if c.lora.rank and c.init.fresh:
+    raise UsageError(f'init.fresh={tuple(c.init.fresh)} with lora.rank={c.lora.rank}: new weights '
+                     'would keep their random values, because only the adapters are trained')
 
 
-# In what a model may differ from the weights that it starts from: what arrays show, or training.
-MAY_DIFFER = ('vocab_size', 'd_model', 'd_ff', 'enc_layers', 'dec_layers', 'max_length', 'types',
-              'experts', 'moe_every', 'capacity_factor', 'eval_capacity_factor', 'tied',
-              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'pad_id', 'start_id',
-              'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype', 'remat')
+def _check_architecture(ours, source, path) -> None:
+  """UsageError if arrays of equal shapes would be used in another computation."""
+  ours, source = (dataclasses.asdict(model) | {'n_kv_heads': model.kv_heads}
+                  for model in (ours, source))
+  differences = [f'model.{field}={source[field]!r} there, {ours[field]!r} here' for field in ours
+                 if field not in MAY_DIFFER and ours[field] != source[field]]
+  if differences:
+    raise UsageError(f'the weights in init.path={path} were trained with a different '
+                     f'architecture: {", ".join(differences)}')
 
 
-def _check_formula(ours, theirs, path) -> None:
-  """UsageError if arrays of equal shapes would be computed with in another way."""
-  ours, theirs = (dataclasses.asdict(c) | {'n_kv_heads': c.kv_heads} for c in (ours, theirs))
-  differ = [f'model.{k}={ours[k]!r} (there {theirs[k]!r})' for k in ours
-            if k not in MAY_DIFFER and ours[k] != theirs[k]]
-  if differ:
-    raise UsageError(f'the weights of init.path={path} belong to another formula: '
-                     + ', '.join(differ))
+def load_optimizer(c, abstract, step: int):
+  """The optimizer state saved with the weights of init.path, for the shapes `abstract`.
 
-
-def load_optimizer(config, abstract, step: int):
-  """The optimizer's state that lies with the weights of init.path, for the shapes `abstract`.
-
-  Links of the chain that keep nothing (clipping, weight decay) may differ. The schedule begins
-  anew: its count is that of the run's own steps.
+  Links of the chain without state (clipping, weight decay) may differ. The schedule starts again:
+  its count is reset to zero, because it counts the steps of this run.
   """
-  path = config.init.path
+  path = c.init.path
   checkpoints = open_checkpoints(read_config(path), path)
-  saved = checkpoints.manifest(step)
-  if 'opt_state' not in saved.parts:
+  manifest = checkpoints.manifest(step)
+  if 'opt_state' not in manifest.parts:
     raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer '
                           'state; use init.optimizer=fresh')
-  links = lambda paths: sorted({int(path.partition('/')[0]) for path in paths})
+
+  # Paths start with the link's position in its chain: match the links that have state, in order.
+  link = lambda leaf_path: int(leaf_path.partition('/')[0])
   ours = trees.flatten(abstract)
-  theirs = links(p.partition('/')[2] for p in saved.leaves if p.startswith('opt_state/'))
-  number = dict(zip(links(ours), theirs))
-  rename = lambda p: f'{number.get(int(p.partition("/")[0]), "none")}/{p.partition("/")[2]}'
-  wanted = trees.unflatten({rename(p): leaf for p, leaf in ours.items()})
-  state, _ = checkpoints.restore({'opt_state': wanted}, step, only=('opt_state',))
-  found = trees.flatten(state['opt_state'])
-  inside = lambda link: [p for p in ours if p.startswith(f'{link}/')]
-  schedules = [f'{link}/count' for link in links(ours) if inside(link) == [f'{link}/count']]
-  return trees.unflatten({p: found[rename(p)] * (p not in schedules) for p in ours}, like=abstract)
+  our_links = sorted({link(p) for p in ours})
+  saved_links = sorted({link(p.partition('/')[2]) for p in manifest.leaves
+                        if p.startswith('opt_state/')})
+  position = dict(zip(our_links, saved_links))
 
+  def rename(leaf_path):
+    return f'{position.get(link(leaf_path), "none")}/{leaf_path.partition("/")[2]}'
 
-def _digest(checkpoints, step) -> str:
-  return hashlib.sha256((checkpoints.path(step) / manifests.NAME).read_bytes()).hexdigest()
+  abstract_saved = trees.unflatten({rename(p): leaf for p, leaf in ours.items()})
+  state, _ = checkpoints.restore({'opt_state': abstract_saved}, step, only=('opt_state',))
+  saved = trees.flatten(state['opt_state'])
+
+  # A link whose whole state is its count is the schedule.
+  leaves_of = lambda number: [p for p in ours if link(p) == number]
+  counts = [f'{n}/count' for n in our_links if leaves_of(n) == [f'{n}/count']]
+  values = {p: saved[rename(p)] * (p not in counts) for p in ours}
+  return trees.unflatten(values, like=abstract)

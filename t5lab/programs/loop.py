@@ -1,13 +1,12 @@
-"""The training program, top to bottom: fork me.
+"""The training program. It reads top to bottom: fork it.
 
   t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
-The same command again goes on where the run was killed. TensorFlow is imported only where seqio
-reads data, so `import t5lab.programs.loop` stays light.
+Run the same command again to resume where the run was killed. TensorFlow is imported only where
+seqio reads data, so `import t5lab.programs.loop` stays light.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -16,315 +15,371 @@ import time
 
 import jax
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.data import vocab
 from t5lab.errors import DataError, NumericalError, Preempted, UsageError
 from t5lab.parallel import multihost, sharding
-from t5lab.programs import build as programs
-from t5lab.programs import loading, scoring, streams
+from t5lab.programs import build, loading, scoring, streams
+from t5lab.programs.run import Run
 from t5lab.runs import injected_faults, rundir
 from t5lab.runs.lock import RunLock
-from t5lab.runs.position import Position, checkpoint_meta
 from t5lab.runs.report import NoReport, Report
 from t5lab.runs.sentry import Rewind, Sentry
 from t5lab.runs.signals import Signals
 from t5lab.runs.watchdog import Watchdog
-from t5lab.training import digests
 
-# What the command that resumes a run may change: nothing that the weights depend on, but how long.
-# Where the tokens are cached is checked by what they are.
+# What a resumed run may change: its length, and nothing else that the weights depend on. A cache of
+# tokens may move, because its content is checked.
 MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss.chunks',
               'model.remat', 'data.cache', 'guard', 'plan')
-AHEAD = 2          # steps that may be under way
+STEPS_AHEAD = 2    # steps that may be running on the devices before the host waits for one
 
 
-def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False) -> scoring.Result:
-  """Trains the config c in workdir -> the last evaluation.
+def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False,
+          ) -> scoring.EvalResult:
+  """Trains the config `c` in `workdir` and returns the last evaluation.
 
-  resume: 'auto' goes on with what workdir holds, 'never' refuses a workdir that has steps, 'must'
-  one that has none. Ends with Preempted, the state saved, after SIGTERM or SIGINT.
+  resume: 'auto' continues whatever workdir holds; 'never' refuses a workdir that has checkpoints,
+  'must' one that has none. After SIGTERM or SIGINT the state is saved and Preempted is raised.
   """
   workdir = Path(workdir).absolute()
-  configs.check_trainable(c)
+  config.check_trainable(c)
   multihost.initialize()
-  with Signals() as signals, multihost.CoordinatedStop(signals) as stop, _locked(workdir):
+  with Signals() as signals, multihost.CoordinatedStop(signals) as stop, _run_lock(workdir):
     return _train(c, workdir, stop, resume, allow_data_change)
 
 
-@contextlib.contextmanager
-def _locked(workdir):
-  """Process 0 holds the directory for all."""
-  with RunLock(workdir) if multihost.is_main() else contextlib.nullcontext():
-    yield
-
-
 def _train(c, workdir, stop, resume, allow_data_change):
-  say = functools.partial(print, flush=True) if multihost.is_main() else lambda *_: None
+  log = functools.partial(print, flush=True) if multihost.is_main() else lambda line: None
 
-  # -- the run's directory ------------------------------------------------------------------------
-  checkpoints = loading.open_checkpoints(c, workdir, log=say)
+  # -- Workdir ------------------------------------------------------------------------------------
+  # Refuse a workdir of another experiment, then write this config into it. All processes must have
+  # been given the same config.
+  checkpoints = loading.open_checkpoints(c, workdir, log=log)
   streams.settle_vocabulary(c)
-  _same_everywhere('config', configs.digest(c), UsageError)
-  multihost.broadcast(lambda: _settle_directory(c, workdir, resume, checkpoints))
+  _check_same_everywhere('config', config.digest(c), UsageError)
+  multihost.broadcast(lambda: _prepare_workdir(c, workdir, resume, checkpoints))
 
-  # -- what runs: shapes first, then straight onto the devices ------------------------------------
-  program = programs.build(c)
-  mesh, abstract = program.mesh, program.abstract
+  # -- Program ------------------------------------------------------------------------------------
+  # Mesh, model, optimizer and the train step, as shapes: nothing is allocated yet.
+  program = build.program(c)
 
-  # -- data ---------------------------------------------------------------------------------------
-  rows = sharding.local_rows(mesh, c.data.batch_size)
+  # -- Data ---------------------------------------------------------------------------------------
+  # The stream of batches, of which this process builds the rows that its devices hold.
+  rows = sharding.local_rows(program.mesh, c.data.batch_size)
   stream = streams.open_stream(c, rows)
-  words, data = stream.vocabulary, stream.batches
-  _same_everywhere('data', data.fingerprint, DataError)
+  _check_same_everywhere('data', stream.batches.fingerprint, DataError)
   multihost.broadcast(lambda: vocab.export(c.data.vocab, workdir / loading.VOCABULARY))
 
-  # -- start or resume ----------------------------------------------------------------------------
-  restored = checkpoints.restore(abstract, quarantine=True)
-  initial = program.load_initial() if c.init.path and (c.lora.rank or not restored) else None
-  base = initial.params if c.lora.rank else None
+  # -- State --------------------------------------------------------------------------------------
+  # The newest checkpoint that verifies, or else the weights of init.path or of the seed.
+  run = Run(c, program, stream.batches, workdir)
+  restored = checkpoints.restore(program.abstract, quarantine=True)
   if restored:
-    state, manifest = restored
-    if base is not None:
-      loading.check_base(initial, manifest.meta, c, workdir)
-    if not allow_data_change:
-      data.check_position(manifest.meta['data'])
-    at = Position.from_manifest(manifest)
-    origin = f'resuming from step {at.step} in {workdir}: optimizer state restored'
+    run.resume(restored, check_data=not allow_data_change)
+    origin = f'resuming from step {run.step} in {workdir}: optimizer state restored'
   else:
-    state, at = program.first_state(initial), Position()
-    origin = (f'weights of {c.init.path}, step {initial.step}, {initial.weights}' if initial else
-              f'weights from seed {c.seed}')
-    origin += '; optimizer state ' + {'restore': 'restored'}.get(c.init.optimizer, 'fresh')
-  count = sum(x.size for x in jax.tree.leaves(abstract.params))
-  frozen = sum(x.size for x in jax.tree.leaves(base))
-  for line in (f'{c.family}: {count:,} parameters '
-               + f'adapt {frozen:,} frozen ones ' * bool(frozen)
-               + f'on {mesh.size} {jax.devices()[0].platform} device{"s" * (mesh.size > 1)}'
-               + f' of {multihost.count()} processes' * (multihost.count() > 1)
-               + f', rules {c.rules}', origin, *data.summary()):
-    say(line)
+    run.begin()
+    origin = _origin(c, run)
+  for line in (_model_line(c, program, run), origin, *stream.batches.summary()):
+    log(line)
 
-  # -- what a step leaves behind ------------------------------------------------------------------
-  report = Report(workdir, resume_step=at.step, total_steps=c.total_steps) if (
-      multihost.is_main()) else NoReport()
-  evaluated = multihost.broadcast(lambda: sorted(report.evaluated))
-  dog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_leave)
-  patience = max(600., 10 * c.guard.watchdog) * bool(c.guard.watchdog)   # of what may compile
-
-  def tick(done, total):
-    dog.tick()
-    if why := stop.check():
-      raise Preempted(f'{why} during evaluation: the step is saved, the same command goes on')
-
-  evaluate = scoring.Evaluator(c, workdir, program.model, mesh, base, tick)
-  meta = dict(config=configs.digest(c), revision=_revision(), mesh=dict(mesh.shape),
-              vocab=words.sha256)
-  if initial:
-    meta['init'] = dict(path=c.init.path, step=initial.step, sha256=initial.sha256)
-  saved, guard = at.step, program.make_guard(at.guard)
-  fault, diagnosis = injected_faults.requested(), program.diagnosis()
-
-  def on_devices(batch, number):
-    """Batch `number` of the stream, from 1: this process's rows -> global arrays."""
-    if fault:
-      batch = fault.inject(batch, number, rows=rows, process=multihost.index())
-    return sharding.put(batch, mesh, rows, size=c.data.batch_size)
-
-  def explain(state, number):
-    with dog.paused('the diagnosis of a bad step', patience):
-      return diagnosis.explain(state, on_devices(data.batch(number - 1), number), base)
-
-  def newest():
-    checkpoints.wait()
-    return max(checkpoints.steps(), default=None)
-
-  sentry = Sentry(workdir, program.judged_by, data=data, vocabulary=words, explain=explain,
-                  newest=newest, step=at.step, offset=at.offset, log=report.log,
-                  write=multihost.is_main())
-  log = _Log(c, report, program.schedule, sentry, dog)
-
-  def save(step):
-    nonlocal saved
-    if step > saved:
-      with dog.paused(f'the checkpoint of step {step}', patience):
-        checkpoints.save(step, state, meta={
-            **meta, **checkpoint_meta(step, at.offset, log.digest, guard, data)})
-      saved = step
-
-  def evaluate_at(step):
-    save(step)
-    with log.paused(), dog.paused(f'the evaluation of step {step}', patience):
-      result = evaluate(step, state, report)
-      if c.checkpoint.best and c.checkpoint.best not in result.scores:
-        report.log(f'checkpoint.best={c.checkpoint.best!r} is not measured here, so no checkpoint '
-                   f'is the best; measured: {", ".join(result.scores)}')
-      checkpoints.annotate(step, result.scores)
-      report.eval(step, result.scores)    # last: a resumed run takes this row for the end of it
-    return result
-
-  def stop_if_asked(step):
-    if why := stop.check():
-      log.flush(state)
-      save(step)
-      raise Preempted(f'{why}: ' + (
-          f'step {step} is saved, the same command goes on' if step else 'nothing to save yet'))
-
-  def run():
-    """The steps from `at` to the last -> the last evaluation, if there was one."""
-    nonlocal state, guard
-    result = None
-    if at.step and due(at.step, c.eval.every, c.total_steps) and at.step not in evaluated:
-      result = evaluate_at(at.step)                        # killed between save and evaluation
-    batches = data.iterate(at.step + at.offset, c.total_steps + at.offset)
-    for step in range(at.step + 1, c.total_steps + 1):
-      stop_if_asked(step - 1)
-      dog.beat(f'step {step}')
-      batch = on_devices(log.wait(batches), step + at.offset)
-      state, guard, metrics = program.step(state, batch, base, guard)
-      log.add(step, metrics)
-      evaluates = due(step, c.eval.every, c.total_steps)
-      saves = due(step, c.checkpoint.every, c.total_steps) or evaluates
-      if saves or due(step, c.log.every, c.total_steps) or not dog.armed:
-        log.flush(state)
-      if saves:
-        save(step)
-      if evaluates:
-        result = evaluate_at(step)
-    return result
-
-  # -- train --------------------------------------------------------------------------------------
-  with report, _joined(checkpoints), dog:
+  # -- Training -----------------------------------------------------------------------------------
+  report = NoReport()
+  if multihost.is_main():
+    report = Report(workdir, resume_step=run.step, total_steps=c.total_steps)
+  watchdog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_abort)
+  loop = _Loop(c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop)
+  with report, _wait_for_saves(checkpoints), watchdog:
     while True:
-      log.restart(at, int(state.step))
       try:
-        with sharding.use(mesh, c.rules):
-          result = run()
+        with sharding.use(program.mesh, c.rules):
+          result = loop.run_steps()
         break
-      except Rewind as e:                 # a bad step: its batches are left out
-        report.log(str(e))
-        checkpoints.wait()
-        if not (found := checkpoints.restore(abstract, quarantine=True)):
-          raise NumericalError(f'{e}; there is no checkpoint to rewind to yet') from e
-        state, manifest = found
-        offset = sentry.record_rewind(e.step, manifest.step)
-        at = dataclasses.replace(Position.from_manifest(manifest), offset=offset)
-        guard, saved = program.make_guard(at.guard), at.step
-        report.rewind(at.step)
+      except Rewind as bad_step:
+        loop.rewind(bad_step)
   return result or scoring.read_evaluation(workdir, c.total_steps)
 
 
-def _leave(code: int) -> None:
-  """What the watchdog does last: the other processes, which wait for this one, end with it."""
-  multihost.abort_all(code, 'its watchdog saw no step; its stacks are in watchdog_'
-                    f'{multihost.index()}.txt')
-  os._exit(code)
+class _Loop:
+  """The steps of a run, and what happens between them: logs, checkpoints, evaluations, stops."""
+
+  def __init__(self, c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop):
+    self.c, self.workdir, self.program = c, workdir, program
+    self.run, self.data = run, stream.batches
+    self.rows, self.checkpoints, self.report = rows, checkpoints, report
+    self.watchdog, self.stop = watchdog, stop
+    self.saved = run.step                 # the step of the newest checkpoint
+    self.evaluated = multihost.broadcast(lambda: sorted(report.evaluated))
+    self.fault = injected_faults.requested()
+
+    # Seconds that a save, an evaluation or a diagnosis may take, as each may have to compile.
+    self.patience = max(600., 10 * c.guard.watchdog) if c.guard.watchdog else 0.
+
+    # What every checkpoint of this process records.
+    self.meta = dict(config=config.digest(c), revision=_revision(),
+                     mesh=dict(program.mesh.shape), vocab=stream.vocabulary.sha256)
+    if run.initial:
+      self.meta['init'] = dict(path=c.init.path, step=run.initial.step, sha256=run.initial.sha256)
+
+    self.evaluator = scoring.Evaluator(c, program.mesh, self.tick)
+    self.diagnosis = program.diagnosis()
+    self.sentry = Sentry(
+        workdir, program.guard_settings, data=self.data, vocabulary=stream.vocabulary,
+        explain=self.explain, newest=self.newest_checkpoint, step=run.step, offset=run.offset,
+        log=report.log, write=multihost.is_main())
+    self.steps = _StepLog(c, run, report, self.sentry, watchdog)
+
+  def run_steps(self):
+    """Trains from the step of the run to the last one. Returns the last evaluation, or None."""
+    c, run = self.c, self.run
+    result = None
+    self.steps.start()
+
+    # The run was killed between saving a step and evaluating it.
+    if run.step and is_due(run.step, c.eval.every, c.total_steps):
+      if run.step not in self.evaluated:
+        result = self.evaluate()
+
+    batches = self.data.iterate(run.step + run.offset, c.total_steps + run.offset)
+    for step in range(run.step + 1, c.total_steps + 1):
+      self.stop_if_requested()
+
+      # The step. The host does not wait for it.
+      self.watchdog.beat(f'step {step}')
+      batch = self.put(self.steps.next_batch(batches), step + run.offset)
+      metrics = run.advance(batch)
+      self.steps.add(step, metrics)
+
+      # What is due after it. A step counts only after its metrics have been looked at, so they are
+      # fetched before a save.
+      evaluates = is_due(step, c.eval.every, c.total_steps)
+      saves = evaluates or is_due(step, c.checkpoint.every, c.total_steps)
+      logs = is_due(step, c.log.every, c.total_steps) or not self.watchdog.armed
+      if saves or logs:
+        self.steps.flush()
+      if saves:
+        self.save()
+      if evaluates:
+        result = self.evaluate()
+    return result
+
+  def put(self, batch, number: int):
+    """This process's rows of batch `number` of the stream, from 1 -> global arrays."""
+    if self.fault:
+      batch = self.fault.inject(batch, number, rows=self.rows, process=multihost.index())
+    return sharding.put(batch, self.program.mesh, self.rows, size=self.c.data.batch_size)
+
+  def save(self) -> None:
+    """Saves the step of the run, unless it is saved already."""
+    step = self.run.step
+    if step > self.saved:
+      with self.watchdog.paused(f'the checkpoint of step {step}', self.patience):
+        self.checkpoints.save(step, self.run.state, meta={**self.meta, **self.run.meta()})
+      self.saved = step
+
+  def evaluate(self):
+    """Saves and evaluates the step of the run. Returns the EvalResult."""
+    self.save()
+    step, best = self.run.step, self.c.checkpoint.best
+    with self.steps.paused(), self.watchdog.paused(f'the evaluation of step {step}', self.patience):
+      result = self.evaluator.score_state(step, self.run.state, self.run.base)
+      scoring.report_evaluation(self.c, self.workdir, step, result, self.report)
+      if best and best not in result.scores:
+        self.report.log(f'checkpoint.best={best!r} is not among the evaluation metrics, so no best '
+                        f'checkpoint is kept; available: {", ".join(result.scores)}')
+      self.checkpoints.annotate(step, result.scores)
+      self.report.eval(step, result.scores)    # last: this row marks the evaluation as complete
+    return result
+
+  def stop_if_requested(self) -> None:
+    """Saves and raises Preempted after a signal to any process."""
+    reason = self.stop.check()
+    if not reason:
+      return
+    self.steps.flush()
+    self.save()
+    if not self.run.step:
+      raise Preempted(f'{reason}: no step was completed, nothing to save')
+    raise Preempted(f'{reason}: step {self.run.step} is saved; run the same command to resume')
+
+  def tick(self, done, total) -> None:
+    """Called during an evaluation: feeds the watchdog, and stops after a signal."""
+    self.watchdog.tick()
+    if reason := self.stop.check():
+      raise Preempted(f'{reason} during evaluation: the step is saved; run the same command to '
+                      'resume')
+
+  def explain(self, state, number: int):
+    """The Finding for batch `number` of the stream, which spoiled a step."""
+    with self.watchdog.paused('the diagnosis of a bad step', self.patience):
+      batch = self.put(self.data.batch(number - 1), number)
+      return self.diagnosis.explain(state, batch, self.run.base)
+
+  def newest_checkpoint(self) -> int | None:
+    self.checkpoints.wait()
+    return max(self.checkpoints.steps(), default=None)
+
+  def rewind(self, bad_step: Rewind) -> None:
+    """Returns to the newest checkpoint; the batches from there to the bad step are skipped."""
+    self.report.log(str(bad_step))
+    self.checkpoints.wait()
+    restored = self.checkpoints.restore(self.program.abstract, quarantine=True)
+    if not restored:
+      raise NumericalError(f'{bad_step}; there is no checkpoint to rewind to yet') from bad_step
+    self.run.resume(restored, check_data=False)
+    self.run.offset = self.sentry.record_rewind(bad_step.step, self.run.step)
+    self.saved = self.run.step
+    self.report.rewind(self.run.step)
+
+
+class _StepLog:
+  """Metrics of steps, fetched several at a time so that the host rarely waits for the devices."""
+
+  def __init__(self, c, run, report, sentry, watchdog):
+    self._every, self._last = c.log.every, c.total_steps
+    self._run, self._report, self._sentry, self._watchdog = run, report, sentry, watchdog
+    self._pending = []                    # [(step, metrics on the devices)]
+
+  def start(self) -> None:
+    """Starts at the step of the run, forgetting metrics that were not fetched."""
+    self._pending = []
+    self._start_row()
+
+  def _start_row(self):
+    self._row_start, self._input_wait = time.perf_counter(), 0.
+    self._steps, self._tokens = 0, 0.
+
+  def next_batch(self, batches):
+    """The next batch. The time spent here is the time that training waits for data."""
+    start = time.perf_counter()
+    batch = next(batches)
+    self._input_wait += time.perf_counter() - start
+    return batch
+
+  def add(self, step: int, metrics) -> None:
+    """Takes the metrics of a step, and waits until at most STEPS_AHEAD steps are running."""
+    self._pending.append((step, metrics))
+    if len(self._pending) > STEPS_AHEAD:
+      _, running = self._pending[-1 - STEPS_AHEAD]
+      jax.block_until_ready(running['loss'])
+
+  def flush(self) -> None:
+    """Fetches and checks the metrics of all pending steps, and reports the rows that are due."""
+    pending = jax.device_get(self._pending)
+    self._pending = []
+    self._watchdog.synced()
+    for step, metrics in self._sentry.check(pending, self._run.state):
+      learning_rate = self._run.account(metrics)
+      self._steps += 1
+      self._tokens += float(metrics['tokens'])
+      if is_due(step, self._every, self._last):
+        self._report.step(step, {**metrics, 'lr': learning_rate}, self._timing(),
+                          data=self._run.digest)
+        self._start_row()
+
+  def _timing(self) -> dict:
+    seconds = max(time.perf_counter() - self._row_start, 1e-9)
+    return {'steps_per_second': self._steps / seconds,
+            'tokens_per_second': self._tokens / seconds,
+            'input_wait': self._input_wait / seconds}
+
+  @contextlib.contextmanager
+  def paused(self):
+    """A block whose time does not count as training time."""
+    start = time.perf_counter()
+    yield
+    self._row_start += time.perf_counter() - start
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+  """Whether something that happens `every` so many steps (0: never) and at the last one is due."""
+  return step == last or (every > 0 and step % every == 0)
+
+
+# --- starting and ending -----------------------------------------------------------------------
+
+
+def _run_lock(workdir):
+  """Only process 0 takes the run lock."""
+  return RunLock(workdir) if multihost.is_main() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _joined(checkpoints):
-  """Whatever ends the block, a save in progress is committed or its failure raised."""
+def _wait_for_saves(checkpoints):
+  """Whatever ends the block, a save in progress is committed or its failure is raised."""
   try:
     yield
   finally:
     checkpoints.wait()
 
 
-def due(step: int, every: int, last: int) -> bool:
-  """Every so many steps (0: never) and at the last one."""
-  return step == last or bool(every) and step % every == 0
+def _abort(code: int) -> None:
+  """Ends this process and, since they would wait for it, the other processes of the run."""
+  multihost.abort_all(code, f'its watchdog saw no step; the stacks are in watchdog_'
+                      f'{multihost.index()}.txt')
+  os._exit(code)
 
 
-class _Log:
-  """Metrics of the steps since the last row, fetched together so the device is not asked often."""
-
-  def __init__(self, c, report, schedule, sentry, dog):
-    self._every, self._last = c.log.every, c.total_steps
-    self._report, self._schedule, self._sentry, self._dog = report, schedule, sentry, dog
-
-  def restart(self, at: Position, updates: int):
-    """From the place `at`, where the state has seen so many updates: skipped steps are none."""
-    self.digest, self._updates = at.digest, updates       # of all batches up to the last flush
-    self._pending = []
-    self._start_row()
-
-  def _start_row(self):
-    self._since, self._waited, self._steps, self._tokens = time.perf_counter(), 0., 0, 0.
-
-  def wait(self, batches):
-    """The next batch; the time spent here is what training waited for data."""
-    before = time.perf_counter()
-    batch = next(batches)
-    self._waited += time.perf_counter() - before
-    return batch
-
-  def add(self, step, metrics):
-    """Lets the host run a step or two ahead of the devices, no more: what hangs is seen soon."""
-    self._pending.append((step, metrics))
-    if len(self._pending) > AHEAD:
-      jax.block_until_ready(self._pending[-1 - AHEAD][1]['loss'])
-
-  def flush(self, state):
-    """Has the sentry look at every pending step, of which `state` is the last; writes due rows."""
-    pending = jax.device_get(self._pending)
-    self._pending = []
-    self._dog.synced()
-    for step, metrics in self._sentry.check(pending, state):
-      self.digest = digests.chain(self.digest, metrics.pop('batch'))
-      lr = self._schedule(self._updates)
-      self._updates += not metrics['skipped']
-      self._steps += 1
-      self._tokens += float(metrics['tokens'])
-      if due(step, self._every, self._last):
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        self._report.step(
-            step, {**metrics, 'lr': lr},
-            {'steps_per_second': self._steps / seconds,
-             'tokens_per_second': self._tokens / seconds,
-             'input_wait': self._waited / seconds}, data=self.digest)
-        self._start_row()
-
-  @contextlib.contextmanager
-  def paused(self):
-    """A block whose time belongs to no step."""
-    start = time.perf_counter()
-    yield
-    self._since += time.perf_counter() - start
-
-
-def _settle_directory(c, workdir, resume, checkpoints) -> None:
-  """Refuses a workdir of another experiment; else leaves this config in it."""
+def _prepare_workdir(c, workdir, resume, checkpoints) -> None:
+  """Refuses a workdir of another experiment, and writes config.json."""
   checkpoints.clean()
-  has_steps, new = bool(checkpoints.steps()), configs.to_dict(c)
+  has_steps = bool(checkpoints.steps())
   if resume == 'never' and has_steps:
     raise UsageError(f'{workdir} has checkpoints and --resume=never; use a new --workdir, or '
-                     '--resume=auto to go on')
+                     '--resume=auto to resume')
   if resume == 'must' and not has_steps:
     raise UsageError(f'{workdir} has no checkpoint and --resume=must; use --resume=auto to start')
+  new = config.to_dict(c)
   if has_steps:
-    # through our own reading: keys that are newer than the run have their defaults in both
-    saved = configs.to_dict(configs.from_dict(rundir.read_config(workdir)))
-    differ = rundir.config_differences(saved, new, MAY_CHANGE)
-    if differ:
-      more = f' and {len(differ) - 6} more' if len(differ) > 6 else ''
+    # Read through today's code, so keys that are newer than the run have their defaults in both.
+    saved = config.to_dict(config.from_dict(rundir.read_config(workdir)))
+    differences = rundir.config_differences(saved, new, MAY_CHANGE)
+    if differences:
+      more = f' and {len(differences) - 6} more' if len(differences) > 6 else ''
       raise UsageError(
-          f'{workdir} holds another experiment: {"; ".join(differ[:6])}{more}. A resumed run may '
-          f'change only {", ".join(MAY_CHANGE)}; for the rest use a new --workdir')
+          f'{workdir} holds another experiment: {"; ".join(differences[:6])}{more}. A resumed run '
+          f'may change only {", ".join(MAY_CHANGE)}; for anything else use a new --workdir')
   rundir.write_config(workdir, new)
 
 
-def _same_everywhere(what: str, value: str, error) -> None:
-  """Raises on the processes that differ from process 0 (and `t5lab` then ends the others)."""
-  if (first := multihost.broadcast(lambda: value)) != value:
-    raise error(f'the {what} of process {multihost.index()} is not that of process 0 '
-                f'({value[:12]}, {first[:12]}): give every host the same; `t5lab doctor` compares')
+def _check_same_everywhere(name: str, value: str, error) -> None:
+  """Raises in each process whose value differs from that of process 0."""
+  first = multihost.broadcast(lambda: value)
+  if first != value:
+    raise error(f'the {name} of process {multihost.index()} differs from that of process 0 '
+                f'({value[:12]}, {first[:12]}): give every host the same; `t5lab doctor` compares '
+                'the hosts')
+
+
+def _origin(c, run: Run) -> str:
+  """Where the state at step 0 comes from, in one line."""
+  optimizer = 'restored' if c.init.optimizer == 'restore' else 'fresh'
+  if run.initial:
+    weights = f'weights of {c.init.path}, step {run.initial.step}, {run.initial.weights}'
+  else:
+    weights = f'weights from seed {c.seed}'
+  return f'{weights}; optimizer state {optimizer}'
+
+
+def _model_line(c, program, run: Run) -> str:
+  """The family, its size and the devices, in one line."""
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  line = f'{c.family}: {size(program.abstract.params):,} parameters '
+  if run.base is not None:
+    line += f'adapt {size(run.base):,} frozen ones '
+  devices = program.mesh.size
+  line += f'on {devices} {jax.devices()[0].platform} device{"s" * (devices > 1)}'
+  if multihost.count() > 1:
+    line += f' of {multihost.count()} processes'
+  return f'{line}, rules {c.rules}'
 
 
 def _revision() -> str:
-  """The git commit of the code, '' outside a checkout."""
+  """The git commit of the code; '' outside a checkout."""
   try:
     return subprocess.run(
         ['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
         timeout=5, check=True).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return ''
-

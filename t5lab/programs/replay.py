@@ -1,8 +1,8 @@
-"""A window of a run computed again, from what lies in its folder: config, checkpoint, position.
+"""A window of a run computed again from what its folder holds: config, checkpoint, data position.
 
-The program, the data and the seed are those of the run, so every number should be too, bit for bit,
-on the same software and the same kind and number of devices. Nothing is written into the run's
-folder and nothing that lies there is executed.
+Program, data and seed are those of the run, so every number is too, bit for bit, on the same
+software and the same kind and number of devices. Nothing is written into the run's folder, and
+nothing stored there is executed.
 """
 
 import dataclasses
@@ -12,21 +12,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from t5lab import config as configs
-from t5lab import trees
+from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
-from t5lab.programs import build as programs
-from t5lab.programs import loading, streams
+from t5lab.programs import build, loading, streams
+from t5lab.programs.run import Run
 from t5lab.runs import injected_faults, jsonl, rundir, sentry
-from t5lab.runs.position import Position, checkpoint_meta
-from t5lab.training import digests
+
+PARTS = ('params', 'opt_state', 'ema', 'step')      # of a TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-  """A step done again. batch: the numpy model features that it read, batch `number` of the stream.
-  row: what metrics.jsonl has of a step, but the timing. halted: the guard ended the run here."""
+class ReplayedStep:
+  """A step taken again.
+
+  number, batch: the number of the batch in the stream, from 1, and its numpy model features.
+  row: what metrics.jsonl has for a step, except its timing. halted: the guard ended the run here.
+  """
   step: int
   number: int
   batch: dict[str, np.ndarray]
@@ -35,115 +37,121 @@ class Step:
 
 
 class Replay:
-  """A run at one of its steps: `go(S)`, then `next()` for each step after S.
+  """A run at one of its steps: `start_at(S)`, then `next_step()` for each step after S.
 
-  modules: the person's own, that register the tasks which the run names. UsageError for a folder
-  that is no run, DataError where the data is not that of the run, CheckpointError for damage.
-  state: the TrainState after `step`; the next step takes its buffers over.
+  modules: modules that register the tasks of the run; the ones that the run names are not imported.
+  state: the TrainState after `step`; the next step takes over its buffers.
+  Errors: UsageError for a folder that is not a run, DataError for data that is not that of the run,
+  CheckpointError for damage.
   """
 
-  def __init__(self, workdir, modules=(), say=functools.partial(print, flush=True)):
+  def __init__(self, workdir, modules=(), log=functools.partial(print, flush=True)):
     self.workdir = Path(workdir)
     self.config = c = loading.read_config(workdir)
-    theirs, c.data.modules = tuple(c.data.modules), tuple(modules)   # named by us, or not imported
-    self.checkpoints = loading.open_checkpoints(c, workdir, log=say)
-    self.program = programs.build(c)
+    modules_of_run, c.data.modules = tuple(c.data.modules), tuple(modules)
+    self.checkpoints = loading.open_checkpoints(c, workdir, log=log)
+    self.program = build.program(c)
     try:
       self.data = streams.open_stream(c).batches
     except UsageError as e:
-      if theirs and not modules:
-        raise UsageError(f'{e} The run imported {", ".join(theirs)}, and what lies in a folder is '
-                         f'not imported: name it with --modules {",".join(theirs)}') from e
-      raise
+      if not modules_of_run or modules:
+        raise
+      names = ','.join(modules_of_run)
+      raise UsageError(f'{e} The run imported {names}; modules that a saved config names are '
+                       f'imported only if you add --modules {names}') from e
     for step in self.checkpoints.steps()[-1:]:
       self.data.check_position(self.checkpoints.manifest(step).meta['data'])
+    self._run = Run(c, self.program, self.data, self.workdir)
     self._fault = injected_faults.requested()
-    self.base = self.state = self._guard = None
-    self._jumps = []         # [(step, offset)]: from there on, after a rewind
-    for record in sentry.read_anomalies(workdir):
+    self._read_rewinds()
+
+  def _read_rewinds(self) -> None:
+    """Sets self._rewinds to [(step, offset)]: from that step on, batches come `offset` later."""
+    self._rewinds = []
+    for record in sentry.read_anomalies(self.workdir):
       if 'rewound_to' in record:
-        to, offset = int(record['rewound_to']), int(record['offset'])
-        self._jumps = [jump for jump in self._jumps if jump[0] < to] + [(to, offset)]
-
-  def starts(self) -> list[int]:
-    """From where the run can be done again: the seed, and each checkpoint."""
-    return [0, *self.checkpoints.steps()]
-
-  def go(self, step: int) -> None:
-    """To the state after `step`: of its checkpoint, or for 0 of the seed."""
-    c, program = self.config, self.program
-    self.state = None                     # before the next one is made
-    if step == 0:
-      initial = program.load_initial() if c.init.path else None
-      self.base = initial.params if c.lora.rank else None
-      self.state, at = program.first_state(initial), Position()
-    else:
-      if step not in self.checkpoints.steps():
-        raise CheckpointError(f'{self.workdir} has no checkpoint of step {step} to start from; '
-                              f'there are: {", ".join(map(str, self.starts()))} (0 is the seed)')
-      self.state, manifest = self.checkpoints.restore(program.abstract, step)
-      if c.lora.rank and self.base is None:
-        initial = program.load_initial()
-        loading.check_base(initial, manifest.meta, c, self.workdir)
-        self.base = initial.params
-      self.data.check_position(manifest.meta['data'])
-      at = Position.from_manifest(manifest)
-    self.step, self._start = step, step
-    self._offset, self._digest = at.offset, at.digest
-    self._guard = program.make_guard(at.guard)
-    self._updates = int(self.state.step)
+        step = int(record['rewound_to'])
+        self._rewinds = [rewind for rewind in self._rewinds if rewind[0] < step]
+        self._rewinds.append((step, int(record['offset'])))
 
   @property
-  def offset(self) -> int:
-    """Batches that rewinds of the run left out up to here."""
-    return next((offset for at, offset in reversed(self._jumps)
-                 if self._start <= at <= self.step), self._offset)
+  def state(self):
+    return self._run.state
 
-  def batch(self) -> tuple[int, dict[str, np.ndarray]]:
+  @property
+  def base(self):
+    return self._run.base
+
+  @property
+  def step(self) -> int:
+    return self._run.step
+
+  def free_state(self) -> None:
+    """Frees the memory of the state; `start_at` makes another."""
+    self._run.state = None
+
+  def starts(self) -> list[int]:
+    """The steps that a replay can start at: 0, the seed, and each checkpoint."""
+    return [0, *self.checkpoints.steps()]
+
+  def start_at(self, step: int) -> None:
+    """Goes to the state after `step`: that of its checkpoint, or for 0 that of the seed."""
+    self.free_state()
+    if step == 0:
+      self._run.begin()
+    elif step not in self.checkpoints.steps():
+      raise CheckpointError(f'{self.workdir} has no checkpoint of step {step} to start from; '
+                            f'available: {", ".join(map(str, self.starts()))} (0 is the seed)')
+    else:
+      self._run.resume(self.checkpoints.restore(self.program.abstract, step))
+    self._start = step
+    self._apply_rewinds()
+
+  def _apply_rewinds(self) -> None:
+    for step, offset in self._rewinds:    # the last one that applies
+      if self._start <= step <= self.step:
+        self._run.offset = offset
+
+  def next_batch(self) -> tuple[int, dict[str, np.ndarray]]:
     """(number in the stream, features) of the batch that the next step reads."""
-    number = self.step + 1 + self.offset
+    number = self.step + 1 + self._run.offset
     batch = self.data.batch(number - 1)
     return number, self._fault.inject(batch, number) if self._fault else batch
 
-  def next(self) -> Step:
-    number, batch = self.batch()
-    with self.using():
-      self.state, self._guard, metrics = self.program.step(
-          self.state, self.put(batch), self.base, self._guard)
+  def next_step(self) -> ReplayedStep:
+    number, batch = self.next_batch()
+    with self.using_mesh():
+      metrics = self._run.advance(self.put(batch))
     metrics = jax.device_get(metrics)
-    self.step += 1
-    self._digest = digests.chain(self._digest, metrics.pop('batch'))
     halted = bool(metrics.pop('halted'))
-    row = {'step': self.step, **{k: float(v) for k, v in metrics.items()},
-           'lr': float(self.program.schedule(self._updates)), 'data': self._digest}
-    self._updates += not metrics['skipped']
-    return Step(self.step, number, batch, row, halted)
+    learning_rate = self._run.account(metrics)
+    self._apply_rewinds()
+    row = {'step': self.step, **{name: float(x) for name, x in metrics.items()},
+           'lr': learning_rate, 'data': self._run.digest}
+    return ReplayedStep(self.step, number, batch, row, halted)
 
   def meta(self) -> dict:
     """What a checkpoint of this state has to hold besides its arrays."""
-    return checkpoint_meta(self.step, self.offset, self._digest, self._guard, self.data)
+    return self._run.meta()
 
   def put(self, batch):
     return sharding.put(batch, self.program.mesh)
 
-  def using(self):
+  def using_mesh(self):
     return sharding.use(self.program.mesh, self.config.rules)
 
-  def rows(self) -> dict[int, dict]:
-    return read_rows(self.workdir)
-
   def saved(self, step: int, part: str) -> dict[str, np.ndarray]:
-    """{path: array} of a part ('params', 'opt_state', …) of a checkpoint, verified."""
+    """{path: array} of a part of a checkpoint ('params', 'opt_state', …), verified."""
     abstract = {part: getattr(self.program.abstract, part)}
-    tree, _ = self.checkpoints.restore(abstract, step, only=(part,))
-    return trees.flatten(tree)
+    state, _ = self.checkpoints.restore(abstract, step, only=(part,))
+    return trees.flatten(state)
 
-  def changed_since(self, step: int) -> bool:
-    """Whether the config is another than when the checkpoint of `step` was written."""
+  def config_changed_since(self, step: int) -> bool:
+    """Whether config.json was changed after the checkpoint of `step` was written."""
     if step == 0:
       return False
     then = self.checkpoints.manifest(step).meta.get('config')
-    return then != configs.digest(configs.from_dict(rundir.read_config(self.workdir)))
+    return then != config.digest(config.from_dict(rundir.read_config(self.workdir)))
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -151,8 +159,9 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Of two arrays called `what`: in how many elements, the largest |a - b|, all of it as text."""
-  what: str
+  """A difference between two arrays: the number of elements that differ, the largest |a - b|, and a
+  text that says all of it."""
+  name: str
   count: int
   largest: float
   text: str
@@ -160,55 +169,58 @@ class Difference:
 
 def read_rows(workdir) -> dict[int, dict]:
   """{step: training row of metrics.jsonl without its timing}."""
-  return {row['step']: {k: v for k, v in row.items() if k != 'timing'}
-          for row in jsonl.read(Path(workdir) / 'metrics.jsonl', 'step') if 'loss' in row}
+  rows = {}
+  for row in jsonl.read(Path(workdir) / 'metrics.jsonl', 'step'):
+    if 'loss' in row:
+      rows[row['step']] = {name: value for name, value in row.items() if name != 'timing'}
+  return rows
 
 
-def differing(a: dict, b: dict) -> list[str]:
-  """Keys of two rows whose values are not the same bits, of those that both have; causes first."""
+def differing_keys(a: dict, b: dict) -> list[str]:
+  """Keys that both rows have with values of different bits; causes before effects."""
   bits = lambda x: x.hex() if isinstance(x, float) else x
-  return sorted((k for k in a if k in b and bits(a[k]) != bits(b[k])),
-                key=lambda k: ('data', 'loss').index(k) if k in ('data', 'loss') else 2)
+  causes_first = {'data': 0, 'loss': 1}
+  differing = [k for k in a if k in b and bits(a[k]) != bits(b[k])]
+  return sorted(differing, key=lambda k: causes_first.get(k, 2))
 
 
 def compare(name: str, a, b) -> Difference | None:
-  """None if the arrays are the same bits (so NaN is NaN)."""
+  """None if the arrays have the same bits (so NaN equals NaN)."""
   a, b = np.asarray(a), np.asarray(b)
   if a.shape != b.shape or a.dtype != b.dtype:
     show = lambda x: f'{x.dtype}[{",".join(map(str, x.shape))}]'
     return Difference(name, a.size, np.inf, f'{show(a)} and {show(b)}')
-  kind = f'u{a.dtype.itemsize}'
-  wrong = np.ascontiguousarray(a).view(kind) != np.ascontiguousarray(b).view(kind)
-  if not wrong.any():
+  as_bits = lambda x: np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
+  differs = as_bits(a) != as_bits(b)
+  if not differs.any():
     return None
-  where = tuple(int(i) for i in np.argwhere(wrong)[0])
+  count = int(differs.sum())
+  first = tuple(int(i) for i in np.argwhere(differs)[0])
   with np.errstate(invalid='ignore'):
-    largest = float(np.max(np.abs(a[wrong].astype(np.float64) - b[wrong].astype(np.float64))))
-  return Difference(name, int(wrong.sum()), largest,
-                    f'{int(wrong.sum())} of {a.size} elements, max |difference| {largest:.3g}, '
-                    f'first at {list(where)}: {a[where].item()!r} and {b[where].item()!r}')
+    distance = np.abs(a[differs].astype(np.float64) - b[differs].astype(np.float64))
+  largest = float(np.max(distance))
+  return Difference(name, count, largest,
+                    f'{count} of {a.size} elements, max |difference| {largest:.3g}, '
+                    f'first at {list(first)}: {a[first].item()!r} and {b[first].item()!r}')
 
 
 def compare_trees(a: dict, b: dict) -> list[Difference]:
-  """Of {path: array}, in the order of a."""
-  found = []
+  """The differences of {path: array}, in the order of a."""
+  differences = []
   for path in [*a, *(p for p in b if p not in a)]:
     if path not in a or path not in b:
-      found.append(Difference(path, 1, np.inf, 'only one of them has it'))
+      differences.append(Difference(path, 1, np.inf, 'only one of them has it'))
     elif difference := compare(path, a[path], b[path]):
-      found.append(difference)
-  return found
-
-
-PARTS = ('params', 'opt_state', 'ema', 'step')
+      differences.append(difference)
+  return differences
 
 
 def compare_checkpoint(replay: Replay, step: int) -> tuple[int, list[Difference]]:
-  """(arrays, what differs) between a replay's state and the run's checkpoint of `step`."""
-  count, found = 0, []
+  """(number of arrays, differences) between the replay's state and the checkpoint of `step`."""
+  count, differences = 0, []
   for part in PARTS:
     ours = trees.flatten({part: getattr(replay.state, part)})
     if ours:
       count += len(ours)
-      found += compare_trees(ours, replay.saved(step, part))
-  return count, found
+      differences += compare_trees(ours, replay.saved(step, part))
+  return count, differences

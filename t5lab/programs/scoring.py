@@ -1,4 +1,4 @@
-"""Scores of weights on what a config evaluates: loss, decoded metrics, predictions, as files."""
+"""Scores of weights on the evaluation of a config: loss, decoded metrics, predictions, as files."""
 
 import dataclasses
 import functools
@@ -7,126 +7,149 @@ from pathlib import Path
 
 import jax
 
-from t5lab import files
+from t5lab import config, files
 from t5lab.errors import Failure, UsageError
+from t5lab.models.transformer import Transformer
 from t5lab.parallel import multihost, sharding
 from t5lab.programs import loading, streams
 from t5lab.programs.lab import Lab, make_engine
 from t5lab.training import lora, steps
 
 
-class Evaluator:
-  """Scores the raw and the averaged weights, writes eval/<step>.json and the predictions."""
-
-  def __init__(self, c, workdir, model, mesh, base, tick):
-    """tick(done, total): called now and then; what it raises ends the evaluation."""
-    self._c, self._workdir, self._mesh, self._tick = c, workdir, mesh, tick
-    self._base = base
-    self._engine = make_engine(c)
-    plain = model.clone(train=False)
-    self._sums = jax.jit(functools.partial(steps.eval_step, model=plain))
-
-  @functools.cached_property
-  def _evaluation(self):
-    return streams.open_evaluation(self._c)
-
-  def __call__(self, step, state, report) -> 'Result':
-    weights = weights_of(state)
-    if self._base is not None:
-      scale = loading.lora_scale(self._c)
-      weights = {k: lora.merge(self._base, x, scale) for k, x in weights.items()}
-    labs = {name: Lab(self._c, params, step=step, weights=name, engine=self._engine)
-            for name, params in weights.items()}
-    result = evaluate(self._evaluation, labs, self._sums, self._mesh, tick=self._tick)
-    if multihost.is_main():
-      write_evaluation(self._workdir, step, result)
-    for reason in result.failed.values():
-      report.log(f'step {step} evaluation: {reason}')
-    name, predictions = list(result.predictions.items())[-1]
-    for p in predictions[:self._c.eval.samples]:
-      report.text(step, f'{p.task}/{name}/{p.index}',
-                  f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
-    return result
-
-
-def weights_of(state) -> dict:
-  """{'raw': parameters, 'ema': their average, where there is one}, both lying as parameters do: the
-  average is split further, and decoding would gather it anew for each token."""
-  if not state.ema:
-    return {'raw': state.params}
-  lie = jax.tree.map(lambda x: x.sharding, state.params)
-  return {'raw': state.params, 'ema': jax.device_put(state.ema, lie)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Result:
-  """scores: {'task/weights/metric': value}; predictions: {weights: list of Prediction}; failed:
-  {'task/weights': why it has no scores}."""
+class EvalResult:
+  """scores: {'task/weights/metric': value}. predictions: {weights: list of Prediction}.
+  failed: {'task/weights': the reason why it has no scores}."""
   scores: dict[str, float]
   predictions: dict[str, list]
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def check(self) -> None:
-    """Failure that names what could not be scored. For a command's end: the rest is written."""
+    """Raises a Failure that names what could not be scored. A command calls it at its end, when
+    the rest has been written."""
     if self.failed:
-      raise Failure(f'not scored: {", ".join(self.failed)}; {list(self.failed.values())[0]}. All '
-                    'else is scored and written, the checkpoints are whole: repair that and run '
+      reason = list(self.failed.values())[0]
+      raise Failure(f'not scored: {", ".join(self.failed)}; {reason}. Everything else is scored '
+                    'and written, and the checkpoints are complete: fix the cause and run '
                     '`t5lab eval`')
 
 
-def evaluate(evaluation, labs: dict[str, Lab], sums, mesh, tick=lambda done, total: None,
-             **decoding) -> Result:
-  """Scores each Lab's weights: loss and accuracy of the split, then each task's own metrics."""
-  scores, predictions, failed = {}, {}, {}
-  for name, lab in labs.items():
-    def run(batch, lab=lab):
-      tick(0, 0)
-      return jax.device_get(sums(lab.params, sharding.put(batch, mesh)))
-    for metric, value in evaluation.loss(run).items():
-      scores[f'{evaluation.name}/{name}/{metric}'] = value
-    generate = functools.partial(lab.generate_tokens, tick=tick, **decoding)
-    reasons = {}
-    by_task, predictions[name] = evaluation.decode(generate, lab.step, reasons)
-    failed |= {f'{task}/{name}': reason for task, reason in reasons.items()}
-    for task, values in by_task.items():
-      scores.update({f'{task}/{name}/{metric}': value for metric, value in values.items()})
-  return Result(scores, predictions, failed)
+class Evaluator:
+  """Scores weights on the evaluation of a config. Opens its data at the first use, or with `open`.
+
+  engine: the decoding engine, which all weights share and with it what it compiled.
+  """
+
+  def __init__(self, c, mesh, tick=lambda done, total: None):
+    """tick(done, total) is called now and then; an exception that it raises ends the evaluation."""
+    self._c, self._mesh, self._tick = c, mesh, tick
+    self.engine = make_engine(c)
+    model = Transformer(config.model_config(c))
+    self._eval_step = jax.jit(functools.partial(steps.eval_step, model=model))
+
+  @functools.cached_property
+  def evaluation(self):
+    return streams.open_evaluation(self._c)
+
+  def open(self) -> None:
+    """Opens the data now, so that its errors come before any weights are loaded."""
+    _ = self.evaluation
+
+  def score_state(self, step: int, state, base=None) -> EvalResult:
+    """Scores the raw and the averaged weights of a TrainState.
+
+    base: the frozen weights, if the state is that of adapters.
+    """
+    all_weights = eval_weights(state)
+    if base is not None:
+      scale = loading.lora_scale(self._c)
+      all_weights = {name: lora.merge(base, adapters, scale)
+                     for name, adapters in all_weights.items()}
+    labs = {name: Lab(self._c, params, step=step, weights=name, engine=self.engine)
+            for name, params in all_weights.items()}
+    return self.score(labs)
+
+  def score(self, labs: dict[str, Lab]) -> EvalResult:
+    """Scores the weights of each Lab: loss and accuracy of the split, then each task's metrics."""
+    scores, predictions, failed = {}, {}, {}
+    for weights, lab in labs.items():
+      for metric, value in self._loss(lab).items():
+        scores[f'{self.evaluation.name}/{weights}/{metric}'] = value
+
+      generate = functools.partial(lab.generate_tokens, tick=self._tick)
+      reasons = {}
+      by_task, predictions[weights] = self.evaluation.decode(generate, lab.step, reasons)
+      for task, metrics in by_task.items():
+        scores.update({f'{task}/{weights}/{metric}': value for metric, value in metrics.items()})
+      failed.update({f'{task}/{weights}': reason for task, reason in reasons.items()})
+    return EvalResult(scores, predictions, failed)
+
+  def _loss(self, lab) -> dict[str, float]:
+    def run_batch(batch):
+      self._tick(0, 0)
+      return jax.device_get(self._eval_step(lab.params, sharding.put(batch, self._mesh)))
+    return self.evaluation.loss(run_batch)
 
 
-def write_evaluation(workdir, step: int, result: Result, name: str = '') -> Path:
-  """eval/<step>.json (scores) and eval/<step>.<weights>.jsonl (predictions); -> the former."""
-  folder = Path(workdir) / 'eval'
+def eval_weights(state) -> dict:
+  """{'raw': parameters, 'ema': their average, if the state has one}.
+
+  Both are sharded like the parameters: the average is split further in a TrainState, and decoding
+  would gather it again for every token.
+  """
+  if not state.ema:
+    return {'raw': state.params}
+  shardings = jax.tree.map(lambda x: x.sharding, state.params)
+  return {'raw': state.params, 'ema': jax.device_put(state.ema, shardings)}
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def report_evaluation(c, workdir, step: int, result: EvalResult, report) -> None:
+  """Writes the files of an evaluation during training, and shows some predictions."""
+  if multihost.is_main():
+    write_evaluation(workdir, step, result)
+  for reason in result.failed.values():
+    report.log(f'step {step} evaluation: {reason}')
+  weights, predictions = list(result.predictions.items())[-1]
+  for p in predictions[:c.eval.samples]:
+    report.text(step, f'{p.task}/{weights}/{p.index}',
+                f'**source** {p.source}  \n**target** {p.target}  \n**output** {p.prediction}')
+
+
+def write_evaluation(workdir, step: int, result: EvalResult, suffix: str = '') -> Path:
+  """Writes eval/<step><suffix>.json (scores) and eval/<step><suffix>.<weights>.jsonl (predictions).
+
+  Returns the path of the scores. Errors: UsageError if the folder cannot be written.
+  """
+  folder, stem = Path(workdir) / 'eval', f'{step}{suffix}'
+  failed = {'failed': result.failed} if result.failed else {}
   try:
-    return _write_evaluation(folder, step, result, f'{step}{name}')
+    folder.mkdir(parents=True, exist_ok=True)
+    for weights, predictions in result.predictions.items():
+      lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) + '\n' for p in predictions]
+      files.write_text(folder / f'{stem}.{weights}.jsonl', ''.join(lines))
+    path = folder / f'{stem}.json'
+    files.write_text(path, json.dumps({'step': step, **result.scores, **failed}, indent=1) + '\n')
   except OSError as e:
     raise UsageError(f'cannot write the evaluation of step {step} into {folder}: {e.strerror}'
                      ) from e
-
-
-def _write_evaluation(folder, step, result, stem) -> Path:
-  folder.mkdir(parents=True, exist_ok=True)
-  for weights, rows in result.predictions.items():
-    files.write_text(folder / f'{stem}.{weights}.jsonl', ''.join(
-        json.dumps(dataclasses.asdict(p), ensure_ascii=False) + '\n' for p in rows))
-  path = folder / f'{stem}.json'
-  files.write_text(path, json.dumps(
-      {'step': step, **result.scores} | ({'failed': result.failed} if result.failed else {}),
-      indent=1) + '\n')
   return path
 
 
-def read_evaluation(workdir, step: int) -> Result:
-  """What write_evaluation wrote for a step; an empty Result if it is gone."""
+def read_evaluation(workdir, step: int) -> EvalResult:
+  """Reads what write_evaluation wrote for a step; an empty EvalResult if it is gone."""
   from t5lab.programs.evaluators import Prediction
   folder = Path(workdir) / 'eval'
   try:
     scores = json.loads((folder / f'{step}.json').read_text())
   except FileNotFoundError:
-    return Result({}, {})
+    return EvalResult({}, {})
   scores.pop('step')
   failed = scores.pop('failed', {})
   predictions = {}
   for path in sorted(folder.glob(f'{step}.*.jsonl'), reverse=True):    # raw, then ema
-    rows = path.read_text(encoding='utf-8').split('\n')[:-1]
-    predictions[path.name.split('.')[1]] = [Prediction(**json.loads(row)) for row in rows]
-  return Result(scores, predictions, failed)
+    lines = path.read_text(encoding='utf-8').split('\n')[:-1]
+    predictions[path.name.split('.')[1]] = [Prediction(**json.loads(line)) for line in lines]
+  return EvalResult(scores, predictions, failed)

@@ -18,9 +18,7 @@ from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models import families
 from t5lab.parallel import sharding
-from t5lab.programs import build as program
-from t5lab.programs import loading as weights
-from t5lab.programs import loop
+from t5lab.programs import build, loading, loop
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import convert, t5x
 from t5lab.training import optim
@@ -40,7 +38,7 @@ def tiny(init='', **overrides):
 
 def base_of(c, fresh=None):
   mesh = sharding.make_mesh()
-  found = weights.load_base(c, weights.boxed_params(c), mesh, fresh)
+  found = loading.load_base(c, loading.boxed_params(c), mesh, fresh)
   return found, trees.flatten(found.params)
 
 
@@ -60,14 +58,14 @@ def bert(tmp_path_factory):
   words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz']
   (there / 'vocab.txt').write_text('\n'.join([*words, *map('##{}'.format, 'aeinorst')]) + '\n')
   path = tmp_path_factory.mktemp('converted') / 'bert'
-  convert.convert(convert.read_hf(there), path, 't5lab', say=lambda line: None,
+  convert.convert(convert.read_hf(there), path, 't5lab', log=lambda line: None,
                   use_reference=False)
   return path
 
 
 def matching(init, classes=2, **overrides):
   """docs_match on the converted BERT."""
-  made = weights.read_config(init)
+  made = loading.read_config(init)
   c = config.base('bert/base', **{**made.model.to_dict(), 'classes': classes})
   c.init.path, c.init.fresh = str(init), ('classifier/.*',)
   c.data.mixture, c.data.vocab = 'docs_match', 'init'
@@ -182,8 +180,8 @@ def test_the_optimizers_state_comes_along_if_asked(run, tmp_path, capsys):
   saved = arrays(run, 2)
   for clip, first in ((1., 1), (0., 0)):
     tx = optim.optimizer('adamw', lambda step: 1e-3, clip=clip, weight_decay=0.01)
-    abstract = program.state_shapes(c, tx, sharding.make_mesh())
-    got = trees.flatten(weights.load_optimizer(c, abstract.opt_state, 2))
+    abstract = build.abstract_state(c, tx, sharding.make_mesh())
+    got = trees.flatten(loading.load_optimizer(c, abstract.opt_state, 2))
     assert int(got.pop(f'{first + 2}/count')) == 0 and int(got[f'{first}/count']) == 2
     assert len(got) == sum(p.startswith('opt_state/') for p in saved) - 1
     for path, x in got.items():
@@ -206,7 +204,7 @@ def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
   stream = np.random.default_rng(0)
   params = jax.tree.map(
       lambda x: stream.normal(0, 0.1, x.shape).astype(np.float32) + (x.ndim < 3),
-      nn.unbox(weights.boxed_params(c)))
+      nn.unbox(loading.boxed_params(c)))
   slots = jax.tree.map(
       lambda x: np.abs(stream.normal(0, 1, x.shape)).astype(np.float32),
       jax.eval_shape(optim.scale_by_adafactor().init, params))._replace(count=np.int32(5000))
@@ -216,7 +214,7 @@ def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
       for k in ('v_row', 'v_col', 'v')})
   t5x.write(tmp_path / 'checkpoint_5000', m, params, 5000, optimizer=slots)
   source = convert.read_t5x(tmp_path / 'checkpoint_5000', 't5lab_2048')
-  convert.convert(source, tmp_path / 'ours', 't5lab', say=lambda line: None, use_reference=False)
+  convert.convert(source, tmp_path / 'ours', 't5lab', log=lambda line: None, use_reference=False)
   saved = arrays(tmp_path / 'ours', 5000)
   want = trees.flatten(slots)
   assert set(want) == {p.removeprefix('opt_state/0/') for p in saved
@@ -251,10 +249,10 @@ def test_a_run_of_before_these_keys_goes_on(run, tmp_path):
   assert 'init' in json.loads((tmp_path / 'run' / 'config.json').read_text())
 
 
-def test_weights_of_another_formula_are_refused():
+def test_weights_of_another_architecture_are_refused():
   """Arrays of the same shapes that mean something else."""
   ours = families.TransformerConfig(**families.row('llama1/7b'))
-  weights._check_formula(ours, ours, 'x')
+  loading._check_architecture(ours, ours, 'x')
   for changed in (dict(rope_theta=5e5), dict(acts=('gelu', 'linear')), dict(norm_eps=1e-5)):
-    with pytest.raises(UsageError, match=f'another formula: model.{list(changed)[0]}='):
-      weights._check_formula(ours, dataclasses.replace(ours, **changed), 'x')
+    with pytest.raises(UsageError, match=f'a different architecture: model.{list(changed)[0]}='):
+      loading._check_architecture(ours, dataclasses.replace(ours, **changed), 'x')

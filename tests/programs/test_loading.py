@@ -10,7 +10,7 @@ from small_models import CONFIGS, random_params
 from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
-from t5lab.programs import loading as weights
+from t5lab.programs import loading
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 
@@ -21,7 +21,7 @@ MODEL = CONFIGS['t5_1_1']
 def saved(tmp_path_factory):
   """A directory of two steps with averages, the first the better one."""
   path = tmp_path_factory.mktemp('saved')
-  c = config.of_model(MODEL)
+  c = config.from_model(MODEL)
   c.optim.ema, c.checkpoint.best = 0.9, 'x/ema/loss'
   rundir.write_config(path, config.to_dict(c))
   checkpoints = Checkpoints(path / 'checkpoints')
@@ -41,47 +41,47 @@ def test_the_average_of_the_newest_step_or_what_is_asked_for(saved):
   for step, which, number, part, seed in (
       ('latest', None, 2, 'ema', 12), ('latest', 'raw', 2, 'raw', 2), (1, 'raw', 1, 'raw', 1),
       ('1', 'ema', 1, 'ema', 11), ('best', None, 1, 'ema', 11)):
-    found = weights.load(saved, step, which)
+    found = loading.load(saved, step, which)
     assert (found.step, found.weights) == (number, part)
     same(found, seed)
-  assert weights.load(saved, 1).sha256 != weights.load(saved, 2).sha256
-  assert weights.load(saved, 1).sha256 == weights.load(saved, 1, 'raw').sha256
+  assert loading.load(saved, 1).sha256 != loading.load(saved, 2).sha256
+  assert loading.load(saved, 1).sha256 == loading.load(saved, 1, 'raw').sha256
 
 
 def test_arrays_go_to_the_mesh_that_is_asked_for(saved):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  found = weights.load(saved, mesh=mesh)
+  found = loading.load(saved, mesh=mesh)
   assert all(x.sharding.device_set == {jax.devices()[0]} for x in jax.tree.leaves(found.params))
   same(found, 12)
 
 
 def test_what_is_not_there_is_said(saved, tmp_path):
   with pytest.raises(UsageError, match="step 'newest': a number, latest or best"):
-    weights.load(saved, 'newest')
+    loading.load(saved, 'newest')
   with pytest.raises(CheckpointError, match='no checkpoint of step 7'):
-    weights.load(saved, 7)
-  c = weights.read_config(saved)
+    loading.load(saved, 7)
+  c = loading.read_config(saved)
   c.optim.ema = 0.
   with pytest.raises(UsageError, match="weights='ema': .* has raw only"):
-    weights.load(saved, weights='ema', config=c)
+    loading.load(saved, weights='ema', c=c)
   c.checkpoint.best = 'x/raw/bleu'
   with pytest.raises(UsageError, match='no checkpoint has an evaluation of .*x/raw/bleu'):
-    weights.load(saved, 'best', config=c)
+    loading.load(saved, 'best', c=c)
   with pytest.raises(UsageError, match='is not a run of t5lab'):
-    weights.read_config(tmp_path)
+    loading.read_config(tmp_path)
   c.init.path = str(tmp_path)
   shutil.copy(saved / 'config.json', tmp_path)
   with pytest.raises(CheckpointError, match='has no checkpoint yet'):
-    weights.load(tmp_path)
+    loading.load(tmp_path)
   with pytest.raises(CheckpointError, match='init.path=.* has no checkpoint'):
-    weights.load_base(c, weights.boxed_params(c), sharding.make_mesh())
+    loading.load_base(c, loading.boxed_params(c), sharding.make_mesh())
 
 
 def test_a_directory_has_its_own_copy_of_the_vocabulary(tmp_path):
   """By the name that was copied; of a .gguf only its tokenizer was, under another name."""
   folder = tmp_path / 'vocabulary'
   folder.mkdir()
-  own = lambda spec: weights.own_vocabulary(tmp_path, spec)
+  own = lambda spec: loading.own_vocabulary(tmp_path, spec)
   for spec in ('', 'byte', 't5lab_2048', '/models/spiece.model', '/models/x.gguf'):
     assert own(spec) == spec
   for name in ('spiece.model', 'tokenizer.json'):

@@ -78,7 +78,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(reference, tmp_path):
   output = said.read_text()
   assert 'resuming from step 6' in output
   assert process.returncode == 75, output
-  assert 'the same command goes on' in output and 'Traceback' not in output
+  assert 'run the same command to resume' in output and 'Traceback' not in output
   assert not list((tmp_path / 'checkpoints').glob('*.tmp-*'))
 
   done = run(tmp_path, KILLED)
@@ -142,7 +142,7 @@ def test_changed_data_is_refused_unless_allowed(reference, tmp_path, monkeypatch
     (dict(model__vocab_size='1024'), UsageError,
      'sentinels = 2,048; .*model.vocab_size.* has 1,024 rows'),
     (dict(data__vocab='t5lab_999'), UsageError, "no vocabulary 't5lab_999'"),
-    (dict(optim__name='adamm'), UsageError, "unknown optimizer 'adamm'. Did you mean 'adamw'"),
+    (dict(optim__name='adamm'), UsageError, "optim.name='adamm' is unknown. Did you mean 'adamw'"),
     (dict(optim__schedule='cosin'), UsageError, "Did you mean 'cosine'"),
     (dict(rules='fdsp'), UsageError, "rules='fdsp' is unknown. Did you mean 'fsdp'"),
 ])

@@ -18,7 +18,7 @@ import pytest
 
 from t5lab import cli
 from t5lab.parallel import sharding
-from t5lab.programs import loading as weights
+from t5lab.programs import loading
 from t5lab.programs.lab import Lab
 from t5lab.tools.interop import certify, convert, gguf, reference
 
@@ -33,7 +33,7 @@ def converted(tmp_path_factory):
     if name not in made:
       read = convert.read_gguf if name == 'smollm2' else convert.read_hf
       proof = convert.convert(read(file(*FILES[name])), folder / name, 't5lab',
-                              say=lambda line: None, use_reference=False)
+                              log=lambda line: None, use_reference=False)
       assert proof['reference'] == 'golden vectors and round trip'
       made[name] = folder / name
     return made[name]
@@ -43,9 +43,9 @@ def converted(tmp_path_factory):
 
 def on_one_device(path):
   """The Lab of a directory: eight virtual devices would do its work eight times."""
-  c = weights.read_config(path)
+  c = loading.read_config(path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return Lab(c, weights.load(path, config=c, mesh=mesh).params)
+  return Lab(c, loading.load(path, c=c, mesh=mesh).params)
 
 
 def command(*argv, stdin=None):
@@ -175,7 +175,7 @@ def test_convert_as_typed_says_its_proof(tmp_path, capsys):
                    str(file(*FILES['g2p'])), str(tmp_path / 'g2p')])
   out = capsys.readouterr()
   assert code == 0, out.err
-  assert 'certified: golden vectors of bart' in out.out
+  assert 'verified against the golden vectors of bart: within ' in out.out
   assert (tmp_path / 'g2p' / certify.NAME).is_file()
   assert (tmp_path / 'g2p' / 'vocabulary' / 'characters.json').is_file()
   assert gguf.Gguf(file(*FILES['smollm2'])).metadata['general.architecture'] == 'llama'

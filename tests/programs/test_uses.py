@@ -79,7 +79,7 @@ def lab(tmp_path_factory):
   def made(name):
     row, kind, fields = LABS[name]
     model = shrink(row).__class__(**{**vars(shrink(row)), **fields})
-    c = configs.of_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
+    c = configs.from_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
     c.eval.batch_size, c.eval.max_length = 3, 8
     c.data.start = name != 'gpt2'
     # biases of norms as large as what they are added to would say the same token always
