@@ -47,7 +47,6 @@ setup(
         'array-record>=0.8.6,<0.9',          # caches of tokens
         'pyarrow>=26,<27',                   # Parquet, Arrow, zstd
         'fsspec>=2026.9',                    # files that are not local
-        'matplotlib>=3.10,<4',               # the page of `t5lab inspect`
     ],
     extras_require={
         'tpu': ['jax[tpu]'],
@@ -56,9 +55,11 @@ setup(
         'parity': ['torch==2.13.0', 'transformers>=5.20,<6', 'safetensors>=0.6,<1'],
         'gcs': ['gcsfs>=2026.9'],            # gs:// files
         'data': ['datasketch>=2,<3', 'py3langid>=0.4,<0.5'],   # `t5lab data dedup` and `clean`
-        'notebook': ['ipykernel>=6,<8'],
+        'plots': ['matplotlib>=3.10,<4'],    # the page of `t5lab inspect`
+        'notebook': ['ipykernel>=6,<8', 'matplotlib>=3.10,<4'],
         'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18',
                  'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6', 'ipykernel>=6,<8',
-                 'datasketch>=2,<3', 'py3langid>=0.4,<0.5', 'jsonschema>=4.26,<5'],
+                 'datasketch>=2,<3', 'py3langid>=0.4,<0.5', 'jsonschema>=4.26,<5',
+                 'matplotlib>=3.10,<4'],
     },
 )

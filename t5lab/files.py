@@ -109,6 +109,7 @@ class Progress:
 
   Example: `cleaning: 12,800 rows · 4,210 rows/s · ETA 1:05`
   On a terminal the line is redrawn every second; elsewhere a new line is printed every 5 seconds.
+  Work that is done sooner prints nothing. Use it in a `with` block, or call `done()`.
   """
 
   def __init__(self, what: str, unit: str, total: int | None = None, *, file: IO | None = None,
@@ -119,6 +120,7 @@ class Progress:
     self._every = every if every is not None else 1. if self._redraws else 5.
     self._start = self._printed = time.monotonic()
     self._done = 0
+    self._has_printed = False
 
   def add(self, count: int, fraction: float | None = None) -> None:
     """Counts `count` more. fraction: of the work that is done, instead of count / total."""
@@ -142,9 +144,23 @@ class Progress:
     line = (f'{self._what}: {self._done:,}{of} {self._unit} · {rate:,.0f} {self._unit}/s{end}')
     start, stop = ('\r', '   ') if self._redraws else ('', '\n')
     print(f'{start}{line}', end=stop, file=self._file, flush=True)
+    self._has_printed = True
 
   def done(self) -> None:
     """Prints the last line."""
-    self._print(time.monotonic(), ' · done')
+    if self._has_printed:
+      self._print(time.monotonic(), ' · done')
+      self._end_line()
+
+  def _end_line(self) -> None:
     if self._redraws:
       print(file=self._file)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, error, *_) -> None:
+    if error is None:
+      self.done()
+    elif self._has_printed:
+      self._end_line()

@@ -1,7 +1,7 @@
-"""The page of `t5lab inspect`: one HTML file, no script, nothing fetched, light and dark.
+"""The page of `t5lab inspect`: one HTML file without scripts or links, for light and dark mode.
 
-All text from the data passes view.printable and html.escape; a Content-Security-Policy forbids
-whatever slipped through to run or to load. Plots are PNGs inside the page.
+All text from the data passes through view.printable and html.escape; a Content-Security-Policy
+blocks anything that would still run or load. Plots are PNGs inside the page.
 """
 import base64
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from t5lab.tools.inspect import view
 
-SLOTS = 1024      # of a sequence that are drawn
-# Colours that stand out on white and on near-black, so that one image serves both.
+SLOTS = 1024      # shown of a sequence
+# Colours that are visible on white and on near-black, so that one image serves both modes.
 INK, BAR, BEYOND = '#7a7a7a', '#3d85c6', '#d9534f'
 
 STYLE = """
@@ -51,10 +51,13 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
 
 
 def render(title: str, settings: list[tuple[str, str]], numbers: dict, shown: dict) -> str:
-  """The page. numbers: {'tasks': {name: task_numbers and 'round_trip'}, 'mixture'}; shown:
-  {task: (notes, list of view.Example, view.Row)}."""
+  """Returns the HTML.
+
+  numbers: {'tasks': {name: task_statistics with 'round_trip'}, 'mixture': mixture_statistics}.
+  shown: {task: (notes, list of view.ShownExample, view.ShownRow)}.
+  """
   parts = [f'<h1>{_safe(title)}</h1>', _list(settings), '<h2>The mixture</h2>',
-           _table(view.MIXTURE_COLUMNS, view.mixture_rows(numbers['mixture'])),
+           _table(view.MIXTURE_COLUMNS, view.mixture_table(numbers['mixture'])),
            _list(view.mixture_facts(numbers['mixture']))]
   for name, task in numbers['tasks'].items():
     parts += _task(name, task, *shown[name])
@@ -75,23 +78,24 @@ def _list(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(columns, rows) -> str:
-  line = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{_safe(c)}</{tag}>' for c in cells) + '</tr>'
-  return ('<div class="wide"><table>' + line('th', columns)
-          + ''.join(line('td', row) for row in rows) + '</table></div>')
+  def line(tag, cells):
+    return '<tr>' + ''.join(f'<{tag}>{_safe(cell)}</{tag}>' for cell in cells) + '</tr>'
+  lines = [line('th', columns), *(line('td', row) for row in rows)]
+  return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _task(name, task, notes, examples, row) -> list[str]:
   parts = [f'<h2>{_safe(name)}</h2>', *(f'<p>{_safe(note)}</p>' for note in notes),
            _list(view.facts(task)), '<h3>Lengths in tokens, before cutting</h3>',
-           _table(view.LENGTH_COLUMNS, view.length_rows(task))]
+           _table(view.LENGTH_COLUMNS, view.length_table(task))]
   for feature, numbers in task['lengths'].items():
     image = base64.b64encode(plot(feature, numbers)).decode()
     parts.append(f'<img alt="Histogram of the lengths of {_safe(feature)}; the limit is '
                  f'{numbers["limit"]}" src="data:image/png;base64,{image}">')
   if task['round_trip']['shown']:
-    parts.append('<h3>Texts that come back changed</h3>')
-    parts += [f'<div class="text">{_safe(text)}\n{_safe(back)}</div><p></p>'
-              for text, back in task['round_trip']['shown']]
+    parts.append('<h3>Texts that change in a round trip</h3>')
+    parts += [f'<div class="text">{_safe(text)}\n{_safe(restored)}</div><p></p>'
+              for text, restored in task['round_trip']['shown']]
   parts.append('<h3>Examples, as the model sees them</h3>')
   for example in examples:
     parts.append(f'<p class="soft">{_safe(example.name)}</p>')
@@ -108,33 +112,33 @@ def _span(span: view.Span) -> str:
   return text if span.kind == 'text' else f'<span class="{span.kind}">{text}</span>'
 
 
-def _row(row: view.Row) -> str:
+def _row(row: view.ShownRow) -> str:
   labels = ''.join(f'; {name} = {value}' for name, value in row.labels.items())
-  parts = [f'<p>{len(row.examples):,} in it: {_safe(", ".join(row.examples[:20]))}'
+  parts = [f'<p>Examples ({len(row.examples):,}): {_safe(", ".join(row.examples[:20]))}'
            f'{", …" * (len(row.examples) > 20)}{_safe(labels)}.</p>'
-           '<p class="soft">A token a box: its position, what is read and, below, what is to be '
-           'said there. The bar on top tells segments apart; <span class="slot loss">this '
-           'background</span> marks what carries loss.</p>']
+           '<p class="soft">Each box is a position: its number, the token read and, below, the '
+           'token to predict. The bar on top distinguishes segments; <span class="slot loss">this '
+           'background</span> marks predictions that count in the loss.</p>']
   for sequence in row.sequences:
-    left = len(sequence.slots) - SLOTS
-    more = f' The first {SLOTS:,} are shown, {left:,} are not.' if left > 0 else ''
+    hidden = len(sequence.slots) - SLOTS
+    more = f' The first {SLOTS:,} are shown, {hidden:,} are not.' if hidden > 0 else ''
     parts.append(f'<h3>{sequence.name}: {len(sequence.slots):,} tokens and {sequence.padding:,} '
-                 f'of padding</h3><p class="soft">{more}</p><div class="slots">')
+                 f'padding</h3><p class="soft">{more}</p><div class="slots">')
     segment = 0
     for slot in sequence.slots[:SLOTS]:
       if slot.segment != segment:
         segment = slot.segment
         parts.append(f'<span class="first">segment {segment}</span>')
-      said = '' if slot.predicted is None else f'<b>{_span(slot.predicted)}</b>'
+      predicted = '' if slot.predicted is None else f'<b>{_span(slot.predicted)}</b>'
       parts.append(f'<span class="slot {"even" if segment % 2 else "odd"}'
                    f'{" loss" * slot.loss}"><i>{slot.position}</i><span>{_span(slot.read)}</span>'
-                   f'{said}</span>')
+                   f'{predicted}</span>')
     parts.append('</div>')
   return ''.join(parts)
 
 
 def plot(feature: str, numbers: dict) -> bytes:
-  """A PNG: histogram of inspection.length_numbers with the limit as a line."""
+  """Returns a PNG: the histogram of statistics.length_statistics, with the limit as a line."""
   histogram, limit = numbers['histogram'], numbers['limit']
   starts = [histogram['first'] + k * histogram['width'] for k in range(len(histogram['counts']))]
   figure = Figure(figsize=(6, 2.8), dpi=130, layout='constrained')
@@ -143,7 +147,7 @@ def plot(feature: str, numbers: dict) -> bytes:
   axes.bar([start - 0.5 for start in starts], histogram['counts'], width=histogram['width'],
            align='edge', linewidth=0, color=[BEYOND if start > limit else BAR for start in starts])
   axes.axvline(limit + 0.5, color=BEYOND, linestyle='--', label=f'limit {limit:,}')
-  end = '; the last bar holds all that are longer' if histogram['open'] else ''
+  end = '; the last bar holds all longer ones' if histogram['open'] else ''
   axes.set_xlabel(f'tokens of {feature}{end}', color=INK, parse_math=False)   # a name may hold $
   axes.set_ylabel('examples', color=INK)
   axes.tick_params(colors=INK)

@@ -76,12 +76,12 @@ class PrepareJob:
     yield from self._with_progress(reader, phase)
 
   def _with_progress(self, reader, phase, total=None):
-    progress = files.Progress(f'{self.command} {phase}'.strip(), 'records', total, file=self._log)
+    name = f'{self.command} {phase}'.strip()
     fraction = _FractionRead(reader.files)
-    for record in reader:
-      progress.add(1, None if total else fraction.after(record))
-      yield record
-    progress.done()
+    with files.Progress(name, 'records', total, file=self._log) as progress:
+      for record in reader:
+        progress.add(1, None if total else fraction.after(record))
+        yield record
 
   def texts(self, record: records.Record) -> list[str]:
     return [record.fields[name] for name in self.fields]

@@ -1,4 +1,4 @@
-"""What a model will see: planted repeats, cuts and unknown tokens are counted to the last one."""
+"""Planted repeats, cuts and unknown tokens are counted exactly, and shown."""
 
 import base64
 import dataclasses
@@ -11,17 +11,14 @@ import pytest
 from t5lab.data import vocab
 from t5lab.data.batches import features
 from t5lab.data.batches.pipeline import Pipeline
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import registry
 from t5lab.data.tasks.seqio_tf import seqio
 from t5lab.data.vocab.base import UNKNOWN, Vocab
-from t5lab.tools.inspect import numbers as inspection
-from t5lab.tools.inspect import page as inspection_page
-from t5lab.tools.inspect import texts as inspection_texts
-from t5lab.tools.inspect import view
+from t5lab.tools.inspect import page, round_trip, statistics, view
 
 LENGTHS = {'inputs': 4, 'targets': 3}
 LETTERS = {3: 'a', 4: 'B', 5: 'c', 6: '<', 7: '\n', 8: '\0'}
-WORDS = Vocab(          # 1 ends, 2 is unknown, 4 is a letter that does not come back
+WORDS = Vocab(          # 1 is the end, 2 unknown, 4 a letter that no round trip restores
     'letters', 'f' * 64, 10, 1,
     lambda text: [{v: k for k, v in LETTERS.items()}.get(c, 2) for c in text.lower()],
     lambda ids: ''.join(LETTERS.get(i, UNKNOWN if i == 2 else '') for i in ids),
@@ -34,10 +31,11 @@ class Component:
   examples: list
   rate: float = 1.
   objective: object = None
+  note: str = ''
 
 
 class Shift:
-  """An objective: a random cut of the tokens, one more in front of the targets."""
+  """An objective that cuts the tokens at a random place and puts a token before the targets."""
 
   def sizes(self, lengths):
     return {'inputs': lengths['targets'], 'targets': lengths['targets']}
@@ -49,13 +47,13 @@ class Shift:
 
 
 def pairs(*rows):
-  """(inputs, targets) -> examples."""
+  """Returns examples of (inputs, targets)."""
   return [{'inputs': np.array(x, np.int32), 'targets': np.array(y, np.int32)} for x, y in rows]
 
 
 PLANTED = pairs(([5, 6, 1], [7, 1]),
                 ([5, 6, 1], [7, 1]),                      # the same again
-                ([5, 6, 1], [8, 1]),                      # the same inputs, other targets
+                ([5, 6, 1], [8, 1]),                      # the same inputs with other targets
                 ([5, 2, 6, 7, 8, 1], [9, 1]),             # 2 too many, 1 unknown
                 ([2, 1], [5, 6, 7, 8, 9, 1]),             # 3 too many, 1 unknown
                 ([9, 1], [2, 2, 1]))                      # 2 unknown
@@ -67,166 +65,166 @@ def rows_of(examples, lengths=LENGTHS, objective=None, **kwargs):
 
 
 def numbers(rows, seed=0, **kwargs):
-  return inspection.task_numbers(rows, WORDS, np.random.default_rng(seed), **kwargs)
+  return statistics.task_statistics(rows, WORDS, np.random.default_rng(seed), **kwargs)
 
 
 def counts(share):
   return share['count'], share['of']
 
 
-# numbers
+# -- statistics --
 
 
 def test_planted_examples_are_counted():
   ticks = []
-  found = numbers(rows_of(PLANTED), tick=lambda *at: ticks.append(at))
-  assert ticks == [(i, 6) for i in range(1, 7)]
-  assert found['examples'] == found['rows'] == found['sampled'] == 6
-  assert found['objective'] is None
-  assert counts(found['truncated']['examples']) == (2, 6)
-  assert counts(found['truncated']['tokens']) == (5, 36)
-  assert counts(found['unknown']) == (4, 36)
-  assert found['unknown']['share'] == 4 / 36
-  assert counts(found['duplicates']) == (1, 6)
-  assert counts(found['contradictions']) == (3, 6)
-  assert found['lengths']['inputs']['percentiles'] == {
+  result = numbers(rows_of(PLANTED), tick=ticks.append)
+  assert ticks == [1] * 6
+  assert result['examples'] == result['rows'] == result['sampled'] == 6
+  assert result['objective'] is None
+  assert counts(result['truncated']['examples']) == (2, 6)
+  assert counts(result['truncated']['tokens']) == (5, 36)
+  assert counts(result['unknown']) == (4, 36)
+  assert result['unknown']['share'] == 4 / 36
+  assert counts(result['duplicates']) == (1, 6)
+  assert counts(result['contradictions']) == (3, 6)
+  assert result['lengths']['inputs']['percentiles'] == {
       '1': 2, '5': 2, '25': 2, '50': 3, '75': 3, '95': 6, '99': 6, 'max': 6}
-  assert found['lengths']['targets']['percentiles'] == {
+  assert result['lengths']['targets']['percentiles'] == {
       '1': 2, '5': 2, '25': 2, '50': 2, '75': 3, '95': 6, '99': 6, 'max': 6}
-  assert [found['lengths'][f]['limit'] for f in ('inputs', 'targets')] == [4, 3]
-  assert [found['lengths'][f]['tokens'] for f in ('inputs', 'targets')] == [19, 17]
+  assert [result['lengths'][f]['limit'] for f in ('inputs', 'targets')] == [4, 3]
+  assert [result['lengths'][f]['tokens'] for f in ('inputs', 'targets')] == [19, 17]
   # one example a row: (3 3 3 4 2 2) + (2 2 2 2 3 3) tokens in 6 rows of 7
-  assert found['slots'] == {'measured': 6, 'a_row': 7, 'tokens': pytest.approx(31 / 6),
+  assert result['slots'] == {'measured': 6, 'a_row': 7, 'tokens': pytest.approx(31 / 6),
                             'loss': pytest.approx(14 / 6), 'filled': pytest.approx(31 / 42)}
 
 
-def test_an_end_that_is_called_unknown_is_none():
+def test_an_end_of_text_that_is_called_unknown_is_not_counted():
   gpt2 = dataclasses.replace(WORDS, unk_id=1, bos_id=1, pad_id=1)
-  found = inspection.task_numbers(rows_of(PLANTED), gpt2, np.random.default_rng(0))
-  assert counts(found['unknown']) == (0, 36)
+  result = statistics.task_statistics(rows_of(PLANTED), gpt2, np.random.default_rng(0))
+  assert counts(result['unknown']) == (0, 36)
   assert view.piece(gpt2, 1) == view.Span('special', '</s>')
 
 
-def test_features_are_not_run_together():
-  """[5] [6 7] and [5 6] [7] are two examples; so are those of int64 and of int32 the same."""
-  found = numbers(rows_of(pairs(([5], [6, 7]), ([5, 6], [7])) + [
+def test_the_border_between_features_counts():
+  """[5] [6 7] and [5 6] [7] differ; int64 and int32 are the same."""
+  result = numbers(rows_of(pairs(([5], [6, 7]), ([5, 6], [7])) + [
       {name: x.astype(np.int64) for name, x in pairs(([5], [6, 7]))[0].items()}]))
-  assert counts(found['duplicates']) == (1, 3)
+  assert counts(result['duplicates']) == (1, 3)
 
 
-def test_a_contradiction_stays_one():
-  found = numbers(rows_of(pairs(([5], [6]), ([5], [7]), ([5], [6]), ([8], [6]))))
-  assert counts(found['contradictions']) == (3, 4) and counts(found['duplicates']) == (1, 4)
+def test_a_contradiction_outlasts_a_repeat():
+  result = numbers(rows_of(pairs(([5], [6]), ([5], [7]), ([5], [6]), ([8], [6]))))
+  assert counts(result['contradictions']) == (3, 4) and counts(result['duplicates']) == (1, 4)
 
 
-def test_a_sample_is_random_and_lengths_are_of_all():
-  drawn = [inspection.sample(50, 5, np.random.default_rng(seed)) for seed in range(60)]
+def test_a_sample_is_random_and_lengths_cover_everything():
+  drawn = [statistics.sample(50, 5, np.random.default_rng(seed)) for seed in range(60)]
   assert all(len(set(x)) == 5 and x == sorted(x) for x in drawn)
   assert set().union(*drawn) == set(range(50))
-  assert inspection.sample(3, 5, np.random.default_rng(0)) == [0, 1, 2]
-  found = numbers(rows_of(PLANTED), most=4)
-  assert found['sampled'] == 4 and found['duplicates']['of'] == 4
-  assert found['lengths']['inputs']['measured'] == 6
-  assert counts(found['truncated']['tokens']) == (5, 36)
-  assert found == numbers(rows_of(PLANTED), most=4)
+  assert statistics.sample(3, 5, np.random.default_rng(0)) == [0, 1, 2]
+  result = numbers(rows_of(PLANTED), size=4)
+  assert result['sampled'] == 4 and result['duplicates']['of'] == 4
+  assert result['lengths']['inputs']['measured'] == 6
+  assert counts(result['truncated']['tokens']) == (5, 36)
+  assert result == numbers(rows_of(PLANTED), size=4)
 
 
-def test_what_an_objective_makes_is_measured():
+def test_the_output_of_an_objective_is_measured():
   texts = [{'targets': np.arange(3, 3 + n, dtype=np.int32)} for n in (2, 3, 5, 5)]
   rows = rows_of(texts, objective=Shift())
-  made = [rows.objective.apply(texts[i], np.random.default_rng([rows.seed, 0, i]))
-          for i in range(4)]
-  found = numbers(rows)
+  drawn = [rows.objective.apply(texts[i], np.random.default_rng([rows.seed, 0, i]))
+           for i in range(4)]
+  result = numbers(rows)
   for name in ('inputs', 'targets'):
-    assert found['lengths'][name]['tokens'] == sum(len(x[name]) for x in made)
-  over = [len(x['targets']) > 3 or len(x['inputs']) > 4 for x in made]
-  assert 0 < sum(over) < 4 and counts(found['truncated']['examples']) == (sum(over), 4)
-  assert counts(found['unknown']) == (0, 15) and counts(found['duplicates']) == (1, 4)
-  assert found['contradictions'] is None
+    assert result['lengths'][name]['tokens'] == sum(len(x[name]) for x in drawn)
+  over = [len(x['targets']) > 3 or len(x['inputs']) > 4 for x in drawn]
+  assert 0 < sum(over) < 4 and counts(result['truncated']['examples']) == (sum(over), 4)
+  assert counts(result['unknown']) == (0, 15) and counts(result['duplicates']) == (1, 4)
+  assert result['contradictions'] is None
   real = sum(len(x) for i in range(4) for x in rows.example(0, i).values())
-  assert found['slots']['tokens'] == real / rows.count
-  for i in range(4):                       # uncut is what the pipeline cuts
+  assert result['slots']['tokens'] == real / rows.count
+  for i in range(4):                       # the pipeline cuts what uncut returns
     cut = features.trim(rows.uncut(0, i), LENGTHS)[0]
     for name, tokens in rows.example(0, i).items():
       assert cut[name].tolist() == tokens.tolist()
 
 
-def test_a_class_is_no_token_and_masked_features_are_cut_as_one():
+def test_classes_are_not_tokens_and_masked_features_are_cut_as_one():
   rows = rows_of(pairs(([5, 6, 7, 8, 9, 1], [2]), ([5, 1], [2])), kind='encoder')
-  found = numbers(rows, form='classes')
-  assert counts(found['unknown']) == (0, 8) and list(found['lengths']) == ['inputs']
-  assert counts(found['truncated']['tokens']) == (2, 8)
-  assert counts(found['contradictions']) == (0, 2)
+  result = numbers(rows, form='classes')
+  assert counts(result['unknown']) == (0, 8) and list(result['lengths']) == ['inputs']
+  assert counts(result['truncated']['tokens']) == (2, 8)
+  assert counts(result['contradictions']) == (0, 2)
   five = np.arange(3, 8, dtype=np.int32)
   masked = {'inputs': five, 'targets': five, 'weights': (five > 5).astype(np.int32)}
-  found = numbers(rows_of([masked], kind='encoder'), form='mlm')
-  assert list(found['lengths']) == ['inputs'] and found['contradictions'] is None
-  assert counts(found['truncated']['tokens']) == (1, 5) and found['slots']['loss'] == 1
+  result = numbers(rows_of([masked], kind='encoder'), form='mlm')
+  assert list(result['lengths']) == ['inputs'] and result['contradictions'] is None
+  assert counts(result['truncated']['tokens']) == (1, 5) and result['slots']['loss'] == 1
 
 
 def test_histogram():
-  found = inspection.length_numbers(np.array([1] * 98 + [2, 1000]), 10)
-  assert found['histogram'] == {'first': 0, 'width': 1, 'open': True,
+  result = statistics.length_statistics(np.array([1] * 98 + [2, 1000]), 10)
+  assert result['histogram'] == {'first': 0, 'width': 1, 'open': True,
                                 'counts': [0, 98, 1, *[0] * 9, 1]}
-  found = inspection.length_numbers(np.array([0, 99, 100, 101, 119, 120]), 100)
-  bars = found['histogram']
+  result = statistics.length_statistics(np.array([0, 99, 100, 101, 119, 120]), 100)
+  bars = result['histogram']
   assert (bars['first'], bars['width'], bars['open']) == (-3, 4, False)    # … 97 to 100, 101 …
   assert [(k, n) for k, n in enumerate(bars['counts']) if n] == [(0, 1), (25, 2), (26, 1), (30, 2)]
-  assert found['mean'] == 539 / 6 and found['percentiles']['50'] == 100
+  assert result['mean'] == 539 / 6 and result['percentiles']['50'] == 100
 
 
 class Blocks:
-  """Rows of a cache in blocks, which are slow to open: only the first ones are asked for."""
+  """Rows of a cache in blocks, which are slow to open: only the first should be read."""
   name, blocks, count, objective = 't', 3, 2_000, Shift()
 
   def __init__(self):
-    self.asked = []
+    self.requests = []
 
   def row(self, epoch, i):
-    self.asked.append((epoch, i))
+    self.requests.append((epoch, i))
     return {'decoder_segment_ids': np.array([1, 1, 0, 0]), 'decoder_positions': np.arange(4),
             'decoder_input_tokens': np.full(4, 3), 'decoder_target_tokens': np.full(4, 3),
             'decoder_loss_weights': np.array([0, 1, 0, 0])}
 
   def ids(self, epoch, i):
-    self.asked.append((epoch, i))
+    self.requests.append((epoch, i))
     return [i] * (1 + i % 7)
 
 
-def test_of_blocks_the_first_rows_are_measured():
+def test_the_first_rows_of_blocks_are_measured():
   rows = Blocks()
-  assert inspection.slot_numbers(rows, None) == {'measured': 500, 'a_row': 4, 'tokens': 2.,
+  assert statistics.slot_statistics(rows, None) == {'measured': 500, 'a_row': 4, 'tokens': 2.,
                                                  'loss': 1., 'filled': 0.5}
-  assert rows.asked == [(0, i) for i in range(500)]
+  assert rows.requests == [(0, i) for i in range(500)]
   rows = Blocks()
   assert view.row(rows, WORDS).examples == ['t:6'] * 7
-  assert max(rows.asked) == (0, 19)
+  assert max(rows.requests) == (0, 19)
 
 
 def test_mixture_by_hand():
-  tasks_of = {'a': {'examples': 8, 'rows': 4, 'slots': {'a_row': 40, 'tokens': 10., 'loss': 4.}},
-              'b': {'examples': 2, 'rows': 2, 'slots': {'a_row': 40, 'tokens': 20., 'loss': 9.}}}
-  found = inspection.mixture_numbers([3., 1.], tasks_of, batch_size=5, total_steps=10)
+  by_task = {'a': {'examples': 8, 'rows': 4, 'slots': {'a_row': 40, 'tokens': 10., 'loss': 4.}},
+             'b': {'examples': 2, 'rows': 2, 'slots': {'a_row': 40, 'tokens': 20., 'loss': 9.}}}
+  result = statistics.mixture_statistics([3., 1.], by_task, batch_size=5, total_steps=10)
   near = lambda x: pytest.approx(x, rel=1e-12)
-  assert found['tasks']['a'] == {'rate': 0.75, 'rows': near(0.6), 'tokens': near(6 / 14),
+  assert result['tasks']['a'] == {'rate': 0.75, 'rows': near(0.6), 'tokens': near(6 / 14),
                                  'epochs': near(7.5), 'steps_an_epoch': near(4 / 3)}
-  assert found['tasks']['b'] == {'rate': 0.25, 'rows': near(0.4), 'tokens': near(8 / 14),
+  assert result['tasks']['b'] == {'rate': 0.25, 'rows': near(0.4), 'tokens': near(8 / 14),
                                  'epochs': near(10), 'steps_an_epoch': near(1)}
-  assert found['a_step'] == {'rows': 5, 'slots': 200, 'tokens': near(70), 'loss': near(30),
+  assert result['a_step'] == {'rows': 5, 'slots': 200, 'tokens': near(70), 'loss': near(30),
                              'padding': near(0.65)}
-  assert found['run'] == {'steps': 10, 'tokens': near(700), 'loss': near(300)}
-  assert found['steps_an_epoch'] == 1.2
-  none = inspection.mixture_numbers([1., 0.], tasks_of, batch_size=5, total_steps=10)
+  assert result['run'] == {'steps': 10, 'tokens': near(700), 'loss': near(300)}
+  assert result['steps_an_epoch'] == 1.2
+  none = statistics.mixture_statistics([1., 0.], by_task, batch_size=5, total_steps=10)
   assert none['tasks']['b']['steps_an_epoch'] is None and none['tasks']['b']['epochs'] == 0
 
 
-def test_the_mixture_is_what_the_pipeline_draws():
-  short = pairs(*[([5, 1], [i % 7 + 3]) for i in range(12)])          # two or three a row
+def test_the_mixture_agrees_with_the_pipeline():
+  short = pairs(*[([5, 1], [i % 7 + 3]) for i in range(12)])          # two or three per row
   long = pairs(*[([9, 9, 9, 1], [i % 7 + 3, 1]) for i in range(4)])
-  parts = [Component('short', short, rate=2.), Component('long', long)]
-  data = Pipeline(parts, LENGTHS, batch_size=6, seed=0)
+  components = [Component('short', short, rate=2.), Component('long', long)]
+  data = Pipeline(components, LENGTHS, batch_size=6, seed=0)
   each = {r.name: numbers(r) for r in data.rows}
-  found = inspection.mixture_numbers([2., 1.], each, batch_size=6, total_steps=40)
+  result = statistics.mixture_statistics([2., 1.], each, batch_size=6, total_steps=40)
   drawn = {'short': 0, 'long': 0}
   tokens = loss = 0
   for step in range(40):
@@ -237,57 +235,51 @@ def test_the_mixture_is_what_the_pipeline_draws():
     tokens += (batch['encoder_segment_ids'] > 0).sum() + (batch['decoder_segment_ids'] > 0).sum()
     loss += batch['decoder_loss_weights'].sum()
   for name, r in zip(drawn, data.rows):
-    assert found['tasks'][name]['epochs'] == pytest.approx(drawn[name] / r.count, rel=0.02)
-  assert found['run']['tokens'] == pytest.approx(tokens, rel=0.01)
-  assert found['run']['loss'] == pytest.approx(loss, rel=0.01)
+    assert result['tasks'][name]['epochs'] == pytest.approx(drawn[name] / r.count, rel=0.02)
+  assert result['run']['tokens'] == pytest.approx(tokens, rel=0.01)
+  assert result['run']['loss'] == pytest.approx(loss, rel=0.01)
 
 
-# texts
+# -- round trips --
 
 
 def test_losses():
   text = 'x' * 60 + 'ß' + 'y' * 60
-  found = inspection_texts.losses(
+  result = round_trip.losses(
       [('same', 'same'), ('aßß', 'a ⁇ '), (text, text.replace('ß', '')), ('A', 'a'), ('B', 'b'),
        ('end', 'en')], 'texts')
-  assert found['source'] == 'texts' and counts(found['lost']) == (5, 6)
-  assert found['characters'] == {'ß': 3, 'A': 1, 'B': 1, 'd': 1}
-  assert found['shown'] == [('aßß', 'a ⁇ '), ('x' * 40 + 'ß' + 'y' * 39, 'x' * 40 + 'y' * 40),
+  assert result['source'] == 'texts' and counts(result['lost']) == (5, 6)
+  assert result['characters'] == {'ß': 3, 'A': 1, 'B': 1, 'd': 1}
+  assert result['shown'] == [('aßß', 'a ⁇ '), ('x' * 40 + 'ß' + 'y' * 39, 'x' * 40 + 'y' * 40),
                             ('A', 'a')]
 
 
 def test_losses_of_ids():
-  """a B | c: the B is decoded and comes back unknown. The unknown of 'a ⁇ c' stays what it is."""
+  """B is decoded and comes back as unknown; an unknown that was stored does not change."""
   rows = rows_of(pairs(([3, 4, 1, 5, 1], [3, 5, 1]), ([3, 4, 1], [3, 1])))
-  found = inspection_texts.of_ids(rows, WORDS, 'inputs', range(2))
-  assert found['source'] == 'ids' and counts(found['lost']) == (2, 5)
-  assert found['shown'] == [('aB', 'a ⁇ '), ('aB', 'a ⁇ ')]
+  result = round_trip.id_losses(rows, WORDS, 'inputs', range(2))
+  assert result['source'] == 'ids' and counts(result['lost']) == (2, 5)
+  assert result['shown'] == [('aB', 'a ⁇ '), ('aB', 'a ⁇ ')]
   classes = rows_of(pairs(([3, 4, 1], [4])), kind='encoder')
-  assert counts(inspection_texts.of_ids(classes, WORDS, 'classes', [0])['lost']) == (1, 1)
+  assert counts(round_trip.id_losses(classes, WORDS, 'classes', [0])['lost']) == (1, 1)
   tables = dataclasses.replace(WORDS, target_encoder=lambda text: [4] * len(text))
-  found = inspection_texts.of_ids(rows, tables, 'inputs', [0])
-  assert found['shown'] == [('ac', 'BB')] and found['lost']['of'] == 1   # inputs are another table
+  result = round_trip.id_losses(rows, tables, 'inputs', [0])
+  assert result['shown'] == [('ac', 'BB')] and result['lost']['of'] == 1   # not the inputs
 
 
-@pytest.fixture
-def registry():
-  yield
-  tasks.register()
-
-
-def test_texts_of_tasks(registry):
-  tasks.register('t5lab_2048')
+def test_texts_of_tasks(plain_registry):
+  registry.register('t5lab_2048')
   task = seqio.TaskRegistry.get('ha_ende')
-  found = inspection_texts.of_task(task, 'validation', {'inputs': 8, 'targets': 8}, 5)
-  assert found['source'] == 'texts' and counts(found['lost']) == (0, 10)
-  # cut into segments: the text stands beside the ids only before that
+  result = round_trip.task_losses(task, 'validation', {'inputs': 8, 'targets': 8}, 5)
+  assert result['source'] == 'texts' and counts(result['lost']) == (0, 10)
+  # Cut into segments: the text is beside the ids only before that.
   books = seqio.TaskRegistry.get('books_lm')
-  assert counts(inspection_texts.of_task(books, 'validation', {'targets': 8}, 3)['lost']) == (0, 3)
-  bert = seqio.TaskRegistry.get('books_bert')          # never
-  assert inspection_texts.of_task(bert, 'validation', {'inputs': 16}, 3) is None
+  assert counts(round_trip.task_losses(books, 'validation', {'targets': 8}, 3)['lost']) == (0, 3)
+  bert = seqio.TaskRegistry.get('books_bert')          # never beside them
+  assert round_trip.task_losses(bert, 'validation', {'inputs': 16}, 3) is None
 
 
-# what a person sees
+# -- view --
 
 
 def test_printable():
@@ -310,7 +302,7 @@ def test_spans():
   assert view.spans(one_id, [1]) == [Span('special', '</s>')]
 
 
-def test_examples_are_shown_as_they_are_cut():
+def test_examples_are_shown_after_cutting():
   shown = view.example(rows_of(PLANTED), 3, WORDS)
   assert shown.name == 'planted:3' and shown.cut == {'inputs': 2, 'targets': 0}
   assert ''.join(s.text for s in shown.features['inputs']) == 'c ⁇ <</s>'
@@ -322,7 +314,7 @@ def test_examples_are_shown_as_they_are_cut():
   assert shown.features['targets'][0] == view.Span('text', '\\n')
 
 
-def test_one_that_was_cut_is_among_those_shown():
+def test_a_cut_example_is_among_those_shown():
   rows = rows_of(PLANTED)
   for seed in range(20):
     assert {3, 4} & set(view.choose(rows, 2, np.random.default_rng(seed)))
@@ -369,7 +361,7 @@ def test_a_row_of_an_encoder():
 
 
 class Page(html.parser.HTMLParser):
-  """Tags balance; which tags and attributes there are."""
+  """Checks that tags balance and collects tags, attributes and text."""
 
   def __init__(self, text):
     super().__init__()
@@ -392,26 +384,26 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page():
-  evil = '<script>alert("1")</script>{x}&amp;\n\0'
+  hostile = '<script>alert("1")</script>{x}&amp;\n\0'
   rows = rows_of(pairs(([6, 7, 8, 3, 3, 1], [3, 2, 1]), ([6, 9, 1], [3, 1])))
-  task = {**numbers(rows), 'round_trip': inspection_texts.losses([(evil, 'gone')], 'ids')}
-  mixture = inspection.mixture_numbers([1.], {'t': task}, batch_size=2, total_steps=3)
+  task = {**numbers(rows), 'round_trip': round_trip.losses([(hostile, 'gone')], 'ids')}
+  mixture = statistics.mixture_statistics([1.], {'t': task}, batch_size=2, total_steps=3)
   examples = [view.example(rows, i, WORDS) for i in range(2)]
-  text = inspection_page.render(f'title {evil}', [('data', evil)],
-                                {'tasks': {evil: task}, 'mixture': mixture},
-                                {evil: ([f'note {evil}'], examples, view.row(rows, WORDS))})
-  page = Page(text)
-  assert 'script' not in page.tags and '\0' not in text and '{x}' in page.text
-  assert page.text.count('<script>alert("1")</script>{x}&amp;\\n\\x00') >= 4
-  assert not [v for k, v in page.attributes if k in ('href', 'srcset') or k.startswith('on')]
-  sources = [v for k, v in page.attributes if k == 'src']
+  text = page.render(f'title {hostile}', [('data', hostile)],
+                                {'tasks': {hostile: task}, 'mixture': mixture},
+                                {hostile: ([f'note {hostile}'], examples, view.row(rows, WORDS))})
+  parsed = Page(text)
+  assert 'script' not in parsed.tags and '\0' not in text and '{x}' in parsed.text
+  assert parsed.text.count('<script>alert("1")</script>{x}&amp;\\n\\x00') >= 4
+  assert not [v for k, v in parsed.attributes if k in ('href', 'srcset') or k.startswith('on')]
+  sources = [v for k, v in parsed.attributes if k == 'src']
   assert len(sources) == 2 and 'http' not in re.sub('http-equiv', '', text)
   for source in sources:
     kind, data = source.split(',')
     assert kind == 'data:image/png;base64' and base64.b64decode(data)[:4] == b'\x89PNG'
   assert ('content', "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in (
-      page.attributes)
-  assert '✂ 2 tokens cut' in page.text and text.count('tokens cut') == 1
+      parsed.attributes)
+  assert '✂ 2 tokens cut' in parsed.text and text.count('tokens cut') == 1
   assert '<span class="unknown"> ⁇ </span>' in text and '<span class="special">&lt;/s&gt;' in text
   assert '<b>inputs</b> &lt;\\n\\x00<span class="special">' in text
   slots = re.findall('<span class="slot (even|odd)( loss)?">', text)
@@ -422,6 +414,6 @@ def test_the_page():
 
 def test_a_long_row_is_cut_on_the_page():
   slot = view.Slot(1, 0, view.Span('text', 'a'), None, False)
-  row = view.Row(['t:0'], [view.Sequence('encoder', [slot] * 1030, 0)], {})
-  text = inspection_page._row(row)
+  row = view.ShownRow(['t:0'], [view.ShownSequence('encoder', [slot] * 1030, 0)], {})
+  text = page._row(row)
   assert text.count('class="slot even"') == 1024 and 'The first 1,024 are shown, 6 are not' in text

@@ -41,6 +41,8 @@ def test_eight_words_of_a_short_text():
   assert e.overlap(f'x {numbers(2, 9)} y') is None
   assert e.overlap(f'{numbers(20, 28)}!') == ([1], numbers(20, 28))
   assert e.overlap(numbers(40, 52)) is None        # of a text of 13 words
+  # The longest shared run is shown, not the first.
+  assert e.overlap(f'{numbers(2, 10)} x {numbers(40, 53)}') == ([0, 2], numbers(40, 53))
 
 
 def test_a_shorter_text_must_match_as_a_whole():

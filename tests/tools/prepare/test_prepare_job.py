@@ -113,6 +113,16 @@ def test_a_failed_run_leaves_the_old_files(tmp_path):
   assert (tmp_path / 'out.jsonl.report.json').read_text() == 'old'
 
 
+def test_a_new_output_never_has_an_old_report(tmp_path, monkeypatch):
+  report = tmp_path / 'out.jsonl.report.json'
+  report.write_text('old')
+  job = make_job(tmp_path, make(tmp_path / 'a.jsonl', ['one']), overwrite=True)
+  monkeypatch.setattr(job, 'finish', lambda: None)      # killed before the new report
+  with job.write() as write:
+    write({'text': 'one'})
+  assert (tmp_path / 'out.jsonl').exists() and not report.exists()
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
   def full(_):
     raise OSError(28, 'No space left on device')
