@@ -1,7 +1,7 @@
-"""Runs a plan: one command after the other, their output as it comes; the first failure ends it.
+"""Runs a plan: one command after the other, with their output; the first failure ends it.
 
-The environment of the commands is the person's own (gcloud and kubectl find their accounts there);
-none of it is printed, and none of it reaches a host.
+The commands get the caller's own environment, in which gcloud and kubectl find their accounts. None
+of it is printed, and none of it reaches a host.
 """
 
 import os
@@ -14,20 +14,21 @@ import tempfile
 import time
 
 from t5lab.errors import Failure, Preempted, UsageError
-from t5lab.tools.launching.job import again, worst
-from t5lab.tools.launching.plan import Plan, Step, fill
+from t5lab.tools.launching.job import can_retry, worst
+from t5lab.tools.launching.plan import LaunchStep, Plan, fill
 
 EXIT = re.compile(r't5lab-exit=(-?\d+)\s*$', re.MULTILINE)
-PATIENCE = 30              # failed questions in a row
-PAUSE = 10.                # seconds between looks at a job whose log cannot be followed
+MAX_FAILURES = 30          # queries of the state that may fail in a row
+PAUSE = 10.                # seconds between queries of a job whose log cannot be followed
 
 
 def run(plan: Plan, *, restarts: int = 0, keep: bool = False, attach: bool = False,
         make_bundle=None, pause: float | None = None) -> int:
-  """Does it -> the exit code of the job; 0 where it was only submitted.
+  """Runs the plan -> the exit code of the job, or 0 if it was only submitted.
 
-  keep: leave the machines. attach: they are there and work; only follow. make_bundle(path) writes
-  the archive. Failure names the step; what was created is deleted, unless `keep`.
+  keep: do not delete the machines. attach: the job runs already, only follow it. make_bundle(path)
+  writes the archive of the checkout.
+  Errors: Failure, which names the step; machines that were created are deleted, unless `keep`.
   """
   for note in plan.notes:
     print(f'# {note}', flush=True)
@@ -37,122 +38,133 @@ def run(plan: Plan, *, restarts: int = 0, keep: bool = False, attach: bool = Fal
     if plan.bundle and not attach:
       make_bundle(os.path.join(files, 'bundle.tar.gz'))
     for attempt in range(restarts + 1):
-      code = _once(plan, files, keep, attach, PAUSE if pause is None else pause)
+      code = _run_once(plan, files, keep, attach, PAUSE if pause is None else pause)
       if code is not None or attempt == restarts or not plan.recreate:
-        return 75 if code is None else code
+        return Preempted.code if code is None else code
       attach = False
-      print(f'# preempted; starting again, {restarts - attempt} times left', flush=True)
+      print(f'# preempted; starting again ({restarts - attempt} restarts left)', flush=True)
 
 
-def _once(plan, files, keep, attach, pause) -> int | None:
-  """-> the job's exit code, None where its machines went away."""
+def _run_once(plan, files, keep, attach, pause) -> int | None:
+  """-> the exit code of the job, or None if its machines were preempted."""
   if not attach:
-    for step in plan.prepare:
-      _do(step, files)
-    created = False
-    try:
-      for step in plan.create:
-        _do(step, files)
-        created = True               # before that it may be another's of the same name: not ours
-      for step in plan.start:
-        _do(step, files)
-    except BaseException as e:
-      if created and not keep:
-        _delete(plan, files)
-      elif isinstance(e, KeyboardInterrupt) and plan.delete:
-        raise Preempted('interrupted while it was created; it may be there, and cost. '
-                        + _by_hand(plan, files)) from None
-      raise
+    _start(plan, files, keep)
   if plan.follow is None:
     return 0
   try:
     code = _follow(plan, files, pause)
   except KeyboardInterrupt:
-    raise Preempted('no longer following; the job goes on. The same command with --attach follows '
-                    'it again. ' + _by_hand(plan, files)) from None
+    raise Preempted('stopped following; the job continues. Run the same command with --attach to '
+                    'follow it again. ' + _manual_deletion(plan, files)) from None
   if not keep or (code is None and plan.recreate):
     _delete(plan, files)
   return code
 
 
+def _start(plan, files, keep) -> None:
+  for step in plan.prepare:
+    _run_step(step, files)
+  created = False
+  try:
+    for step in plan.create:
+      _run_step(step, files)
+      created = True        # until now, machines of this name may belong to another job
+    for step in plan.start:
+      _run_step(step, files)
+  except BaseException as e:
+    if created and not keep:
+      _delete(plan, files)
+    elif isinstance(e, KeyboardInterrupt) and plan.delete:
+      raise Preempted('interrupted during creation; machines may exist and cost money. '
+                      + _manual_deletion(plan, files)) from None
+    raise
+
+
 def _follow(plan, files, pause) -> int | None:
-  ended, unknown = False, 0
+  """Shows the log until the job ends -> its exit code, or None if its machines were preempted."""
+  log_ended, failures = False, 0
   while True:
-    if not ended:
-      print(f'# {plan.follow.say}', flush=True)
-      ended = not _call(fill(plan.follow.argv, files))
-    said, failed = _read(plan.state, files)
-    what = plan.states.get(said, 'running')
-    unknown = unknown + 1 if failed else 0
-    if unknown > PATIENCE:
-      raise Failure(f'{plan.state.say} No answer in {unknown} tries: {said[:200]}. The job may go '
-                    'on: --attach follows it. ' + _by_hand(plan, files))
-    if what == 'gone' or failed and 'NOT_FOUND' in said:
+    if not log_ended:
+      print(f'# {plan.follow.title}', flush=True)
+      log_ended = not _call(fill(plan.follow.argv, files))
+
+    state, failed = _query(plan.state, files)
+    meaning = plan.states.get(state, 'running')
+    failures = failures + 1 if failed else 0
+    if failures > MAX_FAILURES:
+      raise Failure(f'{plan.state.title}: {failures} queries in a row failed: {state[:200]}. The '
+                    'job may still run; --attach follows it. ' + _manual_deletion(plan, files))
+    if meaning == 'gone' or failed and 'NOT_FOUND' in state:
       return None
-    if what in ('ask', 'done'):
-      said, failed = _read(plan.codes, files)
-      codes = [int(n) for n in EXIT.findall(said)]
-      if codes and (what == 'done' or not failed):
+
+    if meaning in ('ask', 'done'):
+      output, failed = _query(plan.codes, files)
+      codes = [int(n) for n in EXIT.findall(output)]
+      if codes and (meaning == 'done' or not failed):
         return worst(codes)
-      if what == 'done':
-        raise Failure(f'the job has ended, but not said how: {said[-300:]}')
+      if meaning == 'done':
+        raise Failure(f'the job has ended without an exit code: {output[-300:]}')
     time.sleep(pause)
 
 
-def _do(step: Step, files, check=True):
+def _run_step(step: LaunchStep, files) -> None:
   argv = fill(step.argv, files)
-  print(f'# {step.say}\n{shlex.join(argv)}', flush=True)
+  print(f'# {step.title}\n{shlex.join(argv)}', flush=True)
   if step.until:
-    return _wait(step, argv)
-  code = _call(argv)
-  if check and code:
-    raise Failure(f'{step.say}: {argv[0]} ended with {code}: {shlex.join(argv)[:300]}')
+    _wait(step, files)
+  elif code := _call(argv):
+    raise Failure(f'{step.title}: {argv[0]} exited with {code}: {shlex.join(argv)[:300]}')
 
 
-def _wait(step, argv):
+def _wait(step, files) -> None:
   while True:
-    said, failed = _read(step, None, argv)
-    if said in step.until:
+    output, failed = _query(step, files)
+    if output in step.until:
       return
-    if said in step.unless or failed and 'NOT_FOUND' in said:
-      raise Failure(f'{step.say}: {said[:300]}')
+    if output in step.unless or failed and 'NOT_FOUND' in output:
+      raise Failure(f'{step.title}: {output[:300]}')
     time.sleep(step.every)
 
 
-def _read(step, files, argv=None) -> tuple[str, bool]:
-  """-> (what it prints, whether it failed)."""
-  argv = argv or fill(step.argv, files)
+def _query(step, files) -> tuple[str, bool]:
+  """-> (its output, or its errors if there is none; whether it failed)."""
+  argv = fill(step.argv, files)
   try:
-    done = subprocess.run(argv, capture_output=True, text=True)
+    process = subprocess.run(argv, capture_output=True, text=True)
   except OSError as e:
-    raise UsageError(f'{argv[0]}: {e.strerror}; install it and put it on the PATH') from None
-  return (done.stderr if done.returncode and not done.stdout else done.stdout).strip(), \
-      bool(done.returncode)
+    raise _missing(argv, e) from None
+  failed = process.returncode != 0
+  output = process.stderr if failed and not process.stdout else process.stdout
+  return output.strip(), failed
 
 
 def _call(argv) -> int:
   try:
     return subprocess.run(argv, stdin=subprocess.DEVNULL).returncode
   except OSError as e:
-    raise UsageError(f'{argv[0]}: {e.strerror}; install it and put it on the PATH') from None
+    raise _missing(argv, e) from None
 
 
-def _delete(plan, files):
+def _missing(argv, error: OSError) -> UsageError:
+  return UsageError(f'{argv[0]}: {error.strerror}; install it and put it on the PATH')
+
+
+def _delete(plan, files) -> None:
   for step in plan.delete:
     try:
-      _do(step, files)
-    except Failure as e:           # money: say it, and go on with the rest
-      print(f't5lab: {e}; look whether it is still there', file=sys.stderr, flush=True)
+      _run_step(step, files)
+    except Failure as e:           # machines cost money: report it, and delete the others
+      print(f't5lab: {e}; check whether it still exists', file=sys.stderr, flush=True)
 
 
-def _by_hand(plan, files) -> str:
-  return 'End and delete it with: ' + '; '.join(
+def _manual_deletion(plan, files) -> str:
+  return 'To end and delete it, run: ' + '; '.join(
       shlex.join(fill(step.argv, files)) for step in plan.delete)
 
 
-def code_says(code: int) -> str:
-  """One line on a job's exit code."""
+def describe_code(code: int) -> str:
+  """One line about the exit code of a job."""
   if code == 0:
-    return 'the job is done'
-  return (f'the job ended with {code}' +
-          ('; the same command goes on' if again(code) else '; see its log'))
+    return 'the job has finished'
+  advice = 'run the same command to resume' if can_retry(code) else 'see its log'
+  return f'the job ended with {code}; {advice}'

@@ -1,22 +1,22 @@
-"""GKE through a JobSet: one Job a slice, one pod a host, restarted together.
+"""GKE with a JobSet: one Job per slice, one pod per host, all restarted together.
 
-JobSet starts all of them again after any failure, up to --restarts times, but for the exit codes
-that would come again: those fail the Job by its podFailurePolicy and with it the JobSet. It needs
-JobSet 0.6 or later in the cluster (failurePolicy.rules) and the add-on GcsFuseCsiDriver for gs://.
+JobSet restarts all pods after any failure, up to --restarts times, except for exit codes that a
+retry would repeat: those fail the Job by its podFailurePolicy, and with it the JobSet. This needs
+JobSet 0.6 or later in the cluster (failurePolicy.rules), and the add-on GcsFuseCsiDriver for gs://.
 
-GKE gives TPU pods their names and numbers (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_…),
-which JAX reads; JAX_COORDINATOR_PORT sets the port.
+GKE sets the names and numbers of TPU pods (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_…), which
+JAX reads; JAX_COORDINATOR_PORT sets the port.
 """
 
 import json
 
 from t5lab.errors import UsageError
 from t5lab.tools.launching import scripts
-from t5lab.tools.launching.job import FINAL, MOUNT, PORT, Job, check_remote
-from t5lab.tools.launching.plan import Plan, Step
+from t5lab.tools.launching.job import FINAL, MOUNT, PORT, LaunchJob, check_remote
+from t5lab.tools.launching.plan import LaunchStep, Plan
 from t5lab.tools.launching.topologies import Machine
 
-GRACE = 120                       # seconds from SIGTERM to SIGKILL: time to save
+GRACE = 120                       # seconds from SIGTERM to SIGKILL, to save a checkpoint
 # ADD unpacks the archive of the checkout.
 DOCKERFILE = """\
 FROM python:3.11-slim
@@ -24,13 +24,13 @@ ADD bundle.tar.gz /t5lab/
 WORKDIR /t5lab
 RUN pip install --no-cache-dir -c constraints.txt -e '.[tpu,gcs]'
 """
-PORTS = (8471, 8080, PORT)        # TPU runtime, MegaScale, JAX [GKE's multislice guide]
+PORTS = (8471, 8080, PORT)        # of the TPU runtime, MegaScale and JAX [GKE's multislice guide]
 
 
-def manifest(job: Job, machine: Machine, *, image: str, service_account: str = '',
+def manifest(job: LaunchJob, machine: Machine, *, image: str, service_account: str = '',
              namespace: str = '', capacity: str = '') -> dict:
-  """The JobSet (jobset.x-k8s.io/v1alpha2) as JSON values."""
-  chips = {'google.com/tpu': str(machine.chips_a_node)}
+  """The JobSet (jobset.x-k8s.io/v1alpha2), ready for json.dumps."""
+  chips = {'google.com/tpu': str(machine.chips_per_node)}
   container = {
       'name': 't5lab', 'image': image, 'command': job.argv('python'),
       'env': [{'name': k, 'value': v}
@@ -79,42 +79,43 @@ def manifest(job: Job, machine: Machine, *, image: str, service_account: str = '
   }
 
 
-def plan(job: Job, machine: Machine, *, image: str, service_account: str = '',
+def plan(job: LaunchJob, machine: Machine, *, image: str, service_account: str = '',
          namespace: str = '', capacity: str = '', build: bool = False) -> Plan:
   check_remote(job)
   if not image:
-    raise UsageError('--platform gke needs --image, a container with t5lab in it (see --help)')
+    raise UsageError('--platform gke needs --image, a container image with t5lab (see --help)')
   if not job.on_bucket:
-    raise UsageError(f'--workdir {job.workdir}: on GKE it is gs://BUCKET/FOLDER, which every pod '
-                     'mounts')
+    raise UsageError('--workdir must be gs://BUCKET/FOLDER on GKE, because every pod mounts it, '
+                     f'got {job.workdir}')
   if machine.slices > 1 and machine.nodes == 1:
-    raise UsageError(f'--topology: {machine.slices} slices of one host each; GKE joins only slices '
-                     'of several hosts')
-  made = manifest(job, machine, image=image, service_account=service_account,
-                  namespace=namespace, capacity=capacity)
+    raise UsageError(f'--topology: GKE joins only slices of several hosts, got {machine.slices} '
+                     'slices of one host each')
+  jobset = manifest(job, machine, image=image, service_account=service_account,
+                    namespace=namespace, capacity=capacity)
   kubectl = ('kubectl', *(f'--namespace={namespace}',) * bool(namespace))
-  mine = f'jobset.sigs.k8s.io/jobset-name={job.name}'
-  get = lambda *what: (*kubectl, 'get', *what)
+  selector = f'jobset.sigs.k8s.io/jobset-name={job.name}'
+  get = lambda *arguments: (*kubectl, 'get', *arguments)
   return Plan(
       notes=(f'{job.name}: {machine.slices} x {machine.generation.label} {machine.topology}, '
-             f'{machine.nodes} hosts of {machine.chips_a_node} chips each',
-             f'gs://{job.bucket} is mounted by the Cloud Storage FUSE CSI driver, the run writes '
-             f'to {job.folder}; best in a bucket with a hierarchical namespace',
+             f'{machine.nodes} hosts of {machine.chips_per_node} chips each',
+             f'gs://{job.bucket} is mounted by the Cloud Storage FUSE CSI driver, and the run '
+             f'writes to {job.folder}; a bucket with a hierarchical namespace is recommended',
              f'coordinator: the first pod of the first slice, port {PORT}'),
-      files={'jobset.json': json.dumps(made, indent=2) + '\n',
+      files={'jobset.json': json.dumps(jobset, indent=2) + '\n',
              **({'Dockerfile': DOCKERFILE} if build else {})},
       prepare=(
-          Step('build the image', ('docker', 'build', f'--tag={image}', '{files}')),
-          Step('push it', ('docker', 'push', image))) * build,
-      create=(Step('submit', (*kubectl, 'create', '-f', '{files}/jobset.json')),),
-      follow=Step('the log of the first host', (
+          LaunchStep('build the image', ('docker', 'build', f'--tag={image}', '{files}')),
+          LaunchStep('push the image', ('docker', 'push', image))) * build,
+      create=(LaunchStep('submit the JobSet', (*kubectl, 'create', '-f', '{files}/jobset.json')),),
+      follow=LaunchStep('show the log of the first host', (
           *kubectl, 'logs', '--follow', '--ignore-errors', '--container=t5lab', '--tail=-1',
-          f'--selector={mine},jobset.sigs.k8s.io/job-index=0,'
+          f'--selector={selector},jobset.sigs.k8s.io/job-index=0,'
           'batch.kubernetes.io/job-completion-index=0')),
-      state=Step('has it ended?', get('jobset', job.name,
-                                      '--output=jsonpath={.status.terminalState}')),
+      state=LaunchStep('ask whether the JobSet has ended', get(
+          'jobset', job.name, '--output=jsonpath={.status.terminalState}')),
       states={'Completed': 'done', 'Failed': 'done'},
-      codes=Step('how each pod ended', get(
-          'pods', f'--selector={mine}', '--output=jsonpath={range .items[*]}t5lab-exit='
+      codes=LaunchStep('print the exit code of each pod', get(
+          'pods', f'--selector={selector}', '--output=jsonpath={range .items[*]}t5lab-exit='
           '{.status.containerStatuses[?(@.name=="t5lab")].state.terminated.exitCode}{"\\n"}{end}')),
-      delete=(Step('delete', (*kubectl, 'delete', 'jobset', job.name)),), bundle=build)
+      delete=(LaunchStep('delete the JobSet', (*kubectl, 'delete', 'jobset', job.name)),),
+      bundle=build)

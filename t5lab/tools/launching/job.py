@@ -1,7 +1,7 @@
-"""What is launched: one command, the same on every host, and where it writes.
+"""The command to launch, which is the same on every host, and the folder that it writes to.
 
-Everything here is text that will be printed by --dry-run and stored in manifests, so nothing of the
-environment of the person who launches gets in, and what looks like a secret is refused.
+All of it is text that --dry-run prints and manifests store, so nothing of the caller's environment
+gets in, and anything that looks like a secret is refused.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ import re
 from t5lab.errors import UsageError
 
 PORT = 8476                    # of JAX's coordinator, on every platform
-MOUNT = '/mnt/t5lab'           # buckets are mounted under their names
+MOUNT = '/mnt/t5lab'           # buckets are mounted below it, under their names
 
-# How a job ends. Preempted and watchdog mean: start the same command again. A signal (128 + number)
-# is a host that died, or a process that JAX ended because another one did.
-AGAIN = (75, 124)
-FINAL = (2, 3, 4, 70)          # usage, data, checkpoint, numerical: the same again ends the same
+# Exit codes. After "preempted" and "watchdog" the same command can resume; so it can after a signal
+# (128 + number), because a host died or JAX ended the process when another one died.
+RETRY = (75, 124)
+FINAL = (2, 3, 4, 70)          # usage, data, checkpoint, numerical: a retry would end the same way
 
-# The environment of a job is what we set, of these names alone. What XLA and JAX read is no secret.
+# The environment of a job is what --env sets, under these names only, which hold no secrets.
 ENVIRONMENT = re.compile(r'(T5LAB_|JAX_|XLA_|NCCL_|LIBTPU_INIT_ARGS$|TFDS_DATA_DIR$|'
                          r'TF_CPP_MIN_LOG_LEVEL$)\w*')
 
@@ -33,11 +33,12 @@ SECRETS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """config: FILE[:ARG] as every host sees it. workdir: a folder that all of them share, or gs://.
+class LaunchJob:
+  """A command of t5lab for all hosts.
 
-  command: 'train' or 'doctor'. overrides: {'optim.lr': '1e-3'}. restarts: how often a job that
-  ended with 75, 124 or a signal is started again.
+  config: FILE[:ARG] as every host sees it. workdir: a folder that all hosts share, or gs://….
+  command: 'train' or 'doctor'. overrides: e.g. {'optim.lr': '1e-3'}. restarts: how often a job that
+  ends with 75, 124 or a signal is started again.
   """
   config: str
   workdir: str
@@ -49,24 +50,29 @@ class Job:
   restarts: int = 0
 
   def __post_init__(self):
-    given = {'--config': self.config, '--workdir': self.workdir, '--name': self.name,
+    texts = {'--config': self.config, '--workdir': self.workdir, '--name': self.name,
              **{f'--config.{k}': f'{k}={v}' for k, v in self.overrides.items()},
              **{f'--env {k}': f'{k}={v}' for k, v in self.environment.items()},
              **{f'argument {i + 1}': a for i, a in enumerate(self.arguments)}}
-    for what, text in given.items():
-      refuse_secret(what, text)
+    for flag, text in texts.items():
+      refuse_secret(flag, text)
     for key in self.environment:
       if not ENVIRONMENT.fullmatch(key):
-        raise UsageError(f'--env {key}: a job gets only T5LAB_…, JAX_…, XLA_…, NCCL_…, '
-                         'LIBTPU_INIT_ARGS and TFDS_DATA_DIR, for its environment is printed and '
-                         'stored')
+        raise UsageError(f'--env {key}: the environment of a job is printed and stored, so only '
+                         'T5LAB_…, JAX_…, XLA_…, NCCL_…, LIBTPU_INIT_ARGS and TFDS_DATA_DIR can be '
+                         'set')
     if self.restarts < 0:
-      raise UsageError(f'--restarts={self.restarts}: 0 or more')
+      raise UsageError(f'--restarts must be 0 or more, got {self.restarts}')
     if not self.name:
-      object.__setattr__(self, 'name', name_of(self.workdir))
+      object.__setattr__(self, 'name', default_name(self.workdir))
     if not re.fullmatch(r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?', self.name):
-      raise UsageError(f'--name {self.name!r}: a small letter, then small letters, digits and '
-                       'hyphens, 40 in all, as for a Kubernetes object')
+      raise UsageError('--name must be a lowercase letter, then lowercase letters, digits and '
+                       'hyphens, at most 40 in all, as Kubernetes requires, got '
+                       f'{self.name!r}')
+
+  @property
+  def on_bucket(self) -> bool:
+    return self.workdir.startswith('gs://')
 
   @property
   def bucket(self) -> str:
@@ -74,64 +80,62 @@ class Job:
     return self.workdir.removeprefix('gs://').split('/')[0] if self.on_bucket else ''
 
   @property
-  def on_bucket(self) -> bool:
-    return self.workdir.startswith('gs://')
-
-  @property
   def folder(self) -> str:
-    """The workdir as the hosts see it: checkpoints need a folder with rename and fsync."""
+    """The workdir as the hosts see it. Checkpoints need a folder with rename and fsync."""
     if not self.on_bucket:
       return self.workdir
     return f'{MOUNT}/{self.workdir.removeprefix("gs://").strip("/")}'
 
   def argv(self, python: str) -> list[str]:
-    """The command of every host."""
+    """The command that every host runs."""
     return [python, '-m', 't5lab', self.command, '--config', self.config, '--workdir',
             self.folder, *(f'--config.{k}={v}' for k, v in self.overrides.items()),
             *self.arguments]
 
 
-def check_remote(job: Job) -> None:
-  """UsageError unless other machines can see the workdir under this name."""
+def check_remote(job: LaunchJob) -> None:
+  """Raises UsageError unless other machines can use the workdir under this name."""
   if job.on_bucket:
     if not re.fullmatch(r'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/[^\s]+', job.workdir):
-      raise UsageError(f'--workdir {job.workdir} is not gs://BUCKET/FOLDER: a bucket has 3 to 63 '
-                       'small letters, digits, ".", "_" and "-", a folder no spaces')
+      raise UsageError(f'--workdir must be gs://BUCKET/FOLDER, got {job.workdir}; the name of a '
+                       'bucket has 3 to 63 lowercase letters, digits, ".", "_" and "-", and the '
+                       'folder has no spaces')
   elif '://' in job.workdir or not job.workdir.startswith('/'):
-    raise UsageError(f'--workdir {job.workdir}: gs://BUCKET/FOLDER, or the absolute path of a '
-                     'folder that every host has mounted (NFS, Filestore, Lustre)')
+    raise UsageError(f'--workdir must be gs://BUCKET/FOLDER or the absolute path of a folder that '
+                     f'every host has mounted (NFS, Filestore, Lustre), got {job.workdir}')
 
 
-def refuse_secret(what: str, text: str) -> None:
-  """UsageError, without the text, if it looks like a credential."""
+def refuse_secret(flag: str, text: str) -> None:
+  """Raises UsageError, which does not repeat the text, if it looks like a credential."""
   if any(pattern.search(text) for pattern in SECRETS):
-    raise UsageError(f'{what} looks as if it held a password, key or token. It would be printed '
-                     'and stored: give the hosts a service account, or a file of their own')
+    raise UsageError(f'{flag} seems to contain a password, key or token, which would be printed '
+                     'and stored; give the hosts a service account or a file of their own instead')
 
 
-def name_of(workdir: str) -> str:
-  """A name for machines and jobs that a second launch of the same workdir has too."""
+def default_name(workdir: str) -> str:
+  """The name of machines and jobs: the same for every launch of a workdir, so that two collide."""
   last = re.sub(r'[^a-z0-9]+', '-', workdir.rstrip('/').rpartition('/')[2].lower()).strip('-')
-  tail = hashlib.sha256(workdir.encode()).hexdigest()[:6]
-  return f't5lab-{(last or "run")[:20].strip("-")}-{tail}'
+  digest = hashlib.sha256(workdir.encode()).hexdigest()[:6]
+  return f't5lab-{(last or "run")[:20].strip("-")}-{digest}'
 
 
-def again(code: int) -> bool:
-  """Whether the same command may go on after it."""
-  return code in AGAIN or code < 0 or code > 128
+def can_retry(code: int) -> bool:
+  """Whether the same command may resume after it ended with this code."""
+  return code in RETRY or code < 0 or code > 128
 
 
 def worst(codes) -> int:
-  """What a job ended with whose processes ended with `codes` (-N: by signal N).
+  """The exit code of a job whose processes ended with `codes` (-N: by signal N).
 
-  An error that would come again goes before one that would not: of several hosts one fails, and
-  the others are ended. 2, 3, 4 and 70, in this order; then any unknown code; 124; a signal, as
-  128 + N; 75; 0.
+  Of several hosts one fails and the others are then ended, so an error that a retry would repeat
+  precedes one that it would not: 2, 3, 4 and 70, in this order; then any unknown code; 124; a
+  signal, as 128 + N; 75; 0.
   """
-  def order(code):
+  def rank(code):
     if code in FINAL:
       return FINAL.index(code)
     ranks = {124: 5, 75: 7, 0: 8}
-    return ranks.get(code, 6 if again(code) else 4)
-  code = min(codes, key=order)
+    return ranks.get(code, 6 if can_retry(code) else 4)
+
+  code = min(codes, key=rank)
   return 128 - code if code < 0 else code

@@ -1,10 +1,11 @@
-"""Several processes on this machine, each with its own devices: a pod for the desk.
+"""Several processes on this machine, each with its own devices: a pod on a desk.
 
-Process 0 is shown, the others write to WORKDIR/launch/process_N.log. A signal goes to all of them.
-When one dies the others have `grace` seconds, then SIGTERM, then SIGKILL.
+The output of process 0 is printed; the others write to WORKDIR/launch/process_N.log. A signal is
+passed on to all of them. If one fails, the others get `grace` seconds, then SIGTERM, then SIGKILL.
 """
 
 import contextlib
+import errno
 import math
 import os
 from pathlib import Path
@@ -18,14 +19,17 @@ import threading
 import time
 
 from t5lab.errors import UsageError
-from t5lab.tools.launching.job import PORT, Job, again, worst
+from t5lab.tools.launching.job import PORT, LaunchJob, can_retry, worst
 
-SAVING = 120.       # seconds that a process has after SIGTERM
+SAVING = 120.       # seconds that a process has to save a checkpoint after SIGTERM
 
 
 def environment(index: int, *, processes: int, devices: int, device: str, port: int,
                 flags: str = '', given=None) -> dict[str, str]:
-  """What process `index` gets on top of this one's environment. flags: XLA_FLAGS there already."""
+  """The variables that process `index` gets in addition to the caller's environment.
+
+  flags: the caller's XLA_FLAGS. given: variables that take precedence.
+  """
   result = {'TF_CPP_MIN_LOG_LEVEL': '3'}
   if processes > 1:
     result |= {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes),
@@ -35,98 +39,103 @@ def environment(index: int, *, processes: int, devices: int, device: str, port: 
     result |= {'JAX_PLATFORMS': 'cuda,cpu',
                'CUDA_VISIBLE_DEVICES': ','.join(map(str, range(first, first + devices)))}
   else:
-    # without the last flag XLA on CPU deadlocks where two of a process's devices wait for others
-    ours = (f'--xla_force_host_platform_device_count={devices}',
-            '--xla_cpu_multi_thread_eigen=false')
-    names = {flag.partition('=')[0] for flag in ours}
-    kept = [flag for flag in flags.split() if flag.partition('=')[0] not in names]
-    result |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join([*kept, *ours])}
+    # without the second flag XLA on CPU deadlocks if two devices of a process wait for others
+    own = (f'--xla_force_host_platform_device_count={devices}',
+           '--xla_cpu_multi_thread_eigen=false')
+    names = {flag.partition('=')[0] for flag in own}
+    others = [flag for flag in flags.split() if flag.partition('=')[0] not in names]
+    result |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join([*others, *own])}
   return result | dict(given or {})
 
 
-def check(job: Job, *, processes: int, devices: int, device: str) -> None:
+def check(job: LaunchJob, *, processes: int, devices: int, device: str) -> None:
+  """Raises UsageError for a job that cannot run on this machine."""
   if processes < 1 or devices < 1:
-    raise UsageError(f'--processes {processes}, --devices-per-process {devices}: 1 or more')
+    raise UsageError('--processes and --devices-per-process must be 1 or more, got '
+                     f'{processes} and {devices}')
   if '://' in job.workdir:
-    raise UsageError(f'--workdir {job.workdir}: --platform local needs a folder of this machine')
+    raise UsageError('--workdir must be a folder on this machine for --platform local, got '
+                     f'{job.workdir}')
   if device not in ('cpu', 'gpu'):
-    raise UsageError(f"--device {device!r}: 'cpu' or 'gpu'")
+    raise UsageError(f"--device must be 'cpu' or 'gpu', got {device!r}")
 
 
-def shell(job: Job, *, processes: int, devices: int, device: str, port: int = PORT) -> str:
-  """The same as a script, for --dry-run."""
+def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: int = PORT) -> str:
+  """The same as `run`, as a script for --dry-run."""
   check(job, processes=processes, devices=devices, device=device)
-  lines = ['#!/bin/bash', f'# {processes} processes, {devices} {device} devices each; coordinator: '
+  lines = ['#!/bin/bash',
+           f'# {processes} processes with {devices} {device} devices each; the coordinator is '
            f'process 0, port {port}']
   for i in range(processes):
-    added = environment(i, processes=processes, devices=devices, device=device, port=port,
-                        given=job.environment)
-    lines.append(shlex.join(['env', *(f'{k}={v}' for k, v in added.items()),
+    variables = environment(i, processes=processes, devices=devices, device=device, port=port,
+                            given=job.environment)
+    lines.append(shlex.join(['env', *(f'{k}={v}' for k, v in variables.items()),
                              *job.argv(sys.executable)]) + ' &')
   return '\n'.join([*lines, 'wait']) + '\n'
 
 
-def run(job: Job, *, processes: int, devices: int, device: str = 'cpu', port: int = PORT,
+def run(job: LaunchJob, *, processes: int, devices: int, device: str = 'cpu', port: int = PORT,
         all_logs: bool = False, grace: float = 30., argv: list[str] | None = None) -> int:
-  """Runs job (or argv) until it ends -> its exit code, see job.worst."""
+  """Runs the job (or argv) to its end, with restarts -> its exit code, by job.worst."""
   check(job, processes=processes, devices=devices, device=device)
   argv = argv or job.argv(sys.executable)
-  logs = [] if all_logs or processes == 1 else _logs(job.workdir, processes)
+  logs = [] if all_logs or processes == 1 else _log_files(job.workdir, processes)
+  environments = [
+      os.environ | environment(i, processes=processes, devices=devices, device=device, port=port,
+                               flags=os.environ.get('XLA_FLAGS', ''), given=job.environment)
+      for i in range(processes)]
   with _Signals() as signals:
-    for left in range(job.restarts, -1, -1):
+    for restarts_left in range(job.restarts, -1, -1):
       if processes > 1:
         check_port(port)
-      environments = [
-          os.environ | environment(i, processes=processes, devices=devices, device=device,
-                                   port=port, flags=os.environ.get('XLA_FLAGS', ''),
-                                   given=job.environment)
-          for i in range(processes)]
       codes = Group(argv, environments, logs, grace).wait(signals)
       if any(codes):
         shown = ', '.join(f'{i}: {code}' for i, code in enumerate(codes))
         print(f't5lab: exit codes {shown}', file=sys.stderr, flush=True)
       code = worst(codes)
-      if not left or signals.count or not again(code):
+      if not restarts_left or signals.count or not can_retry(code):
         return code
-      print(f't5lab: ended with {code}, starting again, {left} times left', file=sys.stderr,
-            flush=True)
+      print(f't5lab: ended with {code}, starting again ({restarts_left} restarts left)',
+            file=sys.stderr, flush=True)
 
 
 def check_port(port: int) -> None:
-  """UsageError if something listens there."""
+  """Raises UsageError if another program listens on the port."""
   with socket.socket() as s:
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # what is only closing does not count
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ignores connections being closed
     try:
       s.bind(('', port))
     except OSError as e:
-      raise UsageError(f'port {port}, where the processes meet, cannot be had here: {e.strerror}. '
-                       'Another job on this machine? Give this one its own --port') from None
+      problem = f'cannot be used: {e.strerror}'
+      if e.errno == errno.EADDRINUSE:
+        problem = 'is already in use, perhaps by another job on this machine'
+      raise UsageError(f'coordinator port {port} {problem}; choose another --port') from None
 
 
-def _logs(workdir, processes: int) -> list[Path | None]:
-  """The log file of each process, None for process 0, which is shown.
+def _log_files(workdir, processes: int) -> list[Path | None]:
+  """The log file of each process, None for process 0, which is printed.
 
-  If the folder cannot be created, the list is empty: all processes are shown.
+  If the folder cannot be created, the list is empty: all processes are printed.
   """
   folder = Path(workdir) / 'launch'
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as e:
-    print(f't5lab: no logs in {folder}: {e.strerror}', file=sys.stderr, flush=True)
+    print(f't5lab: cannot write logs to {folder}: {e.strerror}', file=sys.stderr, flush=True)
     return []
   return [None, *(folder / f'process_{i}.log' for i in range(1, processes))]
 
 
 class _Signals:
-  """Counts SIGTERM and SIGINT instead of dying of them."""
+  """Counts SIGTERM and SIGINT, which then do not end this process."""
 
   def __enter__(self):
     self.count = 0
-    self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
 
   def __exit__(self, *_):
-    for s, handler in self._old.items():
+    for s, handler in self._handlers.items():
       signal.signal(s, handler)
 
   def _handle(self, *_):
@@ -134,9 +143,9 @@ class _Signals:
 
 
 class Group:
-  """The processes of one start, which run `argv` in one environment each.
+  """Processes that all run `argv`, each in an environment of its own.
 
-  logs: the log file of each process, None for one that is shown; an empty list shows all.
+  logs: the log file of each process, None for one that is printed; an empty list prints all.
   """
 
   def __init__(self, argv, environments, logs, grace: float):
@@ -145,7 +154,7 @@ class Group:
     for i, environ in enumerate(environments):
       process = subprocess.Popen(
           argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT, start_new_session=True)     # Ctrl-C comes to us alone
+          stderr=subprocess.STDOUT, start_new_session=True)     # Ctrl-C reaches this process alone
       log = None
       if logs and logs[i]:
         log = open(logs[i], 'ab')
@@ -157,21 +166,22 @@ class Group:
 
   def wait(self, signals: _Signals | None = None, timeout: float = math.inf) -> list[int]:
     """Waits until all processes have ended, or kills them after `timeout` seconds -> exit codes."""
-    passed_on, end, kill = 0, None, None
+    signals_sent, term_at, kill_at = 0, None, None
     deadline = time.monotonic() + timeout
     try:
-      while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
-        if signals and signals.count > passed_on:
-          passed_on = signals.count
+      while self._any_running() and time.monotonic() < deadline:
+        # A signal is passed on at once.
+        if signals and signals.count > signals_sent:
+          signals_sent = signals.count
           self._send(signal.SIGTERM)
-          kill = time.monotonic() + SAVING
-        codes = [p.poll() for p in self._processes]
-        if end is None and any(codes):                 # neither alive nor well
-          end = time.monotonic() + self._grace
-        if end and time.monotonic() > end and kill is None:
+          kill_at = time.monotonic() + SAVING
+        # If a process has failed, the others are ended after the grace period.
+        if term_at is None and any(p.poll() for p in self._processes):
+          term_at = time.monotonic() + self._grace
+        if term_at and time.monotonic() > term_at and kill_at is None:
           self._send(signal.SIGTERM)
-          kill = time.monotonic() + min(SAVING, max(self._grace, 1.))
-        if kill and time.monotonic() > kill:
+          kill_at = time.monotonic() + min(SAVING, max(self._grace, 1.))
+        if kill_at and time.monotonic() > kill_at:
           self._send(signal.SIGKILL)
         time.sleep(0.05)
     finally:
@@ -182,11 +192,14 @@ class Group:
         file.close()
     return [p.wait() for p in self._processes]
 
+  def _any_running(self) -> bool:
+    return any(p.poll() is None for p in self._processes)
+
   def _send(self, number):
     for process in self._processes:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-          if number == signal.SIGKILL:                 # and its data workers
+          if number == signal.SIGKILL:                 # also to its data workers
             os.killpg(process.pid, number)
           process.send_signal(number)
 
@@ -197,6 +210,7 @@ class Group:
         log.write(line)
         log.flush()
       else:
+        # of a progress line that was redrawn only the last state
         text = re.sub(r'[^\n\r]*\r(?=[^\n\r])', '', line.decode(errors='replace'))
         sys.stdout.write(f'[{index}] {text}')
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A launch as data: files to write, commands to run. Pure, so that --dry-run is the truth."""
+"""A launch as data: files to write and commands to run. --dry-run prints exactly what will run."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,10 +6,13 @@ import shlex
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-  """say: what it is for, one line. until: it is run every `every` seconds until it prints one of
-  these; `unless` it prints one of those, which fails. {files} in argv is the folder of files."""
-  say: str
+class LaunchStep:
+  """A command; {files} in argv stands for the folder of the plan's files.
+
+  title: its purpose, in one line. until: the command is repeated every `every` seconds until it
+  prints one of these. unless: if it prints one of these, the launch fails.
+  """
+  title: str
   argv: tuple[str, ...]
   until: tuple[str, ...] = ()
   unless: tuple[str, ...] = ()
@@ -18,39 +21,44 @@ class Step:
   def shell(self, files: str) -> str:
     command = shlex.join(fill(self.argv, files))
     if not self.until:
-      return f'# {self.say}\n{command}'
-    wanted = '|'.join(map(shlex.quote, self.until))
-    failed = f' {"|".join(map(shlex.quote, self.unless))}) exit 1;;' if self.unless else ''
-    return (f'# {self.say}\nwhile :; do case "$({command})" in {wanted}) break;;{failed} esac; '
+      return f'# {self.title}\n{command}'
+    success = '|'.join(map(shlex.quote, self.until))
+    failure = f' {"|".join(map(shlex.quote, self.unless))}) exit 1;;' if self.unless else ''
+    return (f'# {self.title}\nwhile :; do case "$({command})" in {success}) break;;{failure} esac; '
             f'sleep {self.every:g}; done')
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What happens, in order: files are written, `prepare`, `create` and `start` run; then, where
-  there is something to follow, `follow` shows the log until `state` and `codes` say that it has
-  ended; then `delete`.
+  """The steps of a launch, in order.
 
-  states: what `state` prints -> 'running', 'ask' (only `codes` knows), 'done' or 'gone'
-  (preempted: with `recreate`, all of it is done again); what is not in it is 'running'. `codes`
-  prints a line t5lab-exit=N for every process that has ended, and fails until all have.
-  notes: what the person should know.
+  The files are written; `prepare`, `create` and `start` run. If there is a `follow`, it shows the
+  log until `state` and `codes` report the end of the job, and then `delete` runs.
+
+  create: its first step fails if such a job exists already.
+  prepare: runs before `create` and is not undone.
+  states: an output of `state` -> 'running', 'ask' (only `codes` knows), 'done' or 'gone'
+    (preempted); an output that is not listed means 'running'.
+  codes: prints a line t5lab-exit=N for every process that has ended, and fails until all have.
+  recreate: after preemption, everything is done again.
+  bundle: {files}/bundle.tar.gz is the checkout.
+  notes: lines to print first.
   """
   notes: tuple[str, ...]
   files: Mapping[str, str]
-  create: tuple[Step, ...]           # the first one fails if there is such a job already
-  prepare: tuple[Step, ...] = ()     # before it, and not undone
-  start: tuple[Step, ...] = ()
-  follow: Step | None = None
-  state: Step | None = None
+  create: tuple[LaunchStep, ...]
+  prepare: tuple[LaunchStep, ...] = ()
+  start: tuple[LaunchStep, ...] = ()
+  follow: LaunchStep | None = None
+  state: LaunchStep | None = None
   states: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  codes: Step | None = None
-  delete: tuple[Step, ...] = ()
+  codes: LaunchStep | None = None
+  delete: tuple[LaunchStep, ...] = ()
   recreate: bool = False
-  bundle: bool = False               # {files}/bundle.tar.gz is the checkout
+  bundle: bool = False
 
   def shell(self, files: str, archive: str = '', keep: bool = False) -> str:
-    """All of it as a bash script, comments included. archive: the command that makes the bundle."""
+    """The launch as a bash script with comments. archive: the command that makes the bundle."""
     lines = ['#!/bin/bash', *(f'# {note}' for note in self.notes), f'mkdir -p {shlex.quote(files)}']
     if self.bundle:
       lines.append(archive)
@@ -59,15 +67,16 @@ class Plan:
     lines += [step.shell(files) for step in (*self.prepare, *self.create, *self.start)]
     if self.follow:
       lines.append(self.follow.shell(files))
-      again = [f'{name} is {what}' for name, what in self.states.items() if what == 'gone']
-      lines.append('# then, until it has ended (codes of all processes; else the log again)')
+      lines.append('# The launcher repeats the next two commands until all processes have ended, '
+                   'and shows the log meanwhile.')
       lines += [step.shell(files) for step in (self.state, self.codes)]
       if self.recreate:
-        lines.append(f'# preempted ({", ".join(again)}): delete, and all of this again')
+        gone = ', '.join(state for state, meaning in self.states.items() if meaning == 'gone')
+        lines.append(f'# If the state is {gone}: preempted; delete the machines and start over.')
     if not keep:
       lines += [step.shell(files) for step in self.delete]
     return '\n'.join(lines) + '\n'
 
 
 def fill(argv, files: str) -> list[str]:
-  return [a.replace('{files}', files) for a in argv]
+  return [argument.replace('{files}', files) for argument in argv]

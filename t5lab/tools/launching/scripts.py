@@ -1,14 +1,14 @@
-"""Pieces of shell that several platforms run on their hosts."""
+"""Shell fragments that several platforms run on their hosts."""
 
 from collections.abc import Mapping
 import shlex
 
-from t5lab.tools.launching.job import AGAIN
+from t5lab.tools.launching.job import RETRY
 
-# (of the gcsfuse command, of GKE's driver). One folder for all hosts: none may trust what it
-# remembers of the others' files, which GKE's own defaults would have it do for ever. A step is
-# committed by renaming a folder: atomic in a bucket with a hierarchical namespace; in a flat one
-# file by file is copied, up to so many, and the manifest tells a half.
+# (option of the gcsfuse command, option of GKE's driver). All hosts share one folder, so no host
+# may cache metadata of the others' files, which GKE's driver would cache for ever. A checkpoint is
+# committed by renaming a folder. That is atomic in a bucket with a hierarchical namespace; in a
+# flat one up to 200,000 files are copied one by one, and the manifest detects a partial copy.
 # [cloud.google.com/storage/docs/gcsfuse-cli; GKE: cloud-storage-fuse-csi-driver-perf]
 MOUNT_OPTIONS = (
     ('--implicit-dirs', 'implicit-dirs'),
@@ -23,7 +23,7 @@ def exports(environment: Mapping[str, str]) -> str:
 
 
 def mount(bucket: str, folder: str) -> str:
-  """Mounts gs://bucket at folder, installing Cloud Storage FUSE where the image lacks it."""
+  """Shell that mounts gs://bucket at folder and installs Cloud Storage FUSE if it is missing."""
   options = ' '.join(option for option, _ in MOUNT_OPTIONS)
   return f"""if ! command -v gcsfuse > /dev/null; then
   key=/usr/share/keyrings/cloud.google.asc
@@ -41,23 +41,26 @@ mountpoint -q {folder} || gcsfuse {options} {bucket} {folder}
 
 
 def supervise(command: str, restarts: int) -> str:
-  """Runs `command` until it ends for good -> $code. A TERM is passed on, and ends it too."""
-  return f"""told=
+  """Shell that runs `command` until its exit code is final, and leaves the code in $code.
+
+  A TERM is passed on to the command and ends the loop too.
+  """
+  return f"""stopping=
 starts=0
 while :; do
   {command} &
   child=$!
-  trap 'told=yes; kill -TERM "$child" 2> /dev/null' TERM INT
+  trap 'stopping=yes; kill -TERM "$child" 2> /dev/null' TERM INT
   wait "$child"; code=$?
   while [ "$code" -gt 128 ] && kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
   case "$code" in
-    {'|'.join(map(str, AGAIN))}) ;;
-    *) [ "$code" -gt 128 ] || break;;         # over 128: ended by a signal
+    {'|'.join(map(str, RETRY))}) ;;
+    *) [ "$code" -gt 128 ] || break;;         # above 128: ended by a signal
   esac
-  [ -z "$told" ] || break
+  [ -z "$stopping" ] || break
   starts=$((starts + 1))
   [ "$starts" -le {restarts} ] || break
-  echo "t5lab: ended with $code, start $starts of {restarts} more"
+  echo "t5lab: ended with $code, restart $starts of {restarts}"
   sleep 5
 done
 """

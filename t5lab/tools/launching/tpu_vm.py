@@ -1,8 +1,8 @@
-"""Cloud TPU VMs through gcloud: create or queue, install, run on all workers, follow, delete.
+"""Cloud TPU VMs with gcloud: create or queue, install, run on all workers, follow, delete.
 
-On the workers ~/NAME holds the bundle, the scripts, `log`, and in the end `exit`. A script there
-starts the job again after 75, 124 or a signal, also when nobody follows. Preempted machines are
-gone with it: then the launcher, if it is there, deletes and creates them again.
+On each worker ~/NAME holds the bundle, the scripts, `log` and, at the end, `exit` (the exit code).
+A script there restarts the job after 75, 124 or a signal, even if the launcher no longer runs.
+Preempted machines take that script with them; only the launcher can then delete and recreate them.
 
 Flags as of gcloud 528 [cloud.google.com/sdk/gcloud/reference/compute/tpus].
 """
@@ -11,81 +11,96 @@ import shlex
 
 from t5lab.errors import UsageError
 from t5lab.tools.launching import scripts
-from t5lab.tools.launching.job import MOUNT, PORT, Job, check_remote
-from t5lab.tools.launching.plan import Plan, Step
+from t5lab.tools.launching.job import MOUNT, PORT, LaunchJob, check_remote
+from t5lab.tools.launching.plan import LaunchStep, Plan
 from t5lab.tools.launching.topologies import Machine
 
-QUEUED_DEAD = ('FAILED', 'SUSPENDED', 'SUSPENDING', 'DELETING')
-GONE = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'HIDDEN')
+DEAD_QUEUE_STATES = ('FAILED', 'SUSPENDED', 'SUSPENDING', 'DELETING')
+GONE_STATES = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'HIDDEN')
 
 
-def plan(job: Job, machine: Machine, *, zone: str, project: str = '', queue: bool = False,
+def plan(job: LaunchJob, machine: Machine, *, zone: str, project: str = '', queue: bool = False,
          capacity: str = '', runtime: str = '') -> Plan:
-  """Several slices are nodes of one queued resource, which is created, asked and reached as a
-  whole; on their hosts JAX finds the first slice through the metadata server."""
+  """The plan for one slice, or for several as the nodes of one queued resource.
+
+  A queued resource is created, described and reached as a whole; on its hosts JAX finds the first
+  slice through the metadata server.
+  """
   check_remote(job)
   if not zone:
-    raise UsageError('--platform tpu-vm needs --zone, as us-central2-b')
+    raise UsageError('--platform tpu-vm needs --zone, e.g. us-central2-b')
   several = machine.slices > 1
   if several and not queue:
-    raise UsageError(f'--topology: {machine.slices} slices come only as one queued resource: '
-                     'add --queue')
-  where = (f'--zone={zone}', *(f'--project={project}',) * bool(project))
-  extra = (f'--{capacity}',) * bool(capacity)
+    raise UsageError(f'--topology: {machine.slices} slices are only available as one queued '
+                     'resource: add --queue')
   runtime = runtime or machine.generation.runtime
-  call = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *where)
-  queued = lambda verb, *rest: call('queued-resources', verb, job.name, *rest)
-  vm = lambda verb, *rest: call('tpu-vm', verb, *rest)
-  # ssh and scp, to these workers
-  reach = lambda verb, workers, *rest: call(
-      'queued-resources' if several else 'tpu-vm', verb, *rest,
-      *(f'--node={workers}',) * several, f'--worker={workers}', '--quiet')
-  on = lambda workers, command: reach('ssh', workers, job.name, f'--command={command}')
+
+  # The commands of gcloud: on the queued resource, on the VM, and on its workers.
+  location = (f'--zone={zone}',)
+  if project:
+    location += (f'--project={project}',)
+  gcloud = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *location)
+  queued = lambda verb, *rest: gcloud('queued-resources', verb, job.name, *rest)
+  vm = lambda verb, *rest: gcloud('tpu-vm', verb, *rest)
+
+  def reach(verb, workers, *rest):
+    if several:
+      return gcloud('queued-resources', verb, *rest, f'--node={workers}', f'--worker={workers}',
+                    '--quiet')
+    return vm(verb, *rest, f'--worker={workers}', '--quiet')
+
+  ssh = lambda workers, command: reach('ssh', workers, job.name, f'--command={command}')
   queue_state = queued('describe', '--format=value(state.state)')
   node_state = vm('describe', job.name, '--format=value(state)')
 
+  # Create and delete.
+  accelerator = f'--accelerator-type={machine.accelerator}'
+  extra = (f'--{capacity}',) if capacity else ()
+  noun = 'slices' if several else 'slice'
   if queue:
-    nodes = ((f'--node-count={machine.slices}', f'--node-prefix={job.name}') if several else
-             (f'--node-id={job.name}',))
+    nodes = (f'--node-id={job.name}',)
+    if several:
+      nodes = (f'--node-count={machine.slices}', f'--node-prefix={job.name}')
     create = (
-        Step('queue the slices' if several else 'queue the slice', queued(
-            'create', *nodes, f'--accelerator-type={machine.accelerator}',
-            f'--runtime-version={runtime}', *extra, '--async', '--quiet')),
-        Step('wait for capacity; this may take hours', queue_state, until=('ACTIVE',),
-             unless=QUEUED_DEAD, every=30.))
-    delete = Step('delete the slices' if several else 'delete the slice',
-                  queued('delete', '--force', '--quiet'))
+        LaunchStep(f'queue the {noun}', queued(
+            'create', *nodes, accelerator, f'--runtime-version={runtime}', *extra, '--async',
+            '--quiet')),
+        LaunchStep('wait for capacity; this may take hours', queue_state, until=('ACTIVE',),
+                   unless=DEAD_QUEUE_STATES, every=30.))
+    delete = queued('delete', '--force', '--quiet')
   else:
-    create = (Step('create the slice', vm(
-        'create', job.name, f'--accelerator-type={machine.accelerator}', f'--version={runtime}',
-        *extra, '--quiet')),)
-    delete = Step('delete the slice', vm('delete', job.name, '--quiet'))
+    create = (LaunchStep('create the slice', vm(
+        'create', job.name, accelerator, f'--version={runtime}', *extra, '--quiet')),)
+    delete = vm('delete', job.name, '--quiet')
+
+  # A queued resource is active when all of its nodes are up, and suspended when it loses them.
+  if several:
+    state, ready, gone, wait = queue_state, 'ACTIVE', DEAD_QUEUE_STATES, ()
+  else:
+    state, ready, gone = node_state, 'READY', GONE_STATES
+    wait = (LaunchStep('wait until the slice is up', state, until=(ready,), unless=gone),)
 
   files = {'install.sh': _install(job), 'run.sh': _run(job), 'follow.sh': _follow()}
-  # a queued resource is active once all of its nodes are up, and suspended when it loses them
-  state, up, gone = ((queue_state, 'ACTIVE', QUEUED_DEAD) if several else
-                     (node_state, 'READY', GONE))
-  wait = () if several else (Step('wait until it is up', state, until=(up,), unless=gone),)
   return Plan(
       notes=tuple(_notes(job, machine, runtime, capacity)), files=files, create=create,
       start=(
           *wait,
-          Step('a folder on every worker', on('all', f'mkdir -p {job.name}')),
-          Step('copy the checkout and the scripts', reach(
+          LaunchStep('make a folder on every worker', ssh('all', f'mkdir -p {job.name}')),
+          LaunchStep('copy the checkout and the scripts', reach(
               'scp', 'all', '{files}/bundle.tar.gz', *('{files}/' + name for name in files),
               f'{job.name}:{job.name}/')),
-          Step('install', on('all', f'bash {job.name}/install.sh')),
-          Step('start the job on all workers', on(
-              # detached: it outlives the connection, which would wait for an open output
+          LaunchStep('install t5lab', ssh('all', f'bash {job.name}/install.sh')),
+          LaunchStep('start the job on all workers', ssh(
+              # detached, with its output closed: otherwise the connection would wait for its end
               'all', f'cd {job.name} && rm -f exit && '
                      '(nohup setsid bash run.sh > log 2>&1 < /dev/null &)')),
       ),
-      follow=Step('the log of worker 0', on('0', f'bash {job.name}/follow.sh')),
-      state=Step('is it still there?', state),
-      states={up: 'ask', **dict.fromkeys(gone, 'gone')},
-      codes=Step('how each worker ended',
-                 on('all', f'test -f {job.name}/exit && echo t5lab-exit=$(cat {job.name}/exit)')),
-      delete=(delete,), recreate=capacity == 'spot', bundle=True)
+      follow=LaunchStep('show the log of worker 0', ssh('0', f'bash {job.name}/follow.sh')),
+      state=LaunchStep('ask whether the machines still exist', state),
+      states={ready: 'ask', **dict.fromkeys(gone, 'gone')},
+      codes=LaunchStep('print the exit code of each worker', ssh(
+          'all', f'test -f {job.name}/exit && echo t5lab-exit=$(cat {job.name}/exit)')),
+      delete=(LaunchStep(f'delete the {noun}', delete),), recreate=capacity == 'spot', bundle=True)
 
 
 def _notes(job, machine, runtime, capacity):
@@ -93,17 +108,18 @@ def _notes(job, machine, runtime, capacity):
   many = f'{machine.slices} x ' * several
   yield f'{job.name}: {many}{machine.accelerator}, {machine.slice_chips} chips, runtime {runtime}'
   if job.on_bucket:
-    yield (f'gs://{job.bucket} is mounted with Cloud Storage FUSE, the run writes to {job.folder}; '
-           'best in a bucket with a hierarchical namespace, where renames are atomic')
+    yield (f'gs://{job.bucket} is mounted with Cloud Storage FUSE, and the run writes to '
+           f'{job.folder}; a bucket with a hierarchical namespace is recommended, because renames '
+           'are atomic there')
   yield f'coordinator: worker 0{" of slice 0" * several}, port {PORT}'
   if capacity == 'spot':
-    yield 'spot: preempted machines are created again while this command runs'
+    yield 'spot: while this command runs, preempted machines are created again'
 
 
-def _install(job: Job) -> str:
-  """The images have Python 3.10: uv brings ours. Versions are those the suite passed on."""
+def _install(job: LaunchJob) -> str:
+  """The images have Python 3.10, so uv installs ours. Versions are those that tests passed on."""
   return """#!/bin/bash
-# Installs the checkout beside this file. A second run only looks.
+# Installs the checkout beside this file. A second run changes nothing.
 set -euo pipefail
 cd "$(dirname "$0")"
 rm -rf checkout
@@ -117,10 +133,10 @@ uv="$(python3 -m site --user-base)/bin/uv"
 """ + (scripts.mount(job.bucket, f'{MOUNT}/{job.bucket}') if job.on_bucket else '')
 
 
-def _run(job: Job) -> str:
+def _run(job: LaunchJob) -> str:
   command = shlex.join(job.argv('../venv/bin/python'))
-  return ('#!/bin/bash\n# The job on this worker, until it ends for good. JAX finds the others '
-          'through the metadata server.\ncd "$(dirname "$0")/checkout" || exit 70\n' +
+  return ('#!/bin/bash\n# Runs the job on this worker until its exit code is final. JAX finds the '
+          'other workers through the metadata server.\ncd "$(dirname "$0")/checkout" || exit 70\n' +
           scripts.exports({'JAX_COORDINATOR_PORT': str(PORT), **job.environment}) +
           scripts.supervise(command, job.restarts) +
           'echo "$code" > ../exit.new\nmv ../exit.new ../exit\n')
@@ -128,7 +144,7 @@ def _run(job: Job) -> str:
 
 def _follow() -> str:
   return """#!/bin/bash
-# The log from its beginning until the job has ended.
+# Prints the log from its beginning until the job has ended.
 cd "$(dirname "$0")" || exit 70
 touch log
 tail -n +1 -F log 2> /dev/null &

@@ -1,8 +1,8 @@
-"""Launches acted out: our scripts and our executor for real, the cloud's commands as small actors.
+"""Launches with our own scripts and executor, and with small fakes of the cloud's commands.
 
-An actor logs how it was called and does what the real one would do to us: `gcloud … ssh` runs the
-command with bash in a folder that stands for the worker, `srun` starts the tasks, states change.
-No network and no real tool of a cloud takes part: the folder of actors goes before the PATH.
+A fake logs its arguments and does what the real command would: `gcloud … ssh` runs the command with
+bash in a folder that stands for the worker, `srun` starts the tasks, states change. Neither the
+network nor a real cloud tool takes part: the folder of fakes is first in the PATH.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 from t5lab import cli
 from t5lab.errors import Failure
 from t5lab.tools.launching import executor, gke, slurm, topologies, tpu_vm
-from t5lab.tools.launching.job import Job
+from t5lab.tools.launching.job import LaunchJob
 
 GCLOUD = r"""
 import os, pathlib, shutil, subprocess, sys, time
@@ -25,7 +25,7 @@ here, argv = pathlib.Path(os.environ['ACT']), sys.argv[1:]
 with open(here / 'calls', 'a') as f: f.write(' '.join(argv) + '\n')
 state, verb = here / 'state', argv[3]
 flags = dict(a.partition('=')[::2] for a in argv if a.startswith('--'))
-several = here / 'several'                  # two slices of one worker, not one of two
+several = here / 'several'            # exists: two slices of one worker, else one slice of two
 if verb == 'create':
   if state.exists():
     sys.exit('ERROR: ALREADY_EXISTS')
@@ -59,12 +59,12 @@ else:
                            env={**os.environ, 'HOME': str(home), 'WORKER': str(worker)})
     while ran.poll() is None:
       time.sleep(0.01)
-      if state.read_text() != 'READY':                  # the machine went away under it
+      if state.read_text() != 'READY':                  # the machine was preempted
         os.killpg(ran.pid, 9)
         sys.exit(255)
     if ran.returncode: sys.exit(ran.returncode)
 """
-# Stands for venv/bin/python of a worker: start after start it ends as ./ends of the act says.
+# Stands for venv/bin/python of a worker. Its nth start ends as line n of `ends` says.
 JOB = r"""#!/bin/bash
 n=$(cat "$ACT/starts$WORKER" 2> /dev/null || echo 0)
 echo $((n + 1)) > "$ACT/starts$WORKER"
@@ -76,15 +76,15 @@ case "$end" in
   *) exit "$end";;
 esac
 """
-ACTORS = {
+FAKES = {
     'gcloud': f'#!{os.path.realpath(sys.executable)} -IS\n{GCLOUD}',
-    # of the worker's image
+    # commands of the worker's image
     'python3': '#!/bin/bash\n[ "$1 $2" = "-m site" ] && echo "$ACT/user"; exit 0\n',
     'user/bin/uv': '#!/bin/bash\n[ "$1" != venv ] || { mkdir -p venv/bin; cp "$ACT/job" '
                    'venv/bin/python; }\n',
     'job': JOB, 'mountpoint': '#!/bin/bash\nexit 0\n', 'gcsfuse': '#!/bin/bash\nexit 0\n',
     'sudo': '#!/bin/bash\nexit 0\n', 'sleep': '#!/bin/bash\nexec /bin/sleep 0.05\n',
-    # of a cluster
+    # commands of a cluster
     'kubectl': '#!/bin/bash\necho "$*" >> "$ACT/calls"\ncase "$*" in\n  *jobset*terminalState*) '
                'n=$(grep -c terminalState "$ACT/calls"); [ "$n" -lt 2 ] || cat "$ACT/state";;\n'
                '  *"get pods"*) cat "$ACT/ends";;\n  *logs*) echo log;;\n'
@@ -101,14 +101,14 @@ ACTORS = {
 @pytest.fixture
 def act(tmp_path, monkeypatch):
   here = tmp_path / 'act'
-  for name, text in ACTORS.items():
+  for name, text in FAKES.items():
     path = here / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
   monkeypatch.setenv('PATH', f'{here}:/usr/bin:/bin')
   monkeypatch.setenv('ACT', str(here))
-  assert shutil.which('gcloud') == str(here / 'gcloud')         # and not a real one
+  assert shutil.which('gcloud') == str(here / 'gcloud')         # not a real one
   return here
 
 
@@ -118,7 +118,7 @@ def calls(act):
 
 def tpu(act, ends, capfd, capacity='', restarts=3, **options):
   (act / 'ends').write_text('\n'.join(map(str, ends)) + '\n')
-  plan = tpu_vm.plan(Job('configs/x.py', 'gs://bucket/run', restarts=restarts),
+  plan = tpu_vm.plan(LaunchJob('configs/x.py', 'gs://bucket/run', restarts=restarts),
                      topologies.parse(options.pop('topology', 'v5e:4x4')), zone='z',
                      capacity=capacity, queue=options.pop('queue', False))
   def bundle(path):
@@ -126,15 +126,15 @@ def tpu(act, ends, capfd, capacity='', restarts=3, **options):
   try:
     return executor.run(plan, restarts=restarts, make_bundle=bundle, pause=0.05, **options)
   finally:
-    said = capfd.readouterr()
-    (act / 'said').write_text(said.out + said.err)
+    captured = capfd.readouterr()
+    (act / 'output').write_text(captured.out + captured.err)
 
 
 def test_a_tpu_job_runs_on_all_workers_and_its_machines_are_deleted(act, capfd):
   assert tpu(act, [0], capfd) == 0
-  said = (act / 'said').read_text()
-  assert ('worker 0 start 0: -m t5lab.cli train --config configs/x.py --workdir '
-          '/mnt/t5lab/bucket/run port 8476') in said
+  output = (act / 'output').read_text()
+  assert ('worker 0 start 0: -m t5lab train --config configs/x.py --workdir '
+          '/mnt/t5lab/bucket/run port 8476') in output
   assert (act / 'starts1').read_text() == '1\n'
   verbs = [line.split()[3] for line in calls(act)]
   assert verbs == ['create', 'describe', 'ssh', 'scp', 'ssh', 'ssh', 'ssh', 'describe', 'ssh',
@@ -145,8 +145,8 @@ def test_a_tpu_job_runs_on_all_workers_and_its_machines_are_deleted(act, capfd):
 def test_several_slices_are_one_queued_resource(act, capfd):
   assert tpu(act, ['preempted', 0], capfd, 'spot', queue=True, topology='v5e:4x4*2') == 0
   assert [(act / f'starts{n}').read_text() for n in (0, 1)] == ['2\n', '2\n']
-  said = (act / 'said').read_text()
-  assert 'worker 0 start 1' in said and '# preempted; starting again' in said
+  output = (act / 'output').read_text()
+  assert 'worker 0 start 1' in output and '# preempted; starting again' in output
   assert {line.split()[2] for line in calls(act)} == {'queued-resources'}
   verbs = [line.split()[3] for line in calls(act)]
   assert verbs.count('create') == verbs.count('delete') == 2
@@ -155,18 +155,18 @@ def test_several_slices_are_one_queued_resource(act, capfd):
 
 @pytest.mark.parametrize('ends, code', [
     ([75, 124, 134, 0], 0), ([2], 2), ([3], 3), ([75, 4], 4), ([70], 70), ([1], 1)])
-def test_a_worker_starts_again_what_may_go_on(act, ends, code):
+def test_a_worker_retries_what_can_resume(act, ends, code):
   assert worker(act, ends) == (code, len(ends))
 
 
-def test_a_worker_starts_again_so_often(act):
+def test_a_worker_retries_at_most_three_times(act):
   assert worker(act, [124] * 9) == (124, 4)
 
 
 def worker(act, ends):
-  """run.sh as a worker runs it, restarts 3 -> (what it leaves in `exit`, starts)."""
+  """Runs run.sh like a worker, with 3 restarts -> (the code in `exit`, number of starts)."""
   (act / 'ends').write_text('\n'.join(map(str, ends)) + '\n')
-  plan = tpu_vm.plan(Job('configs/x.py', 'gs://bucket/run', restarts=3),
+  plan = tpu_vm.plan(LaunchJob('configs/x.py', 'gs://bucket/run', restarts=3),
                      topologies.parse('v5e:4x4'), zone='z')
   (act / 'w/venv/bin').mkdir(parents=True)
   (act / 'w/checkout').mkdir()
@@ -177,14 +177,14 @@ def worker(act, ends):
   return int((act / 'w/exit').read_text()), int((act / 'starts0').read_text())
 
 
-def test_a_worker_that_is_told_to_stop_passes_it_on_and_does_not_start_again(act):
+def test_a_worker_passes_on_a_term_and_does_not_retry(act):
   (act / 'job').write_text('#!/bin/bash\necho x >> "$ACT/starts0"\n'
                            'trap "echo saved >> $ACT/starts0; exit 75" TERM\n'
                            'for i in $(seq 1000); do /bin/sleep 0.02; done\n')
   (act / 'w/venv/bin').mkdir(parents=True)
   (act / 'w/checkout').mkdir()
   shutil.copy(act / 'job', act / 'w/venv/bin/python')
-  plan = tpu_vm.plan(Job('configs/x.py', 'gs://bucket/run', restarts=3),
+  plan = tpu_vm.plan(LaunchJob('configs/x.py', 'gs://bucket/run', restarts=3),
                      topologies.parse('v5e:4x4'), zone='z')
   (act / 'w/run.sh').write_text(plan.files['run.sh'])
   process = subprocess.Popen(['bash', act / 'w/run.sh'])
@@ -203,7 +203,7 @@ def test_preempted_spot_machines_are_created_again(act, capfd, queue):
   verbs = [line.split()[3] for line in calls(act)]
   assert verbs.count('create') == verbs.count('delete') == 2
   assert '--spot' in calls(act)[0]
-  assert 'preempted; starting again, 3 times left' in (act / 'said').read_text()
+  assert 'preempted; starting again (3 restarts left)' in (act / 'output').read_text()
   assert (act / 'starts0').read_text() == '2\n' and not (act / 'state').exists()
 
 
@@ -213,43 +213,41 @@ def test_preempted_too_often_is_75(act, capfd):
   assert not (act / 'state').exists()
 
 
-def test_somebody_elses_machines_are_not_deleted(act, capfd):
+def test_machines_of_another_job_are_not_deleted(act, capfd):
   (act / 'state').write_text('READY')
-  with pytest.raises(Failure, match='create the slice: gcloud ended with 1'):
+  with pytest.raises(Failure, match='create the slice: gcloud exited with 1'):
     tpu(act, [0], capfd)
   assert len(calls(act)) == 1 and (act / 'state').exists()
 
 
 def test_machines_are_deleted_when_the_installation_fails_but_not_with_keep(act, capfd):
   (act / 'user/bin/uv').write_text('#!/bin/bash\nexit 3\n')
-  with pytest.raises(Failure, match='install: gcloud ended with 3'):
+  with pytest.raises(Failure, match='install t5lab: gcloud exited with 3'):
     tpu(act, [0], capfd)
   assert not (act / 'state').exists()
-  with pytest.raises(Failure, match='install'):
+  with pytest.raises(Failure, match='install t5lab: gcloud exited with 3'):
     tpu(act, [0], capfd, keep=True)
   assert (act / 'state').read_text() == 'READY'
 
 
-def test_attach_only_follows(act, capfd):
-  assert tpu(act, [0], capfd, keep=True) == 0
-  (act / 'calls').unlink()
-  assert tpu(act, [0], capfd, attach=True) == 0
-  assert [line.split()[3] for line in calls(act)] == ['ssh', 'describe', 'ssh', 'delete']
-  assert 'worker 0 start 0' in (act / 'said').read_text()
-
-
-def test_no_secret_reaches_a_worker_by_us(act, capfd, monkeypatch):
+def test_a_job_that_is_kept_can_be_followed_again_and_has_no_secrets(act, capfd, monkeypatch):
   monkeypatch.setenv('HF_TOKEN', 'hunter2')
   assert tpu(act, [0], capfd, keep=True) == 0
   texts = [p.read_bytes() for p in act.glob('worker*/**/*') if p.is_file()]
-  assert len(texts) > 8 and not any(b'hunter2' in t for t in texts)
-  assert 'hunter2' not in (act / 'said').read_text() + '\n'.join(calls(act))
+  assert len(texts) > 8 and not any(b'hunter2' in text for text in texts)
+  assert 'hunter2' not in (act / 'output').read_text() + '\n'.join(calls(act))
+
+  (act / 'calls').unlink()
+  assert tpu(act, [0], capfd, attach=True) == 0
+  assert [line.split()[3] for line in calls(act)] == ['ssh', 'describe', 'ssh', 'delete']
+  assert 'worker 0 start 0' in (act / 'output').read_text()
 
 
 def jobset(act, state, ends, **options):
   (act / 'state').write_text(state)
   (act / 'ends').write_text(''.join(f't5lab-exit={e}\n' for e in ends))
-  plan = gke.plan(Job('configs/x.py', 'gs://bucket/run'), topologies.parse('v5e:4x4'), image='i')
+  plan = gke.plan(LaunchJob('configs/x.py', 'gs://bucket/run'), topologies.parse('v5e:4x4'),
+                  image='i')
   return executor.run(plan, pause=0.01, **options)
 
 
@@ -261,9 +259,9 @@ def test_a_jobset_is_followed_to_its_end(act, state, ends, code):
   assert '"kind": "JobSet"' in (act / 'created').read_text()
 
 
-def test_somebody_elses_jobset_is_not_deleted(act):
+def test_a_jobset_of_another_job_is_not_deleted(act):
   (act / 'exists').touch()
-  with pytest.raises(Failure, match='submit: kubectl ended with 1'):
+  with pytest.raises(Failure, match='submit the JobSet: kubectl exited with 1'):
     jobset(act, 'Completed', [0])
   assert [c.split()[0] for c in calls(act)] == ['create']
 
@@ -271,12 +269,12 @@ def test_somebody_elses_jobset_is_not_deleted(act):
 @pytest.mark.parametrize('end, restarts, requeued', [
     (0, 3, False), (75, 3, True), (124, 3, True), (134, 3, True), (2, 3, False), (70, 3, False),
     (75, 0, False)])
-def test_the_sbatch_script_requeues_what_may_go_on(act, tmp_path, end, restarts, requeued):
+def test_the_sbatch_script_requeues_what_can_resume(act, tmp_path, end, restarts, requeued):
   python = tmp_path / 'python'
   python.write_text('#!/bin/bash\nexport | grep -E "JAX|NCCL" > "$ACT/task$JAX_PROCESS_ID"\n'
                     f'echo "$@" >> "$ACT/task$JAX_PROCESS_ID"\nexit {end}\n')
   python.chmod(0o755)
-  plan = slurm.plan(Job('/x/c.py', '/nfs/run', restarts=restarts), nodes=2, gpus=4,
+  plan = slurm.plan(LaunchJob('/x/c.py', '/nfs/run', restarts=restarts), nodes=2, gpus=4,
                     root=str(tmp_path), python=str(python))
   assert executor.run(plan) == 0
   done = subprocess.run(['bash', act / 'submitted'], capture_output=True, text=True, timeout=60,
@@ -287,7 +285,7 @@ def test_the_sbatch_script_requeues_what_may_go_on(act, tmp_path, end, restarts,
     task = (act / f'task{i}').read_text()
     for part in ('JAX_COORDINATOR_ADDRESS="node7:8476"', 'JAX_NUM_PROCESSES="2"',
                  f'JAX_PROCESS_ID="{i}"', 'JAX_LOCAL_DEVICE_IDS="0,1,2,3"',
-                 '-m t5lab.cli train --config /x/c.py --workdir /nfs/run'):
+                 '-m t5lab train --config /x/c.py --workdir /nfs/run'):
       assert part in task
 
 
@@ -317,7 +315,7 @@ def test_only_what_git_tracks_is_sent(act, tmp_path, monkeypatch, capfd):
   assert 'not tracked by git' in capfd.readouterr().err
   (root / 't5lab/__init__.py').write_text('changed')
   assert cli.main([*launch, 'configs/x.py']) == 2
-  assert 'not committed (t5lab/__init__.py)' in capfd.readouterr().err
+  assert 'uncommitted changes (t5lab/__init__.py)' in capfd.readouterr().err
   assert not (act / 'calls').exists()
 
   before = git('status', '--porcelain', '--ignored')

@@ -1,4 +1,4 @@
-"""Processes on this machine, for real."""
+"""Real processes on this machine."""
 
 import json
 import os
@@ -13,35 +13,35 @@ import pytest
 
 from t5lab.errors import UsageError
 from t5lab.tools.launching import local
-from t5lab.tools.launching.job import Job
+from t5lab.tools.launching.job import LaunchJob
 
 ROOT = Path(__file__).parents[3]
 
-# What a process does, as the test's argument says for each.
+# Process i does what the i-th item of the test's argument says.
 PROGRAM = r"""
 import os, signal, sys, time
 me = int(os.environ.get('JAX_PROCESS_ID', 0))
-says = sys.argv[1].split(',')[me]
-print(f'process {me} says {says}', flush=True)
-while 'wait' in sys.argv[1] and says != 'wait' and not os.path.exists('ready'):
-  time.sleep(0.01)                        # else the TERM may come before it is waited for
-if says == 'kill':
+action = sys.argv[1].split(',')[me]
+print(f'process {me} does {action}', flush=True)
+while 'wait' in sys.argv[1] and action != 'wait' and not os.path.exists('ready'):
+  time.sleep(0.01)                        # otherwise the TERM may come before its handler
+if action == 'kill':
   os.kill(os.getpid(), signal.SIGKILL)
-elif says == 'wait':                      # for a TERM, then it has something to save
+elif action == 'wait':                    # for a TERM, and then save something
   def saved(*_): print('saved', flush=True); os._exit(75)
   signal.signal(signal.SIGTERM, saved)
   print('ready', flush=True)
   open('ready', 'w').close()
   time.sleep(60)
-elif says == 'deaf':
+elif action == 'deaf':
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   time.sleep(60)
-elif says.startswith('once'):             # that code at the first start, then 0
+elif action.startswith('once'):           # exit with that code at the first start, then with 0
   first = not os.path.exists(f'started{me}')
   open(f'started{me}', 'w').close()
-  sys.exit(int(says[4:]) if first else 0)
+  sys.exit(int(action[4:]) if first else 0)
 else:
-  sys.exit(int(says))
+  sys.exit(int(action))
 """
 
 
@@ -52,57 +52,60 @@ def port():
     return s.getsockname()[1]
 
 
-def run(tmp_path, says, port, grace=0.2, restarts=0, **options):
-  return local.run(Job('c.py', str(tmp_path / 'run'), restarts=restarts),
-                   processes=says.count(',') + 1, devices=2, port=port, grace=grace,
-                   argv=[sys.executable, '-IS', '-c', PROGRAM, says], **options)
+def run(tmp_path, actions, port, grace=0.2, restarts=0, **options):
+  return local.run(LaunchJob('c.py', str(tmp_path / 'run'), restarts=restarts),
+                   processes=actions.count(',') + 1, devices=2, port=port, grace=grace,
+                   argv=[sys.executable, '-IS', '-c', PROGRAM, actions], **options)
 
 
-@pytest.mark.parametrize('says, code', [
+@pytest.mark.parametrize('actions, code', [
     ('0,0', 0), ('0,3', 3), ('75,75', 75), ('2,4', 2), ('0,kill', 137), ('wait,kill', 137),
     ('wait,70', 70), ('deaf,124', 124)])
-def test_the_worst_code_counts_and_no_process_stays(tmp_path, capfd, monkeypatch, port, says, code):
+def test_the_worst_code_counts_and_no_process_stays(tmp_path, capfd, monkeypatch, port, actions,
+                                                     code):
   monkeypatch.chdir(tmp_path)
-  assert run(tmp_path, says, port) == code
-  said = capfd.readouterr()
-  assert f'[0] process 0 says {says.partition(",")[0]}\n' in said.out
-  assert 'process 1 says' not in said.out
+  assert run(tmp_path, actions, port) == code
+  first, _, second = actions.partition(',')
+  output = capfd.readouterr().out
+  assert f'[0] process 0 does {first}\n' in output
+  assert 'process 1 does' not in output
   log = (tmp_path / 'run/launch/process_1.log').read_text()
-  assert log == f'process 1 says {says.partition(",")[2]}\n'
-  assert ('[0] saved' in said.out) is says.startswith('wait')      # it had the time to
+  assert log == f'process 1 does {second}\n'
+  assert ('[0] saved' in output) is (first == 'wait')              # it had the time to save
   assert not children()
 
 
 def children():
-  """Of this process, alive."""
+  """The number of living children of this process."""
   return subprocess.run(['ps', '-o', 'pid=,stat=,args=', '--ppid', str(os.getpid())],
                         capture_output=True, text=True).stdout.count('-IS')
 
 
-def test_all_logs_are_shown_if_asked(tmp_path, capfd, port):
+def test_all_logs_are_printed_on_request(tmp_path, capfd, port):
   assert run(tmp_path, '0,0,0', port, all_logs=True) == 0
-  said = capfd.readouterr().out
+  output = capfd.readouterr().out
   for i in range(3):
-    assert f'[{i}] process {i} says 0\n' in said
+    assert f'[{i}] process {i} does 0\n' in output
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('says, restarts, code, starts', [
+@pytest.mark.parametrize('actions, restarts, code, starts', [
     ('once75,once75', 1, 0, 2), ('0,once124', 2, 0, 2), ('once2,0', 3, 2, 1), ('75,0', 2, 75, 3)])
-def test_restarts(tmp_path, capfd, monkeypatch, port, says, restarts, code, starts):
+def test_restarts(tmp_path, capfd, monkeypatch, port, actions, restarts, code, starts):
   monkeypatch.chdir(tmp_path)
-  assert run(tmp_path, says, port, restarts=restarts) == code
-  said = capfd.readouterr()
-  assert said.out.count('process 0 says') == starts
-  assert said.err.count('starting again') == starts - 1
+  assert run(tmp_path, actions, port, restarts=restarts) == code
+  captured = capfd.readouterr()
+  assert captured.out.count('process 0 does') == starts
+  assert captured.err.count('starting again') == starts - 1
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_to_all(tmp_path, port, number):
   code = ('from t5lab.tools.launching import local\n'
-          'from t5lab.tools.launching.job import Job; import sys\n'
-          f'sys.exit(local.run(Job("c.py", {str(tmp_path / "run")!r}, restarts=5), processes=2, '
-          f'devices=1, port={port}, argv=[sys.executable, "-IS", "-c", {PROGRAM!r}, "wait,wait"]))')
+          'from t5lab.tools.launching.job import LaunchJob; import sys\n'
+          f'job = LaunchJob("c.py", {str(tmp_path / "run")!r}, restarts=5)\n'
+          f'sys.exit(local.run(job, processes=2, devices=1, port={port}, '
+          f'argv=[sys.executable, "-IS", "-c", {PROGRAM!r}, "wait,wait"]))')
   process = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE,
                              text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
   log = tmp_path / 'run/launch/process_1.log'
@@ -112,17 +115,18 @@ def test_a_signal_is_passed_on_to_all(tmp_path, port, number):
     time.sleep(0.01)
   process.send_signal(number)
   rest, _ = process.communicate(timeout=20)
-  assert process.returncode == 75 and rest == '[0] saved\n'        # and it is not started again
+  assert process.returncode == 75 and rest == '[0] saved\n'        # and is not restarted
   assert log.read_text().endswith('saved\n')
 
 
-def test_a_port_that_is_taken_is_named(tmp_path, port):
+def test_a_port_in_use_is_named(tmp_path, port):
   with socket.socket() as s:
     s.bind(('', port))
     s.listen()
-    with pytest.raises(UsageError, match=rf'port {port}.*Give this one its own --port'):
+    with pytest.raises(UsageError, match=f'coordinator port {port} is already in use, .* choose '
+                                         'another --port'):
       run(tmp_path, '0,0', port)
-    assert run(tmp_path, '0', port) == 0             # one process meets nobody
+    assert run(tmp_path, '0', port) == 0             # one process needs no port
 
 
 def test_the_environment_of_a_process():
@@ -139,7 +143,7 @@ def test_the_environment_of_a_process():
 
 JAX_PROGRAM = r"""
 from t5lab.parallel import multihost
-multihost.start()
+multihost.initialize()
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((4,), ('x',))
@@ -150,18 +154,18 @@ print(multihost.index(), multihost.count(), jax.local_device_count(), float(tota
 """
 
 
-def test_processes_of_jax_find_each_other(tmp_path, capfd, port):
-  code = local.run(Job('c.py', str(tmp_path)), processes=2, devices=2, port=port,
+def test_jax_processes_join(tmp_path, capfd, port):
+  code = local.run(LaunchJob('c.py', str(tmp_path)), processes=2, devices=2, port=port,
                    argv=[sys.executable, '-c', JAX_PROGRAM])
-  said = capfd.readouterr()
-  assert code == 0, said.out + (tmp_path / 'launch/process_1.log').read_text()
-  assert '[0] 0 2 2 6.0 [0, 1]\n' in said.out
+  output = capfd.readouterr().out
+  assert code == 0, output + (tmp_path / 'launch/process_1.log').read_text()
+  assert '[0] 0 2 2 6.0 [0, 1]\n' in output
   assert '1 2 2 6.0 [0, 1]\n' in (tmp_path / 'launch/process_1.log').read_text()
 
 
 @pytest.mark.slow
 def test_training_on_two_processes(tmp_path, port):
-  """`t5lab launch --platform local` trains the quickstart, is stopped, and goes on."""
+  """`t5lab launch --platform local` trains the quickstart, and then resumes it."""
   command = [sys.executable, '-m', 't5lab', 'launch', '--platform', 'local', '--config',
              'configs/quickstart.py:tiny', '--workdir', str(tmp_path), '--processes', '2',
              '--devices-per-process', '2', '--port', str(port), '--config.log.every=1']
