@@ -1,13 +1,13 @@
 """Token examples on disk: ArrayRecord shards under a manifest, written once and read at random.
 
-  DIR/<task>/<split>/MANIFEST.json                        last of all: without it there is no cache
-  DIR/<task>/<split>/shard-00003-of-00016.array_record    a record an example
-  DIR/<task>/<split>/shard-00003-of-00016.npy             int32[rows, features]: their lengths
+  DIR/<task>/<split>/MANIFEST.json                        written last: without it there is no cache
+  DIR/<task>/<split>/shard-00003-of-00016.array_record    one record per example
+  DIR/<task>/<split>/shard-00003-of-00016.npy             int32[examples, features]: their lengths
   DIR/<task>/<split>/shard-00003-of-00016.json            the shard's entry of the manifest
 
-A shard appears whole or not at all, so a build that was killed goes on with the shards it lacks and
-no row is written twice. Shard k of n has the source's rows k, k + n, …, whoever writes it, so the
-cache does not depend on how many processes built it.
+A shard appears whole or not at all, so a build that was killed resumes with the missing shards and
+writes no example twice. Shard k of n has the source's records k, k + n, ..., whichever process
+writes it, so the cache does not depend on how many processes built it.
 """
 import array
 from collections.abc import Iterable, Sequence
@@ -22,42 +22,36 @@ import struct
 from array_record.python import array_record_data_source, array_record_module
 import numpy as np
 
+from t5lab import files
+from t5lab.data.batches.examples import Example, Examples
 from t5lab.errors import DataError
 
-FORMAT = 1                # of the files; counts as a part of a cache's identity
-MANIFEST = 'MANIFEST.json'
+FORMAT = 1                # of the files; part of a cache's identity
+MANIFEST, PLAN = 'MANIFEST.json', 'PLAN.json'
+MANIFEST_KEYS = ('features', 'files', 'identity', 'note', 'rows', 'shards', 'tokens')
 
 
 def folder(root: str, task: str, split: str) -> Path:
-  """Where a task's split lies: names may hold ':' and '[', which paths do without."""
+  """The folder of a task's split; ':' and '[' of names are replaced, which paths do without."""
   safe = lambda name: ''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)
   return Path(root) / safe(task) / safe(split)
 
 
-def _stem(k: int, n: int) -> str:
-  return f'shard-{k:05}-of-{n:05}'
+def _shard_path(where: Path, k: int, n: int) -> Path:
+  return where / f'shard-{k:05}-of-{n:05}.array_record'
 
 
-def _encode(example: dict[str, np.ndarray], features: Sequence[str]) -> bytes:
+def _encode(example: Example, features: Sequence[str]) -> bytes:
   """uint32 length of each feature, then their int32 tokens, little-endian."""
   columns = [np.ascontiguousarray(example.get(name, ()), '<i4') for name in features]
   return struct.pack(f'<{len(columns)}I', *map(len, columns)) + b''.join(c.data for c in columns)
 
 
-def _decode(record: bytes, features: Sequence[str]) -> dict[str, np.ndarray]:
+def _decode(record: bytes, features: Sequence[str]) -> Example:
   sizes = struct.unpack_from(f'<{len(features)}I', record)
-  ends = np.cumsum([4 * len(features), *(4 * size for size in sizes)])
+  starts = np.cumsum([4 * len(features), *(4 * size for size in sizes)])
   return {name: np.frombuffer(record, '<i4', size, start)
-          for name, size, start in zip(features, sizes, ends)}
-
-
-def _write_json(path: Path, value) -> None:
-  part = path.with_suffix('.part')
-  with open(part, 'w', encoding='utf-8') as f:
-    f.write(json.dumps(value, indent=1) + '\n')
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(part, path)
+          for name, size, start in zip(features, sizes, starts)}
 
 
 def _sha256(path: Path) -> str:
@@ -65,183 +59,204 @@ def _sha256(path: Path) -> str:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def write_shard(where: Path, k: int, n: int, examples: Iterable[dict[str, np.ndarray]],
-                features: Sequence[str], tick=lambda rows: None, read=dict) -> dict:
-  """Writes shard k of n -> its entry of the manifest. Holds 4 bytes a feature of each row.
+# --- writing -----------------------------------------------------------------------------------
 
-  read: called at the end -> what the entry is to say of the rows that the examples were made of.
-  Errors: DataError if the disk does not take it; what was written of the shard is removed.
+
+def _write_json(path: Path, value) -> None:
+  files.write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def write_shard(where: Path, k: int, n: int, examples: Iterable[Example], features: Sequence[str],
+                tick=lambda count: None, counts=dict) -> dict:
+  """Writes shard k of n -> its entry of the manifest. Holds 4 bytes per feature of each example.
+
+  tick: called with the number of examples written since its last call. counts: called at the end
+  for what the entry states about the records that the examples were made from.
+  Errors: DataError if the disk refuses them; an unfinished shard is removed.
   """
-  target = where / f'{_stem(k, n)}.array_record'
-  part = target.with_suffix(f'.{os.getpid()}.part')
-  table_part = target.with_suffix(f'.npy.{os.getpid()}.part')
-  lengths = array.array('i')
-  rows = 0
+  path = _shard_path(where, k, n)
+  part = path.with_suffix(f'.{os.getpid()}.part')
   try:
+    lengths = _write_records(where, part, examples, features, tick)
     with writing(where):
-      writer = array_record_module.ArrayRecordWriter(str(part), 'group_size:1')
-    for example in examples:
-      with writing(where):
-        writer.write(_encode(example, features))
-      lengths.extend(len(example.get(name, ())) for name in features)
-      rows += 1
-      if rows % 1000 == 0:
-        tick(1000)
-    tick(rows % 1000)
-    with writing(where):
-      writer.close()
-      _check_records(part, rows)
-      table = np.array(lengths, '<i4').reshape(rows, len(features))
-      with open(table_part, 'wb') as f:
-        np.save(f, table)
-      for path in (part, table_part):
-        _sync(path)
-      os.replace(table_part, target.with_suffix('.npy'))
-      os.replace(part, target)
-      status = target.stat()
-      entry = dict(file=target.name, rows=rows, bytes=status.st_size, mtime=status.st_mtime_ns,
-                   sha256=_sha256(target), lengths=_sha256(target.with_suffix('.npy')),
-                   tokens=int(table.sum()), read=read())
-      _write_json(target.with_suffix('.json'), entry)
+      # The entry comes last: a shard without one is written again.
+      with files.replacing(path.with_suffix('.npy')) as f:
+        np.save(f, lengths)
+      os.replace(part, path)
+      status = path.stat()
+      entry = dict(file=path.name, rows=len(lengths), bytes=status.st_size,
+                   mtime=status.st_mtime_ns, sha256=_sha256(path),
+                   lengths=_sha256(path.with_suffix('.npy')), tokens=int(lengths.sum()),
+                   read=counts())
+      _write_json(path.with_suffix('.json'), entry)
     return entry
-  except BaseException:
-    for path in (part, table_part):
-      path.unlink(missing_ok=True)
-    raise
+  finally:
+    part.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-  with open(path, 'r+b') as f:
-    os.fsync(f.fileno())
+def _write_records(where, path, examples, features, tick) -> np.ndarray:
+  """Writes the records of a shard -> int32[examples, features], their lengths."""
+  lengths = array.array('i')
+  count = 0
+  with writing(where):
+    writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+  for example in examples:
+    with writing(where):
+      writer.write(_encode(example, features))
+    lengths.extend(len(example.get(name, ())) for name in features)
+    count += 1
+    if count % 1000 == 0:
+      tick(1000)
+  tick(count % 1000)
+  with writing(where):
+    writer.close()
+    _check_count(path, count)
+    with open(path, 'r+b') as f:
+      os.fsync(f.fileno())
+  return np.array(lengths, '<i4').reshape(count, len(features))
 
 
-def _check_records(path: Path, rows: int) -> None:
-  """A writer on a full disk may close without a word: count what can be read back."""
+def _check_count(path: Path, count: int) -> None:
+  """Counts the records in a file: on a full disk a writer may close without an error."""
   reader = array_record_module.ArrayRecordReader(str(path))
-  found = reader.num_records()
+  written = reader.num_records()
   reader.close()
-  if found != rows:
-    raise OSError(errno.ENOSPC, f'{found} of {rows} records arrived')
+  if written != count:
+    raise OSError(errno.ENOSPC, f'{written} of {count} records were written')
 
 
 @contextlib.contextmanager
 def writing(where: Path):
-  """What fails while writing -> one DataError that says how much room there is."""
+  """Turns an error of writing into one DataError that states the free space."""
   try:
     yield
   except (OSError, RuntimeError) as e:      # ArrayRecord raises RuntimeError
     status = os.statvfs(where)
     free = status.f_bavail * status.f_frsize / 2**20
-    what = ' '.join(str(e).split(';')[0].split())[:120]
+    reason = ' '.join(str(e).split(';')[0].split())[:120]
     raise DataError(
-        f'cannot write the cache in {where}: {what} ({free:,.0f} MiB free there); make room, and '
-        'the same command goes on with the shards that are missing') from e
+        f'cannot write the cache in {where}: {reason} ({free:,.0f} MiB free); make room and run '
+        'the same command to write the missing shards') from e
 
 
 def finished(where: Path, n: int) -> dict[int, dict]:
-  """{k: entry} of the shards that a build before this one finished."""
-  found = {}
+  """{k: entry} of the shards that an earlier build finished."""
+  entries = {}
   for k in range(n):
-    target = where / f'{_stem(k, n)}.array_record'
+    path = _shard_path(where, k, n)
     try:
-      entry = json.loads(target.with_suffix('.json').read_text())
-      if target.stat().st_size == entry['bytes'] and target.with_suffix('.npy').exists():
-        found[k] = entry
+      entry = json.loads(path.with_suffix('.json').read_text())
+      if path.stat().st_size == entry['bytes'] and path.with_suffix('.npy').exists():
+        entries[k] = entry
     except (OSError, ValueError, KeyError):
       continue
-  return found
+  return entries
 
 
-def begin(where: Path, identity: dict, n: int, files: dict) -> dict[int, dict]:
-  """Makes the folder ready for a build -> the shards that are there already.
+def begin(where: Path, identity: dict, n: int, sources: dict) -> dict[int, dict]:
+  """Prepares the folder for a build of n shards -> the entries of those that are finished.
 
-  A build that another vocabulary, task or number of shards began is started over, and so is one of
-  other `files`, as `stamps` has them: shards of the old and of the new would share no row out.
+  A build with another vocabulary, task or number of shards starts over, and so does one of changed
+  `sources` (see `stamps`): its shards and the old ones would not hold every record exactly once.
   """
   where.mkdir(parents=True, exist_ok=True)
-  plan = where / 'PLAN.json'
-  new = dict(identity=identity, shards=n, files=files)
+  plan = dict(identity=identity, shards=n, files=sources)
   try:
-    same = json.loads(plan.read_text()) == new
+    same = json.loads((where / PLAN).read_text()) == plan
   except (OSError, ValueError):
     same = False
-  for path in where.iterdir():
-    if path.suffix == '.part' or not same and path.name.startswith(('shard-', MANIFEST)):
+  remove_temporary(where)
+  if not same:
+    for path in [*where.glob('shard-*'), *where.glob(MANIFEST)]:
       path.unlink()
-  _write_json(plan, new)
+  _write_json(where / PLAN, plan)
   return finished(where, n)
 
 
-def stamps(files: Sequence[str]) -> dict[str, list[int]]:
-  """{file: [bytes, nanoseconds of its last change]}; [-1, 0] of one that is not on a local disk."""
-  found = dict.fromkeys(files, [-1, 0])
-  for file in files:
+def remove_temporary(where: Path) -> None:
+  """Removes the files that killed processes were writing."""
+  for path in [*where.glob('*.part'), *where.glob('.*.tmp*')]:
+    path.unlink(missing_ok=True)
+
+
+def stamps(sources: Sequence[str]) -> dict[str, list[int]]:
+  """{file: [bytes, nanoseconds of its last change]}; [-1, 0] if it is not on a local disk."""
+  result = {}
+  for file in sources:
+    result[file] = [-1, 0]
     with contextlib.suppress(OSError):
       status = os.stat(file)
-      found[file] = [status.st_size, status.st_mtime_ns]
-  return found
+      result[file] = [status.st_size, status.st_mtime_ns]
+  return result
 
 
 def commit(where: Path, identity: dict, features: Sequence[str], entries: dict[int, dict],
-           files: dict, note: str) -> dict:
-  """Writes the manifest: from now on the cache is there. files: as `stamps` has those that it was
-  made of; note: what is to be said of their rows."""
+           sources: dict, note: str) -> dict:
+  """Writes the manifest, which completes the cache.
+
+  sources: `stamps` of the files that it was made from. note: a line about their records, or ''.
+  """
   shards = [entries[k] for k in sorted(entries)]
   manifest = dict(identity=identity, features=list(features), rows=sum(s['rows'] for s in shards),
-                  tokens=sum(s['tokens'] for s in shards), shards=shards, files=files,
-                  note=note)
+                  tokens=sum(s['tokens'] for s in shards), shards=shards, files=sources, note=note)
   with writing(where):
     _write_json(where / MANIFEST, manifest)
   return manifest
 
 
+# --- reading -----------------------------------------------------------------------------------
+
+
 def read_manifest(where: Path, command: str) -> dict:
-  """DataError, naming the command that makes it, if there is no finished cache."""
+  """The manifest of a finished cache; DataError naming `command`, which builds it, without one."""
   try:
     manifest = json.loads((where / MANIFEST).read_text())
-    lacking = {'identity', 'features', 'rows', 'tokens', 'shards', 'files', 'note'} - set(manifest)
-    if lacking:
-      raise ValueError(f'it has no {min(lacking)!r}')
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+      raise ValueError(f'it has no {missing[0]!r}')
     return manifest
   except FileNotFoundError as e:
-    begun = (where / 'PLAN.json').exists()
-    raise DataError(f'no cache in {where}' + ' (a build began and did not finish)' * begun
-                    + f': run `{command}`') from e
+    started = ' (a build was started and not finished)' if (where / PLAN).exists() else ''
+    raise DataError(f'no cache in {where}{started}: run `{command}`') from e
   except (TypeError, ValueError) as e:
     raise DataError(f'{where / MANIFEST} is damaged or of another version ({e}): '
                     f'run `{command}`') from e
 
 
-class Cached(Sequence):
-  """The examples of a cache: dicts of int32[length], read from disk one at a time.
+class Cached(Examples):
+  """The examples of a cache: dicts of int32[length], read from disk on access.
 
-  lengths: {feature: int32[rows]}, in memory. fingerprint: of identity and contents. note: what is
-  to be said of the rows that it was made of.
+  lengths: {feature: int32[n]}, in memory. fingerprint: of identity and contents. note: a line about
+  the records that the cache was made from, or ''.
   """
 
   def __init__(self, where: Path, identity: dict, command: str):
-    """Errors: DataError for a cache that is missing, of another identity, of files that are another
-    size now, or whose shards are not those of the manifest. Shards whose time of change is another
-    are read and hashed."""
+    """command: builds the cache, for messages.
+
+    Errors: DataError for a cache that is missing or has another identity, whose source files have
+    changed their size, or whose shards are not those of the manifest. A shard is hashed only if its
+    modification time has changed.
+    """
     manifest = read_manifest(where, command)
     _check_identity(where, manifest['identity'], identity, command)
-    _check_files(where, manifest['files'], command)
+    _check_sources(where, manifest['files'], command)
     self.features, self.note = manifest['features'], manifest['note']
-    paths, tables = [], []
-    for shard in manifest['shards']:
+    shards = manifest['shards']
+
+    tables = []
+    for shard in shards:
       path = where / shard['file']
       _check_shard(path, shard, command)
-      paths.append(str(path))
       tables.append(np.load(path.with_suffix('.npy'), allow_pickle=False))
     table = np.concatenate(tables)
     self.lengths = {name: np.ascontiguousarray(table[:, i])
                     for i, name in enumerate(self.features)}
-    filled = [path for path, shard in zip(paths, manifest['shards']) if shard['rows']]
+
     self._where = where
-    self._records = array_record_data_source.ArrayRecordDataSource(filled)
-    self.fingerprint = hashlib.sha256(json.dumps(
-        [manifest['identity'], [[s['sha256'], s['lengths']] for s in manifest['shards']]],
-        sort_keys=True).encode()).hexdigest()
+    self._records = array_record_data_source.ArrayRecordDataSource(
+        [str(where / shard['file']) for shard in shards if shard['rows']])
+    contents = [manifest['identity'], [[shard['sha256'], shard['lengths']] for shard in shards]]
+    self.fingerprint = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
   def __len__(self):
     return len(self._records)
@@ -251,54 +266,51 @@ class Cached(Sequence):
       raise IndexError(f'example {i} of {len(self)}')
     return _decode(self._records[i], self.features)
 
-  def many(self, wanted: Sequence[int]) -> list[dict[str, np.ndarray]]:
-    """The examples of these numbers, in order; several times as fast as one by one."""
-    return [_decode(record, self.features) for record in self._records.__getitems__(wanted)]
+  def many(self, ids: Sequence[int]) -> list[Example]:
+    return [_decode(record, self.features) for record in self._records.__getitems__(ids)]
 
-  def remember(self, what: str, key: str, make) -> np.ndarray:
-    """make(), an array that depends on the cache and on `key` alone, kept in the cache's folder."""
+  def remember(self, name: str, key: str, make) -> np.ndarray:
+    """Returns make(), stored in the cache's folder; a read-only cache computes it each time."""
     digest = hashlib.sha256(f'{self.fingerprint} {key}'.encode()).hexdigest()[:16]
-    path = self._where / f'{what}-{digest}.npy'
+    path = self._where / f'{name}-{digest}.npy'
     with contextlib.suppress(OSError, ValueError):
       return np.load(path, allow_pickle=False)
     value = make()
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    with contextlib.suppress(OSError):               # a read-only cache is packed anew each time
-      with open(part, 'wb') as f:
-        np.save(f, value)
-      os.replace(part, path)
+    with contextlib.suppress(OSError), files.replacing(path, suffix=f'.{os.getpid()}') as f:
+      np.save(f, value)
     return value
 
 
-def _check_identity(where, cached, wanted, command):
-  differ = [key for key in {**wanted, **cached} if cached.get(key) != wanted.get(key)]
+def _check_identity(where, cached, expected, command):
+  differ = [key for key in {**expected, **cached} if cached.get(key) != expected.get(key)]
   if differ:
     short = lambda value: str(value)[:60]
-    what = '; '.join(f'{key}: cached {short(cached.get(key))}, now {short(wanted.get(key))}'
-                     for key in differ)
-    raise DataError(f'the cache in {where} is of other data than this run asks for: {what}. Build '
-                    f'it anew with `{command}`, or set data.cache to another folder')
+    changes = '; '.join(f'{key}: cached {short(cached.get(key))}, now {short(expected.get(key))}'
+                        for key in differ)
+    raise DataError(f'the cache in {where} holds other data than this run needs: {changes}. '
+                    f'Rebuild it with `{command}`, or set data.cache to another folder')
 
 
-def _check_files(where, cached, command):
-  """Files that are not where the cache was taken to are passed over."""
+def _check_sources(where, cached, command):
+  """Compares sizes; files that are not on this machine, where the cache was copied to, are skipped.
+  """
   for file, (size, _) in stamps(list(cached)).items():
     if size >= 0 and size != cached[file][0]:
-      raise DataError(f'{file} has {size:,} bytes now, and {cached[file][0]:,} when the cache in '
-                      f'{where} was made of it: run `{command}`, or restore the file')
+      raise DataError(f'{file} has {size:,} bytes; it had {cached[file][0]:,} when the cache in '
+                      f'{where} was built from it: run `{command}`, or restore the file')
 
 
 def _check_shard(path, shard, command):
+  how = f'restore it, or remove {path.with_suffix(".json")} and run `{command}`'
   try:
     status = path.stat()
-    same = status.st_size == shard['bytes'] and (
-        status.st_mtime_ns == shard['mtime'] or _sha256(path) == shard['sha256'])
+    same = status.st_size == shard['bytes']
+    if same and status.st_mtime_ns != shard['mtime']:
+      same = _sha256(path) == shard['sha256']
     same = same and _sha256(path.with_suffix('.npy')) == shard['lengths']
   except FileNotFoundError as e:
-    raise DataError(f'{e.filename} is in the manifest and not on disk: restore it, or remove '
-                    f'{path.with_suffix(".json")} and run `{command}`') from e
+    raise DataError(f'{e.filename} is in the manifest but not on disk: {how}') from e
   if not same:
     raise DataError(
-        f'{path} is not the shard that the manifest names ({shard["rows"]:,} rows, '
-        f'{shard["bytes"]:,} bytes, sha256 {shard["sha256"][:12]}): restore it, or remove '
-        f'{path.with_suffix(".json")} and run `{command}`')
+        f'{path} is not the shard that the manifest lists ({shard["rows"]:,} examples, '
+        f'{shard["bytes"]:,} bytes, sha256 {shard["sha256"][:12]}): {how}')

@@ -35,7 +35,7 @@ def files(tmp_path):
 
 
 def job(files, spec='byte', lengths=LENGTHS):
-  return cache_build.Job('files', 'train', lengths, spec, files)
+  return cache_build.CacheJob('files', 'train', lengths, spec, files)
 
 
 def build(root, files, shards=4, **kwargs):
@@ -88,7 +88,7 @@ def test_a_build_that_was_stopped_goes_on_with_what_is_missing(tmp_path, files, 
   with pytest.raises(KeyboardInterrupt):
     build(tmp_path, files)
   where = cache.folder(str(tmp_path), 'files', 'train')
-  with pytest.raises(DataError, match='a build began and did not finish.*run `t5lab cache'):
+  with pytest.raises(DataError, match='a build was started and not finished.*run `t5lab cache'):
     open_cached(tmp_path, files)
   (where / 'shard-00003-of-00004.99.part').write_bytes(b'half')
   monkeypatch.setattr(cache, 'write_shard', lambda where, k, *args: (
@@ -112,7 +112,7 @@ def test_a_build_with_other_shards_starts_over(tmp_path, files):
 
 def test_what_the_tokens_depend_on_is_part_of_the_cache(tmp_path, files):
   build(tmp_path, files)
-  with pytest.raises(DataError, match='vocabulary: cached .*Build it anew with `t5lab cache'):
+  with pytest.raises(DataError, match='vocabulary: cached .*Rebuild it with `t5lab cache'):
     open_cached(tmp_path, files, 't5lab_2048')
   prompted = own_files.OwnFiles(files.files, files.fields, 'ask: {q}')
   with pytest.raises(DataError, match='source: cached'):
@@ -155,13 +155,13 @@ def test_a_shard_that_is_gone_or_changed_is_named(tmp_path, files):
   os.utime(shard, ns=(when + 5, when + 5))         # copied: read and hashed, and it is the same
   open_cached(tmp_path, files)
   shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-  with pytest.raises(DataError, match=r'shard-00002.*is not the shard that the manifest names'):
+  with pytest.raises(DataError, match=r'shard-00002.*is not the shard that the manifest lists'):
     open_cached(tmp_path, files)
   shard.write_bytes(whole[:1000])
   with pytest.raises(DataError, match='shard-00002'):
     open_cached(tmp_path, files)
   shard.unlink()
-  with pytest.raises(DataError, match='shard-00002.*is in the manifest and not on disk'):
+  with pytest.raises(DataError, match='shard-00002.*is in the manifest but not on disk'):
     open_cached(tmp_path, files)
   shard.write_bytes(whole)
   lengths = shard.with_suffix('.npy')
@@ -220,7 +220,7 @@ print(sorted(path.name for path in where.iterdir()))
                        timeout=60)
   lines = out.stdout.splitlines()
   assert lines[0].startswith(f'cannot write the cache in {tmp_path}: ') and 'MiB free' in lines[0]
-  assert 'the same command goes on' in lines[0] and lines[1:] == ['[]'], out.stderr
+  assert 'run the same command' in lines[0] and lines[1:] == ['[]'], out.stderr
 
 
 def test_records_that_did_not_arrive_are_noticed(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_records_that_did_not_arrive_are_noticed(tmp_path, monkeypatch):
     def write(self, record):
       return True
   monkeypatch.setattr(array_record_module, 'ArrayRecordWriter', Deaf)
-  with pytest.raises(DataError, match='0 of 1 records arrived'):
+  with pytest.raises(DataError, match='0 of 1 records were written'):
     cache.write_shard(tmp_path, 0, 1, [{'targets': np.arange(3)}], ['targets'])
 
 
@@ -248,7 +248,7 @@ def status(key):
 def build(name):
   files = own_files.OwnFiles({'train': f'{sys.argv[1]}/{name}.jsonl'},
                              {'inputs': '', 'targets': 'text'}, objective='document_lm')
-  cache_build.build(cache_build.Job('files', 'train', {'targets': 500}, 'byte', files),
+  cache_build.build(cache_build.CacheJob('files', 'train', {'targets': 500}, 'byte', files),
                     f'{sys.argv[1]}/{name}', shards=1, processes=1)
 build('small')                                         # what TensorFlow takes once
 with open('/proc/self/clear_refs', 'w') as f:

@@ -64,7 +64,7 @@ def test_encoder_alone_with_a_class():
       'encoder_target_tokens': [1], 'encoder_loss_weights': [1]}
   empty = features.build_row([], lengths, kind='encoder', form='classes')
   assert empty.keys() == row.keys() and not any(x.any() for x in empty.values())
-  with pytest.raises(ValueError, match='do not share a row'):
+  with pytest.raises(ValueError, match="a row of form 'classes' holds one example, got 2"):
     features.build_row([example([5], [0])] * 2, lengths, kind='encoder', form='classes')
 
 
@@ -100,7 +100,7 @@ def test_a_pair_of_texts_with_masked_random_and_kept_tokens():
   empty = features.build_row([], {'inputs': 9}, kind='encoder', form='nsp')
   assert {k: x.shape for k, x in empty.items()} == {k: x.shape for k, x in row.items()}
   assert not any(x.any() for x in empty.values())
-  with pytest.raises(ValueError, match="2 examples of the form 'nsp' do not share a row"):
+  with pytest.raises(ValueError, match="a row of form 'nsp' holds one example, got 2"):
     features.build_row([PAIR] * 2, {'inputs': 20}, kind='encoder', form='nsp')
 
 
@@ -131,10 +131,10 @@ def test_an_examples_features_say_its_form():
   assert features.form_of(['inputs', 'targets', 'weights']) == 'mlm'
   assert features.form_of(['inputs', 'targets']) == 'classes'
   assert features.form_of(['inputs']) == 'inputs'
-  with pytest.raises(ValueError, match="inputs, targets, weights, types, next is of the form 'nsp'"
-                                       ", not 'mlm'"):
+  with pytest.raises(ValueError, match="inputs, targets, weights, types, next has the form 'nsp'"
+                                       ", the row has 'mlm'"):
     features.build_row([PAIR], {'inputs': 9}, kind='encoder', form='mlm')
-  with pytest.raises(ValueError, match="form 'mask' is none of inputs, classes, mlm, nsp"):
+  with pytest.raises(ValueError, match="form must be one of inputs, classes, mlm, nsp, got 'mask'"):
     features.build_row([], {'inputs': 9}, kind='encoder', form='mask')
 
 
@@ -175,7 +175,7 @@ def test_examples_that_are_of_their_form():
 
 
 def test_an_unknown_kind():
-  with pytest.raises(ValueError, match="kind 'both' is none of encoder_decoder, decoder, encoder"):
+  with pytest.raises(ValueError, match="kind must be one of encoder_decoder, decoder, encoder, got 'both'"):
     features.build_row([], LENGTHS, kind='both')
 
 

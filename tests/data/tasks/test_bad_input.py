@@ -7,8 +7,7 @@ import pytest
 
 from t5lab import cli
 from t5lab.data.batches import cache, pipeline
-from t5lab.data.tasks import cache_build, own_files
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import cache_build, own_files, registry
 from t5lab.errors import DataError
 
 pytestmark = pytest.mark.usefixtures('plain_registry')
@@ -59,14 +58,14 @@ def planted(tmp_path):
 
 def test_each_kind_of_bad_row_is_counted_and_named(planted):
   own = own_files.OwnFiles({'train': str(planted)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=0.5)
-  component, = tasks.open_components('files', 'train', LENGTHS, 'byte', files=own)
+  component, = registry.open_components('files', 'train', LENGTHS, 'byte', files=own)
   assert len(component.examples) == 97
   assert f'97 rows; {len(BAD)} bad ones skipped, 11 %: {planted}:4: ' in component.note
-  problems = tasks.get('files').source.readers['train'].problems
+  problems = registry.get('files').source.readers['train'].problems
   assert [line for _, line, _ in problems] == [4 + 3 * k for k in range(len(BAD))]
   for (_, _, reason), (_, expected) in zip(problems, BAD, strict=True):
     assert expected in reason
-  texts = [tasks.vocab.load('byte').decode(e['targets']) for e in component.examples]
+  texts = [registry.vocab.load('byte').decode(e['targets']) for e in component.examples]
   assert texts == [f'{{{i}}}\n' for i in range(97)]        # braces and newlines are text
 
 
@@ -109,7 +108,7 @@ def test_over_long_rows_are_cut_counted_and_keep_their_end(tmp_path):
   path = tmp_path / 'long.jsonl'
   path.write_text(''.join(json.dumps({'q': 'x' * n, 'a': 'y'}) + '\n' for n in (5, 31, 32, 500)))
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'})
-  components = tasks.open_components('files', 'train', LENGTHS, 'byte', files=own)
+  components = registry.open_components('files', 'train', LENGTHS, 'byte', files=own)
   p = pipeline.Pipeline(components, LENGTHS, batch_size=1, seed=0, pack=False)
   assert p.summary()[0].endswith(
       '; 2 longer than the limit (inputs 32, targets 32) were cut, EOS kept: files:2, files:3')
@@ -187,7 +186,7 @@ def part(batch_size, i, n):
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one(processes):
   lengths = {'inputs': 64, 'targets': 64}
-  components = tasks.open_components('ha_ende,numpydoc_qa', 'validation', lengths, 'byte')
+  components = registry.open_components('ha_ende,numpydoc_qa', 'validation', lengths, 'byte')
   def stream(i=0, n=1):
     return pipeline.Pipeline(components, lengths, batch_size=8, seed=1, rows=part(8, i, n))
   whole = stream()
@@ -212,7 +211,7 @@ def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
   path.write_text('{"q": "", "a": ""}\n')
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=1.)
   with pytest.raises(DataError, match="task 'files' has no examples in split 'train'.*1 bad ones"):
-    tasks.open_components('files', 'train', LENGTHS, 'byte', files=own)
+    registry.open_components('files', 'train', LENGTHS, 'byte', files=own)
 
 
 # -- caches ----------------------------------------------------------------------------------------
@@ -232,8 +231,8 @@ def opened(tmp_path):
   """As a process opens the cache that did not build it."""
   path = str(tmp_path / 'train.jsonl')
   own = own_files.OwnFiles({'train': path, 'validation': path}, {'inputs': 'q', 'targets': 'a'})
-  tasks.register()
-  return tasks.open_components('files', 'train', LENGTHS, 'byte', files=own,
+  registry.register()
+  return registry.open_components('files', 'train', LENGTHS, 'byte', files=own,
                                cached=str(tmp_path / 'c'))[0]
 
 
@@ -266,7 +265,7 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
 
 def numbers(component):
   """Of good(i), in the order of the shards."""
-  decode = tasks.vocab.load('byte').decode
+  decode = registry.vocab.load('byte').decode
   return [int(decode(e['targets']).strip('{}\n')) for e in component.examples]
 
 
@@ -286,7 +285,7 @@ def test_shards_of_a_file_that_changed_meanwhile_are_not_mixed(tmp_path, build, 
   assert sorted(numbers(opened(tmp_path))) == [*range(10), 99]
 
   path.write_bytes(good(1) + b'\n')
-  with pytest.raises(DataError, match=f'{path} has 34 bytes now, and .*: run `t5lab cache'):
+  with pytest.raises(DataError, match=f'{path} has 34 bytes; it had 376 .*: run `t5lab cache'):
     opened(tmp_path)
   assert build()[0] == 0 and numbers(opened(tmp_path)) == [1]
   path.unlink()                                      # the cache alone was taken to another machine
@@ -331,9 +330,9 @@ def test_a_cached_stream_of_several_blocks_goes_on_anywhere(tmp_path, monkeypatc
   path.write_bytes(b'\n'.join(good(i) for i in range(50)) + b'\n')
   own = own_files.OwnFiles({'train': str(path), 'validation': str(path)},
                            {'inputs': 'q', 'targets': 'a'})
-  cache_build.build(cache_build.Job('files', 'train', LENGTHS, 'byte', own), str(tmp_path / 'c'),
-                    shards=3, processes=1)
-  memory, = tasks.open_components('ha_ende', 'validation', LENGTHS, 'byte')
+  job = cache_build.CacheJob('files', 'train', LENGTHS, 'byte', own)
+  cache_build.build(job, str(tmp_path / 'c'), shards=3, processes=1)
+  memory, = registry.open_components('ha_ende', 'validation', LENGTHS, 'byte')
 
   def stream(i=0, n=1):
     return pipeline.Pipeline([opened(tmp_path), memory], LENGTHS, batch_size=4, seed=1,
