@@ -1,13 +1,14 @@
 """t5lab plan --config FILE[:ARG] --topology v5e:4x4 [--search] [--decode] [--json]
 
-Whether the run fits a slice, how fast, what limits it and what it costs, before anything is spent.
-Compiles the real train step (with --decode the decode step) for v4, v5e, v5p or v6e with the TPU
-compiler of libtpu, on a machine without an accelerator: pip install 't5lab[tpu]'. Without libtpu an
-analytic estimate, labelled as such. Several slices: --topology v5e:16x16*2.
+Estimates memory, speed, bottleneck and cost of a run on a TPU slice before you pay for one.
 
---search tries meshes, rules, remat policies and microbatches with the formula, compiles what the
-config has and the most promising others, one after the other, each correcting the formula for the
-next, and prints lines for the config. Results are kept in ~/.cache/t5lab/plan.
+It compiles the real train step (or the decode step, with --decode) for v4, v5e, v5p or v6e with the
+TPU compiler in libtpu. No accelerator is needed: pip install 't5lab[tpu]'. Without libtpu it prints
+an analytic estimate and says so. For several slices: --topology v5e:16x16*2.
+
+--search tries meshes, rules, remat policies and microbatches by formula, compiles the current
+config and the most promising alternatives, and prints lines to paste into the config. Compiled
+results are cached in ~/.cache/t5lab/plan.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import os
 from pathlib import Path
 import sys
 
-from t5lab import config as configs
+from t5lab import config, files
 from t5lab.commands import Parser, split_overrides
 from t5lab.errors import UsageError
-from t5lab.tools.planning import topology as topologies
+from t5lab.tools.planning import chips
+
+PRICES = Path(chips.__file__).with_name('prices.json')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,73 +30,96 @@ def main(argv: list[str] | None = None) -> int:
   parser = Parser('t5lab plan', description=__doc__,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]')
-  parser.add_argument('--topology', help='chip and shape, as v5e:4x4, v5p:2x2x4, v6e:16x16*2; '
-                                         "default: the config's plan.topology")
+  parser.add_argument('--topology', help='chip and shape, e.g. v5e:4x4, v5p:2x2x4, v6e:16x16*2 '
+                                         "(default: the config's plan.topology)")
   parser.add_argument('--decode', action='store_true',
-                      help='the decode step: eval.batch_size rows, eval.max_length tokens')
-  parser.add_argument('--search', action='store_true', help='look for a better mesh')
+                      help='plan the decode step: eval.batch_size rows, eval.max_length tokens')
+  parser.add_argument('--search', action='store_true', help='search for a faster mesh')
   parser.add_argument('--finalists', type=int, default=6, metavar='N',
-                      help='of --search: how many the compiler sees (default 6)')
-  parser.add_argument('--json', action='store_true', help='one JSON object and nothing else')
-  parser.add_argument('--prices', metavar='FILE', help='instead of t5lab/planning/prices.json')
-  parser.add_argument('--no-cache', action='store_true', help='compile again')
-  parser.add_argument('--hlo', metavar='FILE', help='write the scheduled program there, as text')
+                      help='number of combinations that --search compiles (default 6)')
+  parser.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
+  parser.add_argument('--prices', metavar='FILE',
+                      help='replacement for t5lab/tools/planning/prices.json')
+  parser.add_argument('--no-cache', action='store_true', help='compile even if a result is cached')
+  parser.add_argument('--hlo', metavar='FILE', help='write the scheduled program to FILE as text')
   args = parser.parse_args(argv)
-  c = configs.load(args.config, overrides)
+  c = config.load(args.config, overrides)
   topology = chosen_topology(c, args.topology)
   prices = read_prices(args.prices)
-  prepare(topology)
-  from t5lab.tools.planning import estimate, report
-  say = (lambda text: None) if args.json else lambda text: print(text, file=sys.stderr, flush=True)
+  prepare_jax(topology)
+  log = progress_log(args.json)
   if args.search:
     if args.decode:
-      raise UsageError('--search looks for a train step; leave --decode out')
-    from t5lab.tools.planning import search
-    found = search.search(c, topology, prices, finalists=args.finalists, say=say,
-                          use_cache=not args.no_cache)
-    print(json.dumps(found)) if args.json else report.show_search(found)
-    return 0
-  setup = estimate.set_up(c, topology, args.decode)
-  if topologies.has_compiler():
-    say(f'compiling the {"decode" if args.decode else "train"} step of {c.family} for '
-        f'{topology.name} (minutes for a large model; kept for the next time) …')
-  found, text = estimate.plan(setup, prices, use_cache=not args.no_cache)
-  if args.hlo:
-    Path(args.hlo).write_text(text)
-  print(json.dumps(found)) if args.json else report.show(found)
+      raise UsageError('--search plans the train step; remove --decode')
+    return _search(c, topology, prices, args, log)
+  return _plan(c, topology, prices, args, log)
+
+
+def _search(c, topology, prices, args, log) -> int:
+  from t5lab.tools.planning import report, search
+  result = search.search(c, topology, prices, finalists=args.finalists, log=log,
+                         use_cache=not args.no_cache)
+  print(json.dumps(result)) if args.json else report.show_search(result)
   return 0
 
 
-def chosen_topology(c, text: str | None):
-  if not (text or c.plan.topology):
-    raise UsageError('no slice to plan for: --topology v5e:4x4 (or v4, v5p, v6e), or plan.topology '
-                     'in the config')
-  return topologies.parse(text or c.plan.topology)
+def _plan(c, topology, prices, args, log) -> int:
+  from t5lab.tools.planning import estimate, planned_step, report
+  step = planned_step.describe(c, topology, args.decode)
+  if chips.has_compiler():
+    log(f'compiling the {"decode" if args.decode else "train"} step of {c.family} for '
+        f'{topology.name} (minutes for a large model; the result is cached) …')
+  plan, text = estimate.plan(step, prices, use_cache=not args.no_cache)
+  if args.hlo:
+    Path(args.hlo).write_text(text)
+  print(json.dumps(plan)) if args.json else report.show(plan)
+  return 0
 
 
-def prepare(topology) -> None:
-  """Sets what the compiler's process needs, before jax looks."""
-  wanted = topologies.environment(topology)
-  os.environ.update(wanted)
+# --- shared with `t5lab check` -----------------------------------------------------------------
+
+
+def chosen_topology(c, flag: str | None) -> chips.Topology:
+  name = flag or c.plan.topology
+  if not name:
+    raise UsageError('give the slice to plan for: --topology v5e:4x4 (or v4, v5p, v6e), or '
+                     'plan.topology in the config')
+  return chips.parse(name)
+
+
+def prepare_jax(topology: chips.Topology) -> None:
+  """Sets the environment that the compiler needs, before jax creates its backends."""
+  os.environ.update(chips.environment(topology))
   jax = sys.modules.get('jax')
-  if jax is not None:                      # imported, but its backends are not yet made
+  if jax is not None:                      # imported, so it does not read the environment again
     jax.config.update('jax_platforms', 'cpu')
+
+
+def progress_log(silent: bool):
+  """A function that prints a line on standard error, unless silent."""
+  def log(text: str) -> None:
+    if not silent:
+      print(text, file=sys.stderr, flush=True)
+  return log
 
 
 def read_prices(path: str | None) -> dict:
   """{'date', 'currency', 'note', 'per_chip_hour': {chip: {kind: price}}}, or UsageError."""
-  path = Path(path) if path else Path(topologies.__file__).parent / 'prices.json'
-  try:
-    found = json.loads(path.read_text())
-    for key in ('date', 'currency', 'note', 'per_chip_hour'):
-      found[key]
-    for chip, prices in found['per_chip_hour'].items():
-      for kind, price in prices.items():
-        if not isinstance(price, (int, float)) or price < 0:
-          raise ValueError(f'per_chip_hour.{chip}.{kind}={price!r} is no price')
-  except OSError as e:
-    raise UsageError(f'--prices {path}: {e.strerror}') from e
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UsageError(f'--prices {path}: {e}; it is JSON as in t5lab/planning/prices.json') from e
-  return found
+  path = Path(path) if path else PRICES
+  prices = files.read_json(path)
+  missing = [key for key in ('date', 'currency', 'note', 'per_chip_hour') if key not in prices]
+  if missing:
+    raise UsageError(f'--prices {path} lacks {", ".join(missing)}; the format is that of '
+                     't5lab/tools/planning/prices.json')
+  for chip, kinds in _items(path, 'per_chip_hour', prices['per_chip_hour']):
+    for kind, price in _items(path, f'per_chip_hour.{chip}', kinds):
+      if not isinstance(price, (int, float)) or price < 0:
+        raise UsageError(f'--prices {path}: per_chip_hour.{chip}.{kind} must be a number of at '
+                         f'least 0, got {price!r}')
+  return prices
 
+
+def _items(path: Path, key: str, value):
+  if not isinstance(value, dict):
+    raise UsageError(f'--prices {path}: {key} must be a JSON object, got {value!r}')
+  return value.items()

@@ -1,14 +1,13 @@
-"""Collectives in scheduled HLO: what moves, over which mesh axes, and how long a network takes.
+"""Collectives in scheduled HLO: bytes, mesh axes, and a model of how long the network takes.
 
-On TPU a collective appears in four shapes: alone and synchronous; as a -start and -done pair; as a
-fusion that holds an AsyncCollectiveStart, then fusions that compute while it goes on, then one with
-AsyncCollectiveDone (the same collective is printed in each, with one chain_id); and inside an
-all-reduce-scatter fusion, which is a reduce-scatter. Between slices it is a send and a recv through
-the host, whose frontend attributes say what the runtime makes of it; groups then count the devices
-of one slice.
+TPU text has collectives in four forms: synchronous; as a -start and -done pair; as a fusion with an
+AsyncCollectiveStart, then fusions that compute meanwhile, then one with AsyncCollectiveDone (each
+prints the same collective, with one chain_id); and inside an all-reduce-scatter fusion, which is a
+reduce-scatter. Between slices a collective is a send and a recv through the host, whose frontend
+attributes name it; its groups then count the devices of one slice.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -16,7 +15,7 @@ import re
 import numpy as np
 
 from t5lab.tools.planning import hlo
-from t5lab.tools.planning.topology import HOP, Topology
+from t5lab.tools.planning.chips import HOP, Topology
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
          'collective-permute', 'collective-broadcast')
@@ -24,23 +23,27 @@ KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One run of a collective. size: bytes of its full (gathered or unreduced) array on a device;
-  wire: bytes that a device sends, by the ring formula. phase: sync | start | done."""
+  """One run of a collective.
+
+  size: bytes of its full (gathered or unreduced) array on a device; phase: sync | start | done.
+  """
   kind: str
   axes: tuple[str, ...]                  # mesh axes that its groups span
   group: int                             # devices in a group
   size: float
-  phase: str
-  key: str                               # joins a start to its done
-  op: hlo.Op
+  phase: str = 'sync'
+  key: str = ''                          # the same for a start and its done
 
   @property
   def wire(self) -> float:
-    """all-gather, reduce-scatter, all-to-all: size (n - 1) / n; all-reduce twice that."""
-    n = self.group
+    """Bytes that a device sends, by the ring formulas.
+
+    all-gather, reduce-scatter, all-to-all: size (n - 1) / n; all-reduce twice that.
+    """
     if self.kind in ('collective-permute', 'collective-broadcast'):
       return self.size
-    return self.size * (n - 1) / n * (2 if self.kind == 'all-reduce' else 1)
+    passes = 2 if self.kind == 'all-reduce' else 1
+    return self.size * (self.group - 1) / self.group * passes
 
   @property
   def where(self) -> str:
@@ -48,198 +51,212 @@ class Collective:
 
 
 class Axes:
-  """Groups of partition numbers -> mesh axes. Partition i is the mesh's i-th device."""
+  """Maps groups of partition numbers to mesh axes. Partition i is the mesh's i-th device."""
 
   def __init__(self, names: tuple[str, ...], shape: tuple[int, ...],
                slices: dict[str, int] | None = None):
-    """slices: axis -> over how many slices it goes, of those that leave a slice."""
+    """slices: {axis: number of slices that it crosses}."""
     self.names, self.shape = names, shape
     self.slices = {axis: n for axis, n in (slices or {}).items() if n > 1}
 
-  def of(self, groups: np.ndarray) -> tuple[str, ...]:
+  def spanned(self, groups: np.ndarray) -> tuple[str, ...]:
     """The axes along which the members of a group differ; groups: int[groups, members]."""
-    places = np.stack(np.unravel_index(groups.reshape(-1), self.shape), -1)
-    places = places.reshape(*groups.shape, len(self.shape))
-    differ = (places != places[:, :1]).any((0, 1))
-    return tuple(name for name, yes in zip(self.names, differ) if yes)
+    positions = np.stack(np.unravel_index(groups.reshape(-1), self.shape), -1)
+    positions = positions.reshape(*groups.shape, len(self.shape))
+    differs = (positions != positions[:, :1]).any((0, 1))
+    return tuple(name for name, spans in zip(self.names, differs) if spans)
 
   def groups(self, op: hlo.Op) -> np.ndarray:
     """replica_groups or source_target_pairs as int[groups, members]."""
     text = op.attribute('source_target_pairs') or op.attribute('replica_groups')
-    everyone = np.arange(math.prod(self.shape))[None]
+    all_devices = np.arange(math.prod(self.shape))[None]
+
+    # {{0,1},{2,3}}
     if not text or text == '{}':
-      return everyone
+      return all_devices
     if text.startswith('{'):
-      rows = [[int(n) for n in row.split(',')] for row in re.findall(r'\{([\d,]+)\}', text)]
-      if len({len(row) for row in rows}) != 1:
-        return everyone
-      return np.array(rows)
-    found = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-    if not found:
-      return everyone
-    numbers = lambda part: [int(n) for n in part.split(',')]
-    order = np.arange(math.prod(numbers(found.group(2)))).reshape(numbers(found.group(2)))
-    if found.group(3):
-      order = order.transpose(numbers(found.group(3)))
-    return order.reshape(numbers(found.group(1)))
+      groups = [_ints(members) for members in re.findall(r'\{([\d,]+)\}', text)]
+      same_size = len(set(map(len, groups))) == 1
+      return np.array(groups) if same_size else all_devices
+
+    # [2,8]<=[4,4]T(1,0): reshape, transpose, reshape
+    match = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+    if not match:
+      return all_devices
+    shape, source, transposed = match.groups()
+    devices = np.arange(math.prod(_ints(source))).reshape(_ints(source))
+    if transposed:
+      devices = devices.transpose(_ints(transposed))
+    return devices.reshape(_ints(shape))
 
 
-def find(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
-  """The collectives that a scheduled operation starts, ends or runs; [] for most."""
+def _ints(text: str) -> list[int]:
+  return [int(n) for n in text.split(',')]
+
+
+# --- in the program ----------------------------------------------------------------------------
+
+
+def op_collectives(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
+  """The collectives that a scheduled operation starts, ends or runs; [] for most operations."""
+  # a collective by itself
   kind, _, suffix = op.kind.rpartition('-')
   if suffix in ('start', 'done') and kind in KINDS:
-    return [_make(op, kind, axes, suffix, op.operands[0] if suffix == 'done' else op.name)]
+    key = op.operands[0] if suffix == 'done' else op.name
+    return [_collective(op, kind, axes, suffix, key)]
   if op.kind in KINDS:
-    return [_make(op, op.kind, axes, 'sync', op.name)]
+    return [_collective(op, op.kind, axes, 'sync', op.name)]
   if op.kind in ('recv', 'recv-done'):
     return _between_slices(op, axes)
   if op.kind in ('async-start', 'async-done'):
-    inside = [o for c in module.called(op) for o in c.ops if o.kind in KINDS]
-    key = op.operands[0] if op.kind == 'async-done' else op.name
-    return [_make(o, o.kind, axes, op.kind[6:], key) for o in inside]
-  body = module.inside(op)
-  inside = [(c, o) for c in _nested(module, body) for o in c.ops if o.kind in KINDS]
-  if not inside:
-    return []
-  targets = {o.attribute('custom_call_target').strip('"') for c in _nested(module, body)
-             for o in c.ops if o.kind == 'custom-call'}
-  found = []
-  for _, o in inside:
-    chain = o.attribute('frontend_attributes')
-    chain = re.search(r'chain_id="(\w+)"', chain)
+    phase = op.kind.removeprefix('async-')
+    key = op.operands[0] if phase == 'done' else op.name
+    return [_collective(inner, inner.kind, axes, phase, key) for called in module.called(op)
+            for inner in called.ops if inner.kind in KINDS]
+
+  # inside a fusion
+  fused = [inner for computation in _nested(module, module.inside(op)) for inner in computation.ops]
+  targets = {inner.attribute('custom_call_target').strip('"')
+             for inner in fused if inner.kind == 'custom-call'}
+  collectives = []
+  for inner in fused:
+    if inner.kind not in KINDS:
+      continue
+    chain = re.search(r'chain_id="(\w+)"', inner.attribute('frontend_attributes'))
     if not chain:
-      kind = 'reduce-scatter' if 'all-reduce-scatter' in op.calls[0] else o.kind
-      found.append(_make(o, kind, axes, 'sync', op.name))
+      scatter = 'all-reduce-scatter' in op.calls[0]
+      kind = 'reduce-scatter' if scatter else inner.kind
+      collectives.append(_collective(inner, kind, axes, 'sync', op.name))
     elif 'AsyncCollectiveStart' in targets:
-      found.append(_make(o, o.kind, axes, 'start', chain.group(1)))
+      collectives.append(_collective(inner, inner.kind, axes, 'start', chain.group(1)))
     elif 'AsyncCollectiveDone' in targets:
-      found.append(_make(o, o.kind, axes, 'done', chain.group(1)))
-  return found
+      collectives.append(_collective(inner, inner.kind, axes, 'done', chain.group(1)))
+  return collectives
 
 
-def _between_slices(op, axes) -> list[Collective]:
+def _between_slices(op: hlo.Op, axes: Axes) -> list[Collective]:
   attributes = op.attribute('frontend_attributes')
   if 'xla_megascale_runtime' not in attributes:
     return []
-  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
-  kind = found.group(1).lower().replace('_', '-') if found else 'collective-permute'
-  kind = kind if kind in KINDS else 'collective-permute'
+  match = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+  kind = match.group(1).lower().replace('_', '-') if match else ''
   done = op.kind == 'recv-done'
-  return [Collective(kind, tuple(axes.slices), max(2, math.prod(axes.slices.values())),
-                     op.shapes[0].bytes, 'done' if done else 'start',
-                     op.operands[0] if done else op.name, op)]
+  return [Collective(
+      kind if kind in KINDS else 'collective-permute', tuple(axes.slices),
+      group=max(2, math.prod(axes.slices.values())), size=op.shapes[0].bytes,
+      phase='done' if done else 'start', key=op.operands[0] if done else op.name)]
 
 
-def _nested(module, body):
-  if body is None:
+def _nested(module: hlo.Module, computation: hlo.Computation | None) -> Iterator[hlo.Computation]:
+  """Yields the computation of a fusion and those of the fusions inside it."""
+  if computation is None:
     return
-  yield body
-  for op in body.ops:
-    if op.kind == 'fusion':
-      for inner in module.called(op):
-        yield from _nested(module, inner)
+  yield computation
+  for op in computation.ops:
+    yield from _nested(module, module.inside(op))
 
 
-def _make(op, kind, axes, phase, key) -> Collective:
+def _collective(op: hlo.Op, kind: str, axes: Axes, phase: str, key: str) -> Collective:
   groups = axes.groups(op)
-  if kind == 'collective-permute':
+  if kind == 'collective-permute':         # its groups are pairs of source and target
     moving = groups[groups[:, 0] != groups[:, 1]]
-    names, group = (axes.of(moving) if len(moving) else ()), 2
+    names, group = (axes.spanned(moving) if len(moving) else ()), 2
   else:
-    names, group = axes.of(groups), groups.shape[1]
-  shapes = op.shapes
-  if op.kind.endswith('-start'):           # (operands, results[, contexts]): the results
-    if kind == 'all-reduce':
-      size = sum(s.bytes for s in shapes)
-    else:
-      real = [s.bytes for s in shapes if s.dims]
-      size = sum(real[len(real) // 2:])
-  else:
-    size = sum(s.bytes for s in shapes)
+    names, group = axes.spanned(groups), groups.shape[1]
+
+  sizes = [shape.bytes for shape in op.shapes]
+  if op.kind.endswith('-start') and kind != 'all-reduce':
+    # (operands, results[, contexts]): the results
+    arrays = [shape.bytes for shape in op.shapes if shape.dims]
+    sizes = arrays[len(arrays) // 2:]
+  size = sum(sizes)
   if kind == 'reduce-scatter' and op.kind.startswith('reduce-scatter'):
-    size *= group                          # its result is a part
-  return Collective(kind, names, max(group, 1), size, phase, key, op)
+    size *= group                          # the result is one shard
+  return Collective(kind, names, max(group, 1), size, phase, key)
+
+
+# --- on the network ----------------------------------------------------------------------------
 
 
 class Network:
-  """Seconds of a collective on a slice.
+  """Estimates the seconds of a collective.
 
-  A group over mesh axes uses the physical axes that these lie on, all at once: ici bytes/s each,
-  half of it where the group's line is not closed to a ring. Between slices it is the chip's share
-  of its host's network, and only the part that the slice's own chips have left.
+  A group over mesh axes uses all their physical axes at once, with `ici` bytes/s each, or half of
+  that if the group's line is not closed to a ring. Between slices a chip has its share of its
+  host's network, and only the shard that remains after the collective within the slice is sent.
   """
 
   def __init__(self, topology: Topology, mesh_shape: dict[str, int],
                physical: dict[str, tuple[int, ...]] | None = None,
                slices: dict[str, int] | None = None):
-    """physical: axis -> the physical axes that it lies on; None: one for each, in turn, the largest
-    mesh axis over as many as it needs. slices: axis -> over how many slices it goes."""
+    """physical: {mesh axis: its physical axes}; None: one each, the largest mesh axis as many as it
+    needs. slices: {mesh axis: number of slices that it crosses}."""
     self.topology, self.shape = topology, mesh_shape
     self.slices = slices if slices is not None else {
         axis: n for axis, n in mesh_shape.items() if axis.startswith('dcn_')}
-    self.physical = physical or _guess(topology, {
+    self.physical = physical or _physical_axes(topology, {
         axis: n for axis, n in mesh_shape.items() if not axis.startswith('dcn_')})
 
   def bandwidth(self, axes: tuple[str, ...]) -> float:
     """Bytes/s out of a chip over ICI for groups over these axes."""
-    chip = self.topology.chip
     used = {p for axis in axes for p in self.physical.get(axis, ())}
-    inside = math.prod(self.shape[a] // self.slices.get(a, 1) for a in axes if a in self.shape)
+    in_slice = math.prod(self.shape[axis] // self.slices.get(axis, 1)
+                         for axis in axes if axis in self.shape)
     total = 0.
     for p in used or {0}:
-      whole = self.topology.closed(p) and inside >= self.topology.shape[p]
-      total += chip.ici * (1. if whole else .5)
+      ring = self.topology.is_ring(p) and in_slice >= self.topology.shape[p]
+      total += self.topology.chip.ici * (1. if ring else .5)
     return total
 
   def seconds(self, c: Collective) -> float:
-    far = math.prod(self.slices.get(axis, 1) for axis in c.axes)
-    near = max(1, c.group // far)
-    local = dataclasses.replace(c, group=near) if near > 1 else None
-    total = 0.
-    if local is not None:
-      total += max(local.wire / self.bandwidth(c.axes), HOP * (near - 1) / 2)
-    elif far == 1:
+    slices = math.prod(self.slices.get(axis, 1) for axis in c.axes)
+    in_slice = max(1, c.group // slices)
+    if in_slice == slices == 1:
       return HOP
-    if far > 1:
-      part = dataclasses.replace(c, group=far, size=c.size / near)
-      total += part.wire / self.topology.chip.dcn + 20 * HOP
+    total = 0.
+    if in_slice > 1:
+      local = dataclasses.replace(c, group=in_slice)
+      total += max(local.wire / self.bandwidth(c.axes), HOP * (in_slice - 1) / 2)
+    if slices > 1:
+      shard = dataclasses.replace(c, group=slices, size=c.size / in_slice)
+      total += shard.wire / self.topology.chip.dcn + 20 * HOP
     return total
 
   def crosses_slices(self, c: Collective) -> bool:
     return any(self.slices.get(axis, 1) > 1 for axis in c.axes)
 
 
-def _guess(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-  """Mesh axes laid onto physical ones, largest first: what a library that places them by hand
-  would do. Used where no devices are described."""
-  left = dict(enumerate(topology.shape))
-  found = {}
+def _physical_axes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+  """Assigns mesh axes to physical axes, the largest first.
+
+  Used where no devices are described; a library that assigns them by hand does the same.
+  """
+  free = dict(enumerate(topology.shape))
+  physical = {}
   for axis, n in sorted(sizes.items(), key=lambda item: -item[1]):
-    mine = []
-    while n > 1 and left:
-      p = max(left, key=lambda p: (left[p] == n, math.gcd(left[p], n)))
-      shared = math.gcd(left[p], n)
+    assigned = []
+    while n > 1 and free:
+      p = max(free, key=lambda p: (free[p] == n, math.gcd(free[p], n)))
+      shared = math.gcd(free[p], n)
       if shared == 1:
         break
-      mine.append(p)
+      assigned.append(p)
       n //= shared
-      left[p] //= shared
-      if left[p] == 1:
-        del left[p]
-    found[axis] = tuple(mine)
-  return found
+      free[p] //= shared
+      if free[p] == 1:
+        del free[p]
+    physical[axis] = tuple(assigned)
+  return physical
 
 
-def layout(mesh) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-  """Of a mesh of described TPU devices: axis -> the physical axes along which its neighbours lie,
-  and axis -> over how many slices it goes."""
-  place: Callable = lambda d: (*d.coords, getattr(d, 'slice_index', 0) or 0)
+def mesh_layout(mesh) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+  """A mesh of described TPU devices -> {axis: its physical axes}, {axis: slices it crosses}."""
   grid = mesh.devices
   physical, slices = {}, {}
   for i, axis in enumerate(mesh.axis_names):
     line = np.moveaxis(grid, i, 0).reshape(grid.shape[i], -1)[:, 0]
-    places = np.array([place(d) for d in line])
-    differ = (places != places[0]).any(0)
-    physical[axis] = tuple(int(p) for p in np.flatnonzero(differ[:-1]))
-    slices[axis] = len(set(places[:, -1].tolist()))
+    positions = np.array([(*d.coords, getattr(d, 'slice_index', 0) or 0) for d in line])
+    differs = (positions != positions[0]).any(0)
+    physical[axis] = tuple(int(p) for p in np.flatnonzero(differs[:-1]))
+    slices[axis] = len(set(positions[:, -1].tolist()))
   return physical, slices

@@ -1,11 +1,14 @@
-"""The compiler at work: a step lowered and compiled for described chips, and what it left behind.
+"""Compiles a step ahead of time for described chips, and caches the results.
 
-Results are kept under a hash of everything that decides the program: config, code, versions, slice.
-Nothing that is read back is executed: it is HLO as text and numbers as JSON.
+The cache's key is a hash of everything that determines the program: config, code, versions, slice.
+Cached results are HLO text and JSON, which are never executed.
 """
 
+import ast
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -15,21 +18,26 @@ import re
 import tempfile
 import time
 
+from t5lab import files
 from t5lab.errors import UsageError
-from t5lab.tools.planning import topology as topologies
+from t5lab.tools.planning import chips
 
-# What decides the text of the program; the rest of the code only reads it.
-CODE = ('config.py', 'trees.py', 'models', 'training', 'parallel/sharding.py',
-        'data/batches/features.py', 'programs/build.py', 'programs/loading.py',
-        'tools/planning/decode.py')
-FORMAT = 1                     # of what is kept, and of what the compiler is told
+FORMAT = 1                     # of cached results, and of the options given to the compiler
+PACKAGE = Path(__file__).parents[2]
+# The program depends on the code of these modules and of all that they import.
+PROGRAMS = ('t5lab.programs.build', 't5lab.tools.planning.decode')
+# Sections and keys of a config that no program depends on.
+NOT_COMPILED = ('plan', 'guard', 'log', 'checkpoint', 'total_steps', 'init')
 REMATERIALIZED = 'Involuntary full rematerialization'
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """memory: bytes by field of memory_analysis. unfit: what the compiler said where the program
-  needs more memory than there is; text is then ''. warnings: the partitioner's."""
+  """A compiled step.
+
+  memory: bytes by field of memory_analysis. unfit: the compiler's message if the program needs more
+  memory than there is; text is then ''. warnings: those of the partitioner.
+  """
   text: str
   memory: dict[str, int]
   warnings: list[str]
@@ -37,34 +45,77 @@ class Compiled:
   lower_seconds: float = 0.
   unfit: str = ''
   cached: bool = False
-  flops_once: float = 0.       # XLA's own count, loop bodies once
-  largest: tuple = ()          # of an unfit program: (bytes, shape), as the compiler reports it
+  flops_once: float = 0.       # XLA's own count, with loop bodies counted once
+  largest: tuple = ()          # (bytes, shape) of the largest buffers of an unfit program
 
 
-def folder() -> Path:
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
   return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 't5lab' / 'plan'
 
 
-def key(config: dict, topology, what: str) -> str:
-  """A hash of the config without what no program depends on, the code, versions and the slice."""
-  free = ('plan', 'guard', 'log', 'checkpoint', 'total_steps', 'init')
-  kept = {k: v for k, v in config.items() if k not in free}
-  if what == 'train':
-    kept.pop('eval', None)
+def cache_key(config: dict, topology: chips.Topology, step: str) -> str:
+  """A hash of code, versions, slice, and the config that matters to `step` (train | decode)."""
+  unused = (*NOT_COMPILED, 'eval') if step == 'train' else NOT_COMPILED
+  used = {name: value for name, value in config.items() if name not in unused}
+  parts = [FORMAT, code_digest(), used, topology.name, step, chips.versions()]
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_digest(modules: tuple[str, ...] = PROGRAMS, package: Path = PACKAGE) -> str:
   digest = hashlib.sha256()
-  root = Path(__file__).parents[2]
-  for name in CODE:
-    for path in sorted((root / name).rglob('*.py')) if (root / name).is_dir() else [root / name]:
-      if path.is_file():
-        digest.update(path.read_bytes())
-  digest.update(json.dumps([FORMAT, kept, topology.name, what, topologies.versions()],
-                           sort_keys=True).encode())
-  return digest.hexdigest()[:32]
+  for path in source_files(modules, package):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()
 
 
-def read(name: str) -> Compiled | None:
-  """What an earlier run kept; None where there is nothing, or nothing whole."""
-  path = folder() / f'{name}.json.gz'
+def source_files(modules: tuple[str, ...], package: Path = PACKAGE) -> list[Path]:
+  """The files of these modules and, transitively, of the modules of this package that they import.
+
+  Imports inside functions count. The package's own __init__.py does not: it imports the rest
+  lazily, for users. Errors: FileNotFoundError for a module that has no file.
+  """
+  paths, queue = {}, list(modules)
+  while queue:
+    name = queue.pop()
+    if name not in paths and name != package.name:
+      paths[name] = _module_file(name, package)
+      queue += _imported_modules(paths[name], package)
+  return [paths[name] for name in sorted(paths)]
+
+
+def _module_file(name: str, package: Path) -> Path:
+  base = package.parent.joinpath(*name.split('.'))
+  for path in (base.with_name(f'{base.name}.py'), base / '__init__.py'):
+    if path.is_file():
+      return path
+  raise FileNotFoundError(f'the module {name} has no file in {package}')
+
+
+def _imported_modules(path: Path, package: Path) -> Iterator[str]:
+  """Yields the modules of the package that a file imports."""
+  for node in ast.walk(ast.parse(path.read_bytes())):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names
+                              if _is_module(f'{node.module}.{alias.name}', package))]
+    else:
+      continue
+    yield from (name for name in names if name.split('.')[0] == package.name)
+
+
+def _is_module(name: str, package: Path) -> bool:
+  base = package.parent.joinpath(*name.split('.'))
+  return base.with_name(f'{base.name}.py').is_file() or base.is_dir()
+
+
+def read_cache(key: str) -> Compiled | None:
+  """The cached result; None if there is none or the file is damaged."""
+  path = cache_folder() / f'{key}.json.gz'
   try:
     with gzip.open(path, 'rt') as f:
       return Compiled(**{**json.load(f), 'cached': True})
@@ -72,94 +123,106 @@ def read(name: str) -> Compiled | None:
     return None
 
 
-def write(name: str, compiled: Compiled) -> None:
-  """Whole or not at all; a folder that cannot be written only costs time."""
-  try:
-    folder().mkdir(parents=True, mode=0o700, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as f:
-      f.write(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 5))
-    os.replace(f.name, folder() / f'{name}.json.gz')
-  except OSError:
-    return
+def write_cache(key: str, compiled: Compiled) -> None:
+  """Writes a result. If the folder is not writable, the next run compiles again."""
+  data = gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 5)
+  with contextlib.suppress(OSError):
+    cache_folder().mkdir(parents=True, mode=0o700, exist_ok=True)
+    with files.replacing(cache_folder() / f'{key}.json.gz', suffix=str(os.getpid())) as f:
+      f.write(data)
 
 
-def compile_step(lower, name: str = '') -> Compiled:
-  """lower() -> jax Lowered. Compiles it, or reads what was kept as `name` ('': neither)."""
-  if name and (found := read(name)):
-    return found
-  with captured() as said:
+# --- the compiler ------------------------------------------------------------------------------
+
+
+def compile_step(lower: Callable, key: str = '') -> Compiled:
+  """Compiles lower(), a jax Lowered, or reads the cached result of `key`; '': without the cache."""
+  compiled = read_cache(key) if key else None
+  if compiled is None:
+    compiled = _compile(lower)
+    if key:
+      write_cache(key, compiled)
+  return compiled
+
+
+def _compile(lower: Callable) -> Compiled:
+  with captured_stderr() as messages:
     started = time.perf_counter()
     lowered = lower()
-    between = time.perf_counter()
+    lower_seconds = time.perf_counter() - started
+    started = time.perf_counter()
     try:
-      done = lowered.compile()
+      program = lowered.compile()
     except Exception as e:                             # jaxlib's own class is not public
       text = ' '.join(str(e).split())
       if 'RESOURCE_EXHAUSTED' not in text and 'hbm capacity' not in text.lower():
-        raise UsageError(f'the TPU compiler refuses this program: {text[:400]}') from e
-      found = Compiled('', {}, warnings(said()), time.perf_counter() - between,
-                       between - started, unfit=text[:1000], largest=buffers(said()))
-    else:
-      stats = done.memory_analysis()
-      memory = {f: int(getattr(stats, f'{f}_size_in_bytes')) for f in (
-          'argument', 'output', 'alias', 'temp', 'generated_code')}
-      cost = done.cost_analysis() or {}
-      found = Compiled(done.as_text(), memory, warnings(said()),
-                       time.perf_counter() - between, between - started,
-                       flops_once=float(cost.get('flops', 0.)))
-  if name:
-    write(name, found)
-  return found
+        raise UsageError(f'the TPU compiler rejects this program: {text[:400]}') from e
+      return Compiled('', {}, spmd_warnings(messages()), time.perf_counter() - started,
+                      lower_seconds, unfit=text[:1000], largest=reported_buffers(messages()))
+    stats = program.memory_analysis()
+    memory = {field: int(getattr(stats, f'{field}_size_in_bytes')) for field in (
+        'argument', 'output', 'alias', 'temp', 'generated_code')}
+    cost = program.cost_analysis() or {}
+    return Compiled(program.as_text(), memory, spmd_warnings(messages()),
+                    time.perf_counter() - started, lower_seconds,
+                    flops_once=float(cost.get('flops', 0.)))
 
 
 @contextlib.contextmanager
-def captured():
-  """Yields a function that gives what C++ code wrote to stderr since."""
+def captured_stderr() -> Iterator[Callable[[], str]]:
+  """Captures stderr, also of C++ code; yields a function that returns the text so far."""
   with tempfile.TemporaryFile() as f:
-    kept = os.dup(2)
+    stderr = os.dup(2)
     os.dup2(f.fileno(), 2)
-    def said() -> str:
+    def captured() -> str:
       f.seek(0)
       return f.read().decode('utf-8', 'replace')
     try:
-      yield said
+      yield captured
     finally:
-      os.dup2(kept, 2)
-      os.close(kept)
+      os.dup2(stderr, 2)
+      os.close(stderr)
 
 
-def warnings(text: str) -> list[str]:
-  """What the partitioner said about tensors that it has to gather whole, each operation once:
-  'op_name: f32[8,64] reshape, from {devices=[4,1]<=[4]} to {…}'."""
-  found = {}
+def spmd_warnings(text: str) -> list[str]:
+  """The partitioner's warnings of tensors that it replicates, one for each operation.
+
+  E.g. 'op_name: f32[8,64] reshape, from {devices=[4,1]<=[4]} to {…}'.
+  """
+  warnings = {}                            # as an ordered set
   for line in text.split('\n'):
     if REMATERIALIZED not in line:
       continue
-    ends = re.search(r'from sharding (.*?) to (.*?) efficiently for HLO operation '
-                     r'%?[\w.-]+ = (\w+\[[\d,]*\])\S* ([\w-]+)', line)
-    where = re.search(r'op_name="([^"]*)"', line)
-    where = f'{where.group(1)}: ' if where else ''
-    found[where + (f'{ends.group(3)} {ends.group(4)}, from {ends.group(1)} to {ends.group(2)}'
-                   if ends else line[line.index(REMATERIALIZED):][:300])] = True
-  return list(found)
+    warning = line[line.index(REMATERIALIZED):][:300]
+    if match := re.search(r'from sharding (.*?) to (.*?) efficiently for HLO operation '
+                          r'%?[\w.-]+ = (\w+\[[\d,]*\])\S* ([\w-]+)', line):
+      before, after, shape, kind = match.groups()
+      warning = f'{shape} {kind}, from {before} to {after}'
+    if match := re.search(r'op_name="([^"]*)"', line):
+      warning = f'{match.group(1)}: {warning}'
+    warnings[warning] = True
+  return list(warnings)
 
 
 _UNIT = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30}
 
 
-def buffers(text: str) -> list[tuple[float, str]]:
-  """(bytes, shapes) of the largest buffers in the memory report of a refusal, largest first."""
-  found = re.findall(r'iB\( *\d+%\); +([\d.]+)([KMG]?)i?B; +\d+; +\d+; (\S+)', text)
-  return sorted({(float(n) * _UNIT[unit], shape) for n, unit, shape in found}, reverse=True)[:8]
+def reported_buffers(text: str) -> list[tuple[float, str]]:
+  """(bytes, shapes) of the largest buffers in the compiler's memory report, largest first."""
+  rows = re.findall(r'iB\( *\d+%\); +([\d.]+)([KMG]?)i?B; +\d+; +\d+; (\S+)', text)
+  buffers = {(float(size) * _UNIT[unit], shape) for size, unit, shape in rows}
+  return sorted(buffers, reverse=True)[:8]
 
 
-def exceeded(text: str) -> tuple[float, float] | None:
-  """The compiler's refusal -> (needed, available) in bytes, arguments included: 'HLO temporaries
-  (24.00G) exceeds available HBM (15.75G)' or 'Used 17.2G of 15.75G hbm'."""
+def exceeded_memory(text: str) -> tuple[float, float] | None:
+  """The compiler's message -> (needed, available) in bytes, arguments included.
+
+  E.g. 'HLO temporaries (24.00G) exceeds available HBM (15.75G)' or 'Used 17.2G of 15.75G hbm'.
+  """
   size = r'([\d.]+)([KMG])'
-  found = (re.search(rf'temporaries \({size}\) exceeds available HBM \({size}\)', text)
+  match = (re.search(rf'temporaries \({size}\) exceeds available HBM \({size}\)', text)
            or re.search(rf'Used {size} of {size} hbm', text))
-  if not found:
+  if not match:
     return None
-  return (float(found.group(1)) * _UNIT[found.group(2)],
-          float(found.group(3)) * _UNIT[found.group(4)])
+  needed, needed_unit, available, available_unit = match.groups()
+  return float(needed) * _UNIT[needed_unit], float(available) * _UNIT[available_unit]

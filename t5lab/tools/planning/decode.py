@@ -1,14 +1,11 @@
-"""The decode step as a program to compile: one token for each row, with full caches.
-
-B rows, S memory length, L layers, K key heads, H head.
-"""
+"""The decode step as a program to compile: one token for each row, with full caches."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.errors import UsageError
 from t5lab.models.cache import decoding
 from t5lab.parallel import sharding
@@ -17,7 +14,7 @@ from t5lab.programs import loading
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-  """rows: of the global batch; length, memory: positions of the decoder and the encoder."""
+  """rows: of the global batch; length, memory: positions of the decoder and of the encoder."""
   mesh: jax.sharding.Mesh
   rules: str
   params: dict
@@ -36,36 +33,42 @@ class DecodeStep:
 
 
 def build(c, devices) -> DecodeStep:
-  """Of config c: eval.batch_size rows, eval.max_length tokens; weights float32, as runs save them.
+  """Builds the decode step of config c: eval.batch_size rows, eval.max_length tokens.
 
-  The cache is that of every step but the first: keys and values of the encoder's output are in it.
+  Weights are float32, as in checkpoints. The cache is the one of every step except the first: it
+  contains the keys and values of the encoder's output.
   """
-  model = configs.model_config(c)
+  model = config.model_config(c)
   if not model.dec_layers:
     raise UsageError(f'--decode: {c.family} has no decoder')
   mesh = sharding.make_mesh(**c.mesh.to_dict(), devices=devices)
-  rows, spread = c.eval.batch_size, sharding.batch_devices(mesh)
-  if rows % spread:
-    raise UsageError(f'--decode: eval.batch_size={rows} is not a multiple of the {spread} devices '
-                     'that share the batch')
+  rows, shards = c.eval.batch_size, sharding.batch_devices(mesh)
+  if rows % shards:
+    raise UsageError(f'--decode: eval.batch_size must be a multiple of {shards}, the devices that '
+                     f'share the batch, got {rows}')
   sharding.check_heads(mesh, c.rules, model.n_heads, model.kv_heads)
   memory = c.data.lengths.inputs
   length = c.eval.max_length or c.data.lengths.targets
   length += memory * (not model.enc_layers)
   boxed = loading.boxed_params(c)
-  params = loading.placed(boxed, mesh, c.rules)
+  params = loading.with_shardings(boxed, mesh, c.rules)
   start, step, _ = decoding(model)
 
-  def first(params, inputs):                     # fills the cache, as the first step does
+  def first_step(params, inputs):                # fills the cache with the encoder's output
     cache = start(params, inputs, jnp.ones_like(inputs), length)
     return step(params, inputs[:, :1], cache, 0)[1]
 
-  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   inputs = jax.ShapeDtypeStruct((rows, max(1, memory)), jnp.int32)
-  row = sharding.rules_row(c.rules)
+  cache = jax.eval_shape(first_step, shapes, inputs)
+
+  # Logical axes by rank: keys and values [layers, rows, heads, length, head], masks [rows, length].
   axes = {5: ('layers', 'batch', 'act_kv_heads', None, None), 2: ('batch', None)}
-  cache = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
-          mesh, sharding.spec(axes[x.ndim], row))), jax.eval_shape(first, bare, inputs))
-  return DecodeStep(mesh, c.rules, params, cache, rows, length, memory,
+  rules = sharding.rule_set(c.rules)
+
+  def with_sharding(x):
+    spec = sharding.spec(axes[x.ndim], rules)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  return DecodeStep(mesh, c.rules, params, jax.tree.map(with_sharding, cache), rows, length, memory,
                     jax.jit(step, donate_argnums=2))

@@ -1,9 +1,8 @@
-"""Model FLOPs: the matrix products that a model needs, without what a program adds.
+"""Model FLOPs: the matrix products that a model needs, without those that a program adds.
 
-One formula for all (PERFORMANCE 1.2): matrix products only, 2 x multiply-adds, training three times
-the forward pass, causal self-attention at half, no recomputation, no one-hot embedding, of experts
-the top_k that a token is meant for. So it measures waste, and MFU is comparable between programs.
-E encoder and D decoder tokens a row, d width, L layers, N and K heads, H head, V vocabulary.
+One formula for all models: matrix products only, 2 x multiply-adds, training costs three forward
+passes, causal self-attention counts half, recomputation and one-hot embeddings do not count, and of
+the experts only the top_k of each token do. MFU is then comparable between programs.
 """
 
 import dataclasses
@@ -13,8 +12,8 @@ from t5lab.models.families import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-  """Forward, of one row of the batch. layers: in blocks, `attention` of it scores and values;
-  head: softmax matrix and what is before it."""
+  """The forward pass of one row. attention: the share of `layers` for scores and values; head: the
+  softmax matrix and the layers before it."""
   layers: float
   attention: float
   head: float
@@ -29,45 +28,51 @@ class Flops:
     return 3. * self.forward
 
   def executed(self, remat: str, chunked: bool) -> float:
-    """With what the backward pass computes again, estimated: the layers' forward pass ('full') or
-    their scores ('dots'); chunks of the loss their logits."""
-    again = {'none': 0., 'dots': self.attention, 'full': self.layers}[remat]
-    return self.train + again + self.head * chunked
+    """Training FLOPs with an estimate of recomputation in the backward pass.
+
+    remat 'full' recomputes the layers, 'dots' their scores; a loss in chunks its logits.
+    """
+    recomputed = {'none': 0., 'dots': self.attention, 'full': self.layers}[remat]
+    return self.train + recomputed + self.head * chunked
 
 
 def projections(m: TransformerConfig) -> tuple[int, int]:
-  """Weights of (query and output, key and value) of one attention."""
+  """Numbers of weights of one attention: (query and output, key and value)."""
   return 2 * m.d_model * m.n_heads * m.d_head, 2 * m.d_model * m.kv_heads * m.d_head
 
 
 def feed_forward(m: TransformerConfig, layers: int) -> float:
-  """Weights that a token meets in the feed-forward parts of a stack, routers included."""
+  """Number of feed-forward weights that multiply a token in a stack, routers included."""
   dense = (len(m.acts) + 1) * m.d_model * m.d_ff
   sparse = layers // m.moe_every if m.experts else 0
   return (layers - sparse) * dense + sparse * (
       m.expert_top_k * dense + m.d_model * m.experts)
 
 
-def keys_met(m: TransformerConfig, length: int) -> float:
-  """Keys that an encoder's query meets."""
+def keys_per_query(m: TransformerConfig, length: int) -> float:
+  """Number of keys that a query of the encoder attends to."""
   if m.enc_attention == 'full':
     return length
   near = min(length, 2 * m.local_radius + 1)
   return near + (length // m.global_block) * (m.enc_attention == 'transient_global')
 
 
-def of_row(m: TransformerConfig, enc: int, dec: int) -> Flops:
-  """Of a row with enc encoder and dec decoder positions."""
+def row_flops(m: TransformerConfig, enc: int, dec: int) -> Flops:
+  """FLOPs of a row with enc encoder and dec decoder positions."""
   enc, dec = enc * bool(m.enc_layers), dec * bool(m.dec_layers)
   qo, kv = projections(m)
   width = m.n_heads * m.d_head
+
+  # layers: products with weights, then attention scores and values
   weights = 2 * enc * (m.enc_layers * (qo + kv) + feed_forward(m, m.enc_layers))
   weights += 2 * dec * (m.dec_layers * (qo + kv) + feed_forward(m, m.dec_layers))
-  attention = 4 * m.enc_layers * width * enc * keys_met(m, enc)
+  attention = 4 * m.enc_layers * width * enc * keys_per_query(m, enc)
   attention += 4 * m.dec_layers * width * dec * dec / 2
   if enc and dec:                                       # cross-attention
     weights += 2 * m.dec_layers * (dec * qo + enc * kv)
     attention += 4 * m.dec_layers * width * dec * enc
+
+  # head
   predicted = dec or enc
   head = 2 * m.d_model * m.vocab_size * predicted
   if m.classes:
@@ -79,8 +84,8 @@ def of_row(m: TransformerConfig, enc: int, dec: int) -> Flops:
   return Flops(float(weights + attention), float(attention), float(head), enc + dec)
 
 
-def of_decode_step(m: TransformerConfig, rows: int, memory: int, length: int) -> float:
-  """One token for each of `rows` rows, with full caches of `memory` and `length` positions."""
+def decode_step_flops(m: TransformerConfig, rows: int, memory: int, length: int) -> float:
+  """FLOPs of one token for each of `rows` rows, with full caches of `memory` and `length`."""
   qo, kv = projections(m)
   weights = m.dec_layers * (qo + kv + qo * bool(m.enc_layers)) + feed_forward(m, m.dec_layers)
   attention = 2 * m.n_heads * m.d_head * m.dec_layers * (length + memory * bool(m.enc_layers))

@@ -1,107 +1,123 @@
-"""What `t5lab check` looks at: each a name, whether it holds, and one line that says why."""
+"""The checks of `t5lab check`: each has a name, an outcome, and one line of explanation."""
 
 import dataclasses
 
+from t5lab.parallel import sharding
 from t5lab.tools.planning import float32, memory
-from t5lab.tools.planning.topology import GIB
+from t5lab.tools.planning.chips import GIB
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class BudgetCheck:
   name: str
-  ok: bool | None              # None: could not be looked at here
+  ok: bool | None              # None: not possible on this machine
   text: str
 
 
-def hbm(setup, plan: dict) -> Check:
-  """plan.max_hbm_gb, or the memory that the chip leaves to a program."""
-  own = setup.config.plan.max_hbm_gb
-  limit = own * GIB if own else plan['hbm']['usable']
-  name = f'plan.max_hbm_gb={own:g}' if own else f'memory of {setup.topology.chip.name}'
+def check_hbm(step, plan: dict) -> BudgetCheck:
+  """Compares memory with plan.max_hbm_gb, or with the memory that the chip gives to a program."""
+  budget = step.config.plan.max_hbm_gb
+  name = f'plan.max_hbm_gb={budget:g}' if budget else f'memory of {step.topology.chip.name}'
+  limit = budget * GIB if budget else plan['hbm']['usable']
   total = plan['hbm']['total']
-  made = '' if plan['source'] == 'compiler' else ' by the formula'
+  source = '' if plan['source'] == 'compiler' else ' by the formula'
   if total <= limit:
-    return Check(name, True, f'the step needs {total / GIB:.2f} of {limit / GIB:.2f} GiB{made}')
+    return BudgetCheck(
+        name, True, f'the step needs {total / GIB:.2f} of {limit / GIB:.2f} GiB{source}')
+
+  # over the limit: the largest kinds, and the largest tensor or buffer
   kinds = sorted(plan['hbm']['kinds'].items(), key=lambda item: -item[1])
   parts = ', '.join(f'{kind} {size / GIB:.2f}' for kind, size in kinds[:3])
-  tensor = max((t for t in setup.tensors), key=lambda t: t.bytes)
-  biggest = f'{tensor} {tensor.bytes / GIB:.2f} GiB'
+  tensor = max(step.tensors, key=lambda t: t.bytes)
+  largest = f'{tensor} {tensor.bytes / GIB:.2f} GiB'
   buffers = plan.get('largest_buffers') or []
   if buffers and buffers[0]['bytes'] > tensor.bytes:
-    where = f' of {buffers[0]["where"]}' * bool(buffers[0]['where'])
-    biggest = f'{buffers[0]["shape"]}{where} {buffers[0]["bytes"] / GIB:.2f} GiB'
-  return Check(name, False, f'the step needs {total / GIB:.2f} GiB of {limit / GIB:.2f}{made}: '
-                            f'{parts}; largest: {biggest}')
+    where = f' of {buffers[0]["where"]}' if buffers[0]['where'] else ''
+    largest = f'{buffers[0]["shape"]}{where} {buffers[0]["bytes"] / GIB:.2f} GiB'
+  return BudgetCheck(
+      name, False, f'the step needs {total / GIB:.2f} GiB of {limit / GIB:.2f}{source}: {parts}; '
+                   f'largest: {largest}')
 
 
-def collective_bytes(setup, plan: dict) -> Check | None:
-  """plan.max_collective_gb; None where there is no budget."""
-  limit = setup.config.plan.max_collective_gb
+def check_collectives(step, plan: dict) -> BudgetCheck | None:
+  """Compares the bytes sent with plan.max_collective_gb; None without a budget."""
+  limit = step.config.plan.max_collective_gb
   if not limit or 'collective_bytes' not in plan:
     return None
   name, sent = f'plan.max_collective_gb={limit:g}', plan['collective_bytes'] / GIB
   if sent <= limit:
-    return Check(name, True, f'a chip sends {sent:.2f} GiB a step')
+    return BudgetCheck(name, True, f'a chip sends {sent:.2f} GiB per step')
   first = max(plan['collectives'], key=lambda t: t['wire'])
-  return Check(name, False, f'a chip sends {sent:.2f} GiB a step; most of it {first["kind"]} over '
-                            f'{first["where"]}, {first["wire"] / GIB:.2f} GiB in {first["count"]}')
+  return BudgetCheck(
+      name, False, f'a chip sends {sent:.2f} GiB per step, most of it in {first["count"]} '
+                   f'{first["kind"]} over {first["where"]}: {first["wire"] / GIB:.2f} GiB')
 
 
-def products(setup, text: str) -> Check:
-  """No float32 product under bfloat16; text: of the lowered program."""
+def check_float32(step, text: str) -> BudgetCheck:
+  """Finds float32 matrix products under bfloat16; text: HLO of the lowered program."""
   name = 'no float32 matmul'
-  if setup.model.dtype != 'bfloat16':
-    return Check(name, True, f'model.dtype={setup.model.dtype}')
-  found = float32.find(text, tuple(setup.config.plan.float32))
-  if not found:
-    return Check(name, True, 'all in bfloat16 but logits, routers and gradients of softmax')
-  more = f' and {len(found) - 1} more' * (len(found) > 1)
-  return Check(name, False, f'{found[0]}{more}')
+  if step.model.dtype != 'bfloat16':
+    return BudgetCheck(name, True, f'model.dtype={step.model.dtype}')
+  products = float32.unexpected_products(text, tuple(step.config.plan.float32))
+  if not products:
+    return BudgetCheck(
+        name, True, 'all in bfloat16 except logits, routers and gradients of softmax')
+  more = f' and {len(products) - 1} more' if len(products) > 1 else ''
+  return BudgetCheck(name, False, f'{products[0]}{more}')
 
 
-def aliased(setup, plan: dict) -> Check:
-  """Every donated buffer becomes a result."""
+def check_donation(plan: dict) -> BudgetCheck:
+  """Checks that the buffer of every donated argument becomes a result."""
   name = 'donated buffers are reused'
   if 'not_aliased' not in plan:
-    return Check(name, None, 'needs libtpu' if plan['source'] == 'formula' else 'nothing compiled')
-  left = plan['not_aliased']
-  if left:
-    return Check(name, False, f'{len(left)} are not: {", ".join(left[:4])}')
-  state = plan['hbm']['state']
-  if plan['hbm']['donated'] < state:
-    return Check(name, False, f'{plan["hbm"]["donated"] / GIB:.2f} GiB of the state\'s '
-                              f'{state / GIB:.2f}')
-  return Check(name, True, f'{plan["hbm"]["donated"] / GIB:.2f} GiB')
+    reason = 'needs libtpu' if plan['source'] == 'formula' else 'the program does not compile'
+    return BudgetCheck(name, None, reason)
+  lost = plan['not_aliased']
+  if lost:
+    return BudgetCheck(name, False, f'{len(lost)} are not: {", ".join(lost[:4])}')
+  donated, state = plan['hbm']['donated'], plan['hbm']['state']
+  if donated < state:
+    return BudgetCheck(name, False, f'{donated / GIB:.2f} GiB of the {state / GIB:.2f} GiB state')
+  return BudgetCheck(name, True, f'{donated / GIB:.2f} GiB')
 
 
-def partitioner(plan: dict) -> Check:
-  """No tensor is gathered whole because two of its shardings do not meet."""
-  said = plan['spmd_warnings']
-  name = 'no full rematerialization'
-  if said is None:
-    return Check(name, None, 'needs libtpu')
-  return Check(name, not said, said[0] if said else 'the partitioner said nothing')
+def check_partitioner(plan: dict) -> BudgetCheck:
+  """Checks that the partitioner does not replicate a tensor to change its sharding."""
+  name, warnings = 'no full rematerialization', plan['spmd_warnings']
+  if warnings is None:
+    return BudgetCheck(name, None, 'needs libtpu')
+  if warnings:
+    return BudgetCheck(name, False, warnings[0])
+  return BudgetCheck(name, True, 'no warning from the partitioner')
 
 
-def replicated(setup) -> Check:
-  """State above 64 MB that every chip holds whole although the rules split parameters: the rules do
-  not reach it. Under dp and tp that is how it is meant."""
-  found = memory.replicated(setup.tensors)
-  name = 'large state is split'
-  if setup.config.rules in ('dp', 'tp') or not found:
-    size = sum(t.bytes for t in found) / GIB
-    return Check(name, True, f'{size:.2f} GiB whole on each, as rules {setup.config.rules} say'
-                 if found else f'nothing above {memory.REPLICATED >> 20} MiB is whole on each chip')
-  return Check(name, False, f'{found[0]}, {found[0].bytes / GIB:.2f} GiB, is whole on every chip')
+def check_replication(step) -> BudgetCheck:
+  """Finds large state that every chip holds whole although the rules shard parameters.
+
+  Rules that do not shard the `embed` axis, which every large parameter has, replicate on purpose.
+  """
+  name, rules = 'large state is split', step.config.rules
+  replicated = memory.large_replicated(step.tensors)
+  if not replicated:
+    return BudgetCheck(
+        name, True, f'nothing larger than {memory.LARGE >> 20} MiB is whole on each chip')
+  if not sharding.rule_set(rules).get('embed'):
+    size = sum(tensor.bytes for tensor in replicated) / GIB
+    return BudgetCheck(
+        name, True, f'{size:.2f} GiB whole on each chip, which rules={rules!r} intend')
+  largest = replicated[0]
+  return BudgetCheck(
+      name, False, f'{largest}, {largest.bytes / GIB:.2f} GiB, is whole on every chip')
 
 
-def twin_ran(outcome) -> list[Check]:
+def check_twin(outcome) -> list[BudgetCheck]:
+  """Checks that the toy twin ran, and that its step was compiled once."""
   if outcome.failure:
-    return [Check('toy twin', False, outcome.failure)]
-  ran = Check('toy twin', outcome.steps > 0,
-              f'{outcome.steps} steps in {outcome.seconds:.0f} s, loss {outcome.first_loss:.3f} to '
-              f'{outcome.last_loss:.3f}')
-  once = outcome.compilations
-  return [ran, Check(
-      'no recompile between steps', once == 1,
-      f'the step was compiled {once} time{"s" * (once != 1)} in {outcome.steps} steps')]
+    return [BudgetCheck('toy twin', False, outcome.failure)]
+  times = '1 time' if outcome.compilations == 1 else f'{outcome.compilations} times'
+  return [
+      BudgetCheck('toy twin', outcome.steps > 0,
+                  f'{outcome.steps} steps in {outcome.seconds:.0f} s, loss '
+                  f'{outcome.first_loss:.3f} to {outcome.last_loss:.3f}'),
+      BudgetCheck('no recompile between steps', outcome.compilations == 1,
+                  f'the step was compiled {times} in {outcome.steps} steps')]

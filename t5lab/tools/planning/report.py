@@ -1,4 +1,4 @@
-"""A plan for people: tables of at most 100 columns. Every number that is an estimate says so."""
+"""Prints plans as tables of at most 100 columns. Estimates are labelled as such."""
 
 import textwrap
 
@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from t5lab.tools.planning.topology import GIB
+from t5lab.tools.planning.chips import GIB
+from t5lab.tools.planning.planned_step import mesh_text
 
 WIDTH = 100
 
@@ -29,18 +30,18 @@ def show(plan: dict, console: Console | None = None) -> None:
 
 
 def _head(p, out):
-  mesh = ' '.join(f'{axis}={n}' for axis, n in p['mesh'].items()) or 'one device'
-  made = ' '.join(f'{k} {v}' for k, v in p['versions'].items() if v)
+  versions = ' '.join(f'{name} {version}' for name, version in p['versions'].items() if version)
   out.print(f'[bold]{p["family"]}[/] {p["what"]} on [bold]{p["topology"]}[/] ({p["chips"]} chips)')
-  out.print(f'{p["parameters"]:,} parameters · {mesh} · rules {p["rules"]} · remat {p["remat"]} · '
-            f'{p["dtype"]} · {p["rows"]} rows of {"+".join(str(n) for n in p["lengths"] if n)}'
-            + f' · {p["microbatches"]} microbatches' * (p['microbatches'] > 1))
+  lengths = '+'.join(str(n) for n in p['lengths'] if n)
+  micro = f' · {p["microbatches"]} microbatches' if p['microbatches'] > 1 else ''
+  out.print(f'{p["parameters"]:,} parameters · {mesh_text(p["mesh"])} · rules {p["rules"]} · '
+            f'remat {p["remat"]} · {p["dtype"]} · {p["rows"]} rows of {lengths}{micro}')
   if p['source'] == 'compiler':
-    kept = 'kept from an earlier run, then ' if p['cached'] else ''
-    out.print(f'compiled by libtpu ({kept}{p["compile_seconds"]:.0f} s) · {made}')
+    cached = 'cached by an earlier run, ' if p['cached'] else ''
+    out.print(f'compiled by libtpu ({cached}{p["compile_seconds"]:.0f} s) · {versions}')
   else:
-    out.print('[bold yellow]ANALYTIC ESTIMATE[/]: no libtpu here, so nothing was compiled; '
-              "pip install 't5lab\\[tpu]' for the compiler's numbers")
+    out.print('[bold yellow]ANALYTIC ESTIMATE[/]: libtpu is not installed, so nothing was '
+              "compiled; pip install 't5lab\\[tpu]' for the compiler's numbers")
 
 
 def _memory(p, out):
@@ -56,11 +57,11 @@ def _memory(p, out):
     if size > 0:
       table.add_row(kind, gib(size), '█' * round(size * scale) or '▏')
     if kind.startswith('temporaries'):
-      for part, inside in h['of_temporaries'].items():
-        table.add_row(f'  of it: {part}', gib(inside), '')
+      for purpose, part in h['of_temporaries'].items():
+        table.add_row(f'  including: {purpose}', gib(part), '')
   out.print(table)
   if h['of_temporaries'] and p['source'] == 'compiler':
-    out.print('  (parts are not all alive at once and need not add up)')
+    out.print('  (they are not all alive at once, so they need not add up)')
   if 'unfit' in p:
     out.print(f'  the compiler: {escape(p["unfit"][:600])}')
   for row in p.get('largest_buffers', [])[:4]:
@@ -83,17 +84,17 @@ def _time(p, out):
                 else '')
   if 'wait_seconds' in p:
     table.add_row('waiting for copies', ms(p['wait_seconds']), 'between HBM and VMEM')
-  table.add_row('model FLOPs', tera(p['model_flops']), f'of {p["what"]}, a chip')
+  table.add_row('model FLOPs', tera(p['model_flops']), f'{p["what"]}, per chip')
   if 'hlo_flops' in p:
     table.add_row('program FLOPs', tera(p['hlo_flops']),
-                  f'{p["flops_ratio"]:.2f} x the model\'s, loops multiplied out')
+                  f'{p["flops_ratio"]:.2f} x the model\'s, with all iterations of loops')
   if 'hbm_bytes' in p:
     table.add_row('bytes to and from HBM', gib(p['hbm_bytes']),
                   f'{ms(p["limits"]["HBM bandwidth"])} at full bandwidth')
   out.print(table)
   if p.get('unpriced'):
-    out.print(f'  not counted, for the compiler gives no cost: {p["unpriced_count"]} operations, '
-              f'{ms(p["unpriced_floor_seconds"])} or more')
+    out.print(f'  not counted, because the compiler gives no cost: {p["unpriced_count"]} '
+              f'operations, at least {ms(p["unpriced_floor_seconds"])}')
     for r in p['unpriced'][:3]:
       head = f'  {gib(r["bytes"]):>10} {r["count"]} x '
       out.print(escape(head + short(r['op'], WIDTH - len(head))))
@@ -113,7 +114,7 @@ def _traffic(p, out):
              'behind compute')
   if p.get('fsdp_minimum'):
     times = p['collective_bytes'] / p['fsdp_minimum']
-    head += f'\n  {times:.2f} x the 6 bytes a parameter and microbatch that FSDP needs'
+    head += f'\n  {times:.2f} x the 6 bytes per parameter and microbatch that FSDP needs'
   out.print(head)
   table = Table(box=None, padding=(0, 2), header_style='dim')
   for name in ('kind', 'mesh axis', 'count', 'GiB', 'ms', 'async', 'waits ms'):
@@ -129,16 +130,16 @@ def _warnings(p, out):
   lines = []
   if whole := p['replicated']:
     size = sum(row['bytes'] for row in whole)
-    lines.append(f'whole on every chip, above 64 MB: {len(whole)} tensors, {gib(size)} in all, as '
-                 f'{whole[0]["tensor"]}')
+    lines.append(f'whole on every chip, larger than 64 MB: {len(whole)} tensors, {gib(size)} in '
+                 f'all, e.g. {whole[0]["tensor"]}')
   for text in p.get('spmd_warnings') or []:
-    lines.append(f'the partitioner gathers a tensor whole: {text}')
+    lines.append(f'the partitioner replicates a tensor: {text}')
   if p.get('not_aliased'):
-    lines.append(f'donated, but not reused: {", ".join(p["not_aliased"][:5])}')
+    lines.append(f'donated but not reused: {", ".join(p["not_aliased"][:5])}')
   for where in p.get('unknown_loops', []):
     lines.append(f'a loop of unknown length is counted once: {where}')
   out.print(f'\n[bold]Warnings[/]: {len(lines) or "none"}' + (
-      '' if p['source'] == 'compiler' else ' (those of the partitioner need the compiler)'))
+      '' if p['source'] == 'compiler' else " (the partitioner's need the compiler)"))
   for line in lines[:12]:
     out.print('  [yellow]![/] ' + escape(textwrap.fill(line, WIDTH, initial_indent='    ',
                                                        subsequent_indent='    ').lstrip()))
@@ -154,39 +155,40 @@ def _money(p, out):
     out.print(f'  prices of {r["price_date"]}: {r["price_note"]}')
 
 
-def show_search(found: dict, console: Console | None = None) -> None:
-  """Prints what search.search found, best first, and the lines to paste."""
+def show_search(result: dict, console: Console | None = None) -> None:
+  """Prints a result of search.search, best first, and the lines to paste into the config."""
   out = console or Console(width=WIDTH, highlight=False)
-  out.print(f'[bold]{found["family"]}[/] on [bold]{found["topology"]}[/]: {found["tried"]} '
-            f'combinations, {found["fitting"]} that fit by the formula, '
-            f'{len(found["finalists"])} shown'
-            + (', compiled' if found['source'] == 'compiler' else ' by the formula alone'))
+  out.print(f'[bold]{result["family"]}[/] on [bold]{result["topology"]}[/]: {result["tried"]} '
+            f'combinations, {result["fitting"]} fit by the formula, '
+            f'{len(result["finalists"])} shown'
+            + (', compiled' if result['source'] == 'compiler' else ' by the formula alone'))
   table = Table(box=None, padding=(0, 1), header_style='dim')
   for name in ('', 'mesh', 'rules', 'remat', 'micro', 'step ms', 'MFU', 'GiB', 'sent GiB',
                'formula'):
     table.add_column(name, justify='left' if name in ('', 'mesh', 'rules', 'remat') else 'right')
-  for i, row in enumerate(found['finalists'], 1):
+  for i, row in enumerate(result['finalists'], 1):
     plan = row['plan']
-    mesh = ' '.join(f'{axis}={n}' for axis, n in row['mesh'].items() if n > 1) or 'one device'
     if 'step_seconds' not in plan:
       numbers = ('no fit', '', gib(plan['hbm']['total']), '')
     else:
       numbers = (f'{plan["step_seconds"] * 1e3:.1f}' + '!' * (not plan['fits']),
                  f'{plan["mfu"]:.1%}', f'{plan["hbm"]["total"] / GIB:.2f}',
                  f'{plan["collective_bytes"] / GIB:.2f}')
-    table.add_row(f'{i}{"*" * row["own"]}', mesh, row['rules'], row['remat'],
-                  str(row['microbatches']), *numbers, f'{row["formula_seconds"] * 1e3:.1f}')
+    table.add_row(f'{i}{"*" * row["own"]}', mesh_text(row['mesh']), row['rules'],
+                  row['remat'], str(row['microbatches']), *numbers,
+                  f'{row["formula_seconds"] * 1e3:.1f}')
   out.print(table)
-  if any(row['own'] for row in found['finalists']):
-    out.print(' * what the config has now')
-  if not found['best']:
-    out.print('[bold red]None of them fits[/]: more chips, a smaller batch, or more microbatches')
+  if any(row['own'] for row in result['finalists']):
+    out.print(' * the current config')
+  if not result['best']:
+    out.print('[bold red]None of them fits[/]: use more chips, a smaller batch or more '
+              'microbatches')
     return
   out.print('\n[bold]For the config[/] (all numbers are estimates):')
-  for line in found['best']['lines']:
+  for line in result['best']['lines']:
     out.print(f'  {escape(line)}')
   out.print('or on the command line:')
-  out.print(f'  {escape(" ".join(found["best"]["overrides"]))}', soft_wrap=True)
+  out.print(f'  {escape(" ".join(result["best"]["overrides"]))}', soft_wrap=True)
 
 
 def gib(size: float) -> str:
@@ -202,6 +204,6 @@ def tera(flops: float) -> str:
 
 
 def short(name: str, width: int = 70) -> str:
-  """The end of an op name, which says most."""
+  """The end of an op name, its most specific part."""
   name = name.replace('jit(train_step)/', '').replace('Transformer.', '')
   return name if len(name) <= width else '…' + name[-width + 1:]

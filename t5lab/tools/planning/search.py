@@ -1,179 +1,227 @@
 """`t5lab plan --search`: meshes x rules x remat x microbatches, by formula first, then compiled.
 
-The formula sorts out what does not fit; the compiler decides between those that may be fast, and
-what it says of one corrects the formula for the next.
+The formula discards combinations that do not fit. The compiler decides between the promising ones,
+and each of its results corrects the formula for the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import itertools
 import math
 import statistics
 import time
+from typing import NamedTuple
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.errors import UsageError
 from t5lab.models.families import REMAT
 from t5lab.parallel import sharding
-from t5lab.tools.planning import estimate
-from t5lab.tools.planning import topology as topologies
+from t5lab.tools.planning import chips, estimate, formula, planned_step
 
-MARGIN = 0.9                   # of the usable memory: the formula is no compiler
+MARGIN = 0.9                   # of the usable memory, because the formula is inexact
 MICROBATCHES = (1, 2, 4, 8, 16)
-SPLITS = {'dp': (), 'fsdp': ('fsdp',), 'tp': ('model',), 'fsdp_tp': ('fsdp', 'model'),
-          'sp': ('fsdp', 'sequence'), 'ep': ('fsdp', 'expert')}
+MOST_AXES = 2                  # mesh axes that are varied at a time, besides data
+LARGEST_AXIS = 16              # of sequence and model
+OPTIMISM = 0.05                # the fraction of its time that an untried choice may save
 
 
-def factorizations(chips: int, axes: int):
-  """Every way to write `chips` as a product of so many ordered factors."""
-  if axes == 0:
-    return [()] if chips == 1 else []
-  if axes == 1:
-    return [(chips,)]
-  return [(n, *rest) for n in range(1, chips + 1) if chips % n == 0
-          for rest in factorizations(chips // n, axes - 1)]
+class Candidate(NamedTuple):
+  """seconds: by the formula; config: the searched config with these choices."""
+  seconds: float
+  rules: str
+  mesh: dict[str, int]
+  remat: str
+  microbatches: int
+  config: object
+
+  @property
+  def choices(self) -> tuple:
+    """Mesh with rules, remat, microbatches."""
+    return (self.rules, *self.mesh.items()), self.remat, self.microbatches
 
 
-def meshes(c, topology):
-  """(rules, {axis: devices}) that are worth a look: each axis of the row over 1 but data, which
-  takes the rest; model at most 16; slices are data."""
-  heads = configs.model_config(c).n_heads
-  inside = topology.chips // topology.slices
-  for rules, axes in SPLITS.items():
-    if rules == 'ep' and not c.model.experts:
+def search(c, topology: chips.Topology, prices: dict, finalists: int = 6,
+           log: Callable = lambda text: None, use_cache: bool = True) -> dict:
+  """Tries all combinations, compiles the best, and returns {'tried', 'fitting', 'finalists', …}.
+
+  finalists: best first, rows with mesh, rules, remat, microbatches, formula_seconds, own (true for
+  those of c) and the plan. best: the first that fits, with `lines` for the config and `overrides`
+  for the command line.
+  """
+  tried, candidates = _try_all(c, topology, log)
+  count = min(finalists, len(candidates))
+  compiles = chips.has_compiler()
+  log(f'{tried} combinations, {len(candidates)} fit by the formula; '
+      + (f'compiling {count}' if compiles else 'no compiler, so none is compiled'))
+  own = _own_candidate(candidates, c, topology)
+  rows, results = [], []
+  started = time.monotonic()
+  for i in range(1, count + 1):
+    chosen = own if own and not results else _next_candidate(candidates, results)
+    step = planned_step.describe(chosen.config, topology)
+    plan, _ = estimate.plan(step, prices, use_cache)
+    results.append((chosen, plan.get('step_seconds')))
+    rows.append(dict(mesh=chosen.mesh, rules=chosen.rules, remat=chosen.remat,
+                     microbatches=chosen.microbatches, formula_seconds=chosen.seconds,
+                     own=chosen is own, plan=plan))
+    remaining = (time.monotonic() - started) / i * (count - i)
+    log(_progress(chosen, plan, i, count, remaining))
+  rows = ranked(rows)
+  best = next((row for row in rows if row['plan']['fits']), None)
+  if best:
+    choices = {name: best[name] for name in ('mesh', 'rules', 'remat', 'microbatches')}
+    best = {**choices, **_as_settings(best, c)}
+  return dict(family=c.family, topology=topology.name, tried=tried, fitting=len(candidates),
+              source='compiler' if compiles else 'formula', estimate=True, finalists=rows,
+              best=best)
+
+
+# --- candidates --------------------------------------------------------------------------------
+
+
+def searched_axes(rules: str) -> tuple[str, ...]:
+  """The mesh axes that are varied under these rules, besides data.
+
+  These are the first axes, from the slowest network to the fastest, over which the rules shard
+  parameters or activations. The batch and the experts use whatever axes there are.
+  """
+  rule_set = sharding.rule_set(rules)
+  used = {axis for name, target in rule_set.items() if name not in ('batch', 'expert')
+          for axis in sharding.mesh_axes(target)}
+  ordered = [axis for axis in sharding.MESH_AXES if axis in used and not axis.startswith('dcn_')]
+  return tuple(ordered[:MOST_AXES])
+
+
+def factorizations(n: int, factors: int) -> list[tuple[int, ...]]:
+  """All ways to write n as a product of this many ordered factors."""
+  if factors == 0:
+    return [()] if n == 1 else []
+  if factors == 1:
+    return [(n,)]
+  return [(first, *rest) for first in range(1, n + 1) if n % first == 0
+          for rest in factorizations(n // first, factors - 1)]
+
+
+def meshes(c, topology: chips.Topology) -> Iterator[tuple[str, dict[str, int]]]:
+  """Yields (rules, {axis: devices}) of the meshes to try.
+
+  Every searched axis has at least 2 devices, data has the rest. Slices are joined by dcn_data.
+  """
+  heads = config.model_config(c).n_heads
+  for rules in sharding.RULES:
+    axes = searched_axes(rules)
+    if 'expert' in axes and not c.model.experts:
       continue
-    for sizes in factorizations(inside, 1 + len(axes)):
+    for sizes in factorizations(topology.slice_chips, 1 + len(axes)):
       mesh = dict(zip(('data', *axes), sizes))
-      if any(mesh[axis] == 1 for axis in axes) and axes:
+      if any(mesh[axis] == 1 for axis in axes):
         continue
-      if mesh.get('model', 1) > min(16, heads) or mesh.get('sequence', 1) > 16:
+      if mesh.get('model', 1) > min(LARGEST_AXIS, heads):
+        continue
+      if mesh.get('sequence', 1) > LARGEST_AXIS:
         continue
       yield rules, {'dcn_data': topology.slices, **mesh}
 
 
-def variant(c, rules: str, mesh: dict[str, int], remat: str, micro: int):
-  """Config c with these."""
-  v = configs.from_dict(configs.to_dict(c))
+def _with_choices(c, rules: str, mesh: dict[str, int], remat: str, microbatches: int):
+  changed = config.from_dict(config.to_dict(c))
   for axis in sharding.MESH_AXES:
-    v.mesh[axis] = mesh.get(axis, 1)
-  v.rules, v.model.remat, v.optim.microbatches = rules, remat, micro
-  return v
+    changed.mesh[axis] = mesh.get(axis, 1)
+  changed.rules, changed.model.remat = rules, remat
+  changed.optim.microbatches = microbatches
+  return changed
 
 
-def search(c, topology, prices: dict, finalists: int = 6, say: Callable = lambda text: None,
-           use_cache: bool = True) -> dict:
-  """Tries, compiles the best, and returns {'tried', 'fitting', 'finalists', 'best', …}.
-
-  finalists: rows with mesh, rules, remat, microbatches, formula_seconds, own (what c has now) and
-  the plan, best first.
-  best: the first that fits, with `lines` for the config and `overrides` for the command line.
-  """
-  tried, found = 0, []
-  started = time.monotonic()
+def _try_all(c, topology: chips.Topology, log: Callable) -> tuple[int, list[Candidate]]:
+  """(combinations tried, candidates that fit by the formula, the fastest first)."""
+  tried, candidates = 0, []
   options = list(meshes(c, topology))
+  started = time.monotonic()
   for number, (rules, mesh) in enumerate(options, 1):
-    # shapes do not depend on remat and microbatches: one set-up for all of them
+    # Shapes do not depend on remat and microbatches, so one description serves all of them.
     try:
-      base = estimate.set_up(variant(c, rules, mesh, 'none', 1), topology)
-    except UsageError:
-      tried += len(REMAT) * len(MICROBATCHES)      # heads, widths or rows do not divide
+      base = planned_step.describe(_with_choices(c, rules, mesh, 'none', 1), topology)
+    except UsageError:                           # heads, widths or rows do not divide
+      tried += len(REMAT) * len(MICROBATCHES)
       continue
-    for remat, micro in itertools.product(REMAT, MICROBATCHES):
+    for remat, microbatches in itertools.product(REMAT, MICROBATCHES):
       tried += 1
-      if c.data.batch_size % (micro * sharding.batch_devices(base.mesh)):
+      if c.data.batch_size % (microbatches * sharding.batch_devices(base.mesh)):
         continue
-      v = variant(c, rules, mesh, remat, micro)
-      plan = estimate.formula(base.changed(v))
+      changed = _with_choices(c, rules, mesh, remat, microbatches)
+      plan = formula.estimate(base.with_config(changed))
       if plan['hbm']['total'] <= MARGIN * topology.chip.usable:
-        found.append((plan['step_seconds'], rules, mesh, remat, micro, v))
+        candidates.append(
+            Candidate(plan['step_seconds'], rules, mesh, remat, microbatches, changed))
     if number % 10 == 0:
       spent = time.monotonic() - started
-      say(f'{number} of {len(options)} meshes, {len(found)} combinations fit, '
-          f'{spent / number * (len(options) - number):.0f} s to go')
-  found.sort(key=lambda row: (row[0], row[4]))
-  count = min(finalists, len(found))
-  say(f'{tried} combinations, {len(found)} fit by the formula; '
-      + (f'compiling {count}' if topologies.has_compiler() else 'no compiler here'))
-  rows, measured = [], []
-  own = _own(found, c, topology)
-  begun = time.monotonic()
-  for i in range(1, count + 1):
-    seconds, rules, mesh, remat, micro, v = chosen = (
-        own if own and not measured else _next(found, measured))
-    plan, _ = estimate.plan(estimate.set_up(v, topology), prices, use_cache)
-    measured.append((chosen, plan.get('step_seconds')))
-    left = (time.monotonic() - begun) / i * (count - i)
-    say(f'{i} of {count}: {rules} {_shown(mesh)} remat {remat} x{micro}: '
-        + (f'{plan["step_seconds"] * 1e3:.1f} ms, MFU {plan["mfu"]:.1%}' if 'mfu' in plan
-           else 'does not fit') + (f', about {left:.0f} s to go' if left else ''))
-    rows.append(dict(mesh=mesh, rules=rules, remat=remat, microbatches=micro,
-                     formula_seconds=seconds, own=chosen is own, plan=plan))
-  rows = ranked(rows)
-  best = next((row for row in rows if row['plan']['fits']), None)
-  return dict(family=c.family, topology=topology.name, tried=tried, fitting=len(found),
-              source='compiler' if topologies.has_compiler() else 'formula', estimate=True,
-              finalists=rows, best=best and {**{k: best[k] for k in (
-                  'mesh', 'rules', 'remat', 'microbatches')}, **_paste(best, c)})
+      log(f'{number} of {len(options)} meshes, {len(candidates)} combinations fit, '
+          f'{spent / number * (len(options) - number):.0f} s left')
+  return tried, sorted(candidates, key=lambda row: (row.seconds, row.microbatches))
 
 
-def _own(found, c, topology):
-  """The combination that the config has now; None if it is not among them."""
+def _own_candidate(candidates: list[Candidate], c, topology: chips.Topology) -> Candidate | None:
+  """The candidate with the choices of config c; None if it is not among them."""
   try:
-    shape = sharding.mesh_sizes(c.mesh.to_dict(), topology.chips)
+    sizes = sharding.mesh_sizes(c.mesh.to_dict(), topology.chips)
   except UsageError:
     return None
-  mine = (c.rules, c.model.remat, c.optim.microbatches)
-  return next((row for row in found if (row[1], row[3], row[4]) == mine and all(
-      row[2].get(axis, 1) == n for axis, n in shape.items())), None)
+  for row in candidates:
+    same_mesh = all(row.mesh.get(axis, 1) == n for axis, n in sizes.items())
+    choices = row.rules, row.remat, row.microbatches
+    if same_mesh and choices == (c.rules, c.model.remat, c.optim.microbatches):
+      return row
+  return None
 
 
-NEW = 0.05                     # of its time: how much faster an untried part may turn out
+def _next_candidate(candidates: list[Candidate], results: list) -> Candidate:
+  """The candidate to compile next: the one that may be the fastest.
 
-
-def _parts(row) -> tuple:
-  """What a combination is made of: mesh and rules, remat, microbatches."""
-  _, rules, mesh, remat, micro, _ = row
-  return (rules, *mesh.items()), remat, micro
-
-
-def _next(found, measured):
-  """The combination that the compiler sees next: the one that may be the fastest.
-
-  found: combinations by the formula's seconds; measured: [(combination, the compiler's seconds or
-  None where it does not fit)]. The formula is off by more than its best combinations differ, but
-  off alike where they share a part: each part's time is corrected by what the compiler said of the
-  combinations that have it, and a part that none has yet gets the benefit of the doubt.
+  results: [(candidate, the compiler's seconds, or None if it does not fit)]. The formula's errors
+  exceed the differences between its best candidates, but candidates that share a choice have
+  similar errors. So each choice's time is corrected by the results of candidates with it, and an
+  untried choice is assumed to be faster than average.
   """
-  seen = [(_parts(row), math.log((seconds or 2 * row[0]) / row[0])) for row, seconds in measured]
-  tried = {parts for parts, _ in seen}
+  errors = [(row.choices, math.log((seconds or 2 * row.seconds) / row.seconds))
+            for row, seconds in results]
+  tried = {choices for choices, _ in errors}
 
-  def hoped(row):
-    total = math.log(row[0])
-    if seen:
-      overall = statistics.fmean(error for _, error in seen)
+  def corrected(row: Candidate) -> float:
+    total = math.log(row.seconds)
+    if errors:
+      overall = statistics.fmean(error for _, error in errors)
       total += overall
-      for i, part in enumerate(_parts(row)):
-        mine = [error for parts, error in seen if parts[i] == part]
-        total += statistics.fmean(mine) - overall if mine else -NEW
+      for i, choice in enumerate(row.choices):
+        shared = [error for choices, error in errors if choices[i] == choice]
+        total += statistics.fmean(shared) - overall if shared else -OPTIMISM
     return total
-  return min((row for row in found if _parts(row) not in tried), key=hoped)
+  return min((row for row in candidates if row.choices not in tried), key=corrected)
+
+
+# --- results -----------------------------------------------------------------------------------
 
 
 def ranked(rows: list[dict]) -> list[dict]:
-  """What fits first, then the fastest."""
-  return sorted(rows, key=lambda row: (
-      not row['plan']['fits'], row['plan'].get('step_seconds', float('inf'))))
+  """Rows that fit first, then the fastest."""
+  def key(row):
+    return not row['plan']['fits'], row['plan'].get('step_seconds', math.inf)
+  return sorted(rows, key=key)
 
 
-def _paste(row, c) -> dict:
-  """Lines and overrides that turn c into this row."""
-  values = {f'mesh.{axis}': n for axis in sharding.MESH_AXES
-            if (n := row['mesh'].get(axis, 1)) > 1 or c.mesh[axis] != 1}
+def _as_settings(row: dict, c) -> dict:
+  """Lines of a config and overrides that change c to this row."""
+  values = {f'mesh.{axis}': row['mesh'].get(axis, 1) for axis in sharding.MESH_AXES
+            if row['mesh'].get(axis, 1) > 1 or c.mesh[axis] != 1}
   values |= {'rules': row['rules'], 'model.remat': row['remat'],
              'optim.microbatches': row['microbatches']}
-  quoted = lambda v: f"'{v}'" if isinstance(v, str) else str(v)
-  return {'lines': [f'c.{key} = {quoted(value)}' for key, value in values.items()],
+  return {'lines': [f'c.{key} = {value!r}' for key, value in values.items()],
           'overrides': [f'--config.{key}={value}' for key, value in values.items()]}
 
 
-def _shown(mesh) -> str:
-  return ' '.join(f'{axis}={n}' for axis, n in mesh.items() if n > 1) or 'one device'
+def _progress(row: Candidate, plan: dict, i: int, count: int, remaining: float) -> str:
+  outcome = 'does not fit'
+  if 'mfu' in plan:
+    outcome = f'{plan["step_seconds"] * 1e3:.1f} ms, MFU {plan["mfu"]:.1%}'
+  if remaining:
+    outcome += f', about {remaining:.0f} s left'
+  mesh = planned_step.mesh_text(row.mesh)
+  return f'{i} of {count}: {row.rules} {mesh} remat {row.remat} x{row.microbatches}: {outcome}'

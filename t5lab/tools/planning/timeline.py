@@ -1,24 +1,25 @@
-"""A scheduled program played through: compute, collectives and copies in the compiler's order.
+"""A simulation of a scheduled program: compute, collectives and copies in the compiler's order.
 
 Compute takes the compiler's estimated cycles. An asynchronous collective or copy starts when its
-network is free and costs only what its -done has to wait. A synchronous one stops compute.
+network is free and costs only the time that its -done waits. A synchronous one blocks compute.
 """
 
 import collections
 import dataclasses
 
-from t5lab.tools.planning import collectives, hlo
-from t5lab.tools.planning.topology import Chip
+from t5lab.tools.planning import hlo, hlo_costs
+from t5lab.tools.planning.chips import Chip
+from t5lab.tools.planning.collectives import KINDS, Axes, Collective, Network, op_collectives
 
-# They move no data worth a price: scalars, bookkeeping, and what the compiler folds away.
-_FREE = hlo._FREE + ('copy-start', 'copy-done', 'slice-start', 'slice-done', 'custom-call',
-                     'async-start', 'async-done', 'async-update', 'send', 'recv')
-SMALL = 4096                  # bytes below which an operation without a cost is not worth listing
+# Operations that have no estimated cycles and need none: bookkeeping, and those simulated below.
+UNPRICED = (*hlo_costs.FREE, 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'custom-call',
+            'async-start', 'async-done', 'async-update', 'send', 'recv')
+SMALL = 4096                  # bytes; smaller operations without cycles are not listed
 
 
 @dataclasses.dataclass
 class Traffic:
-  """Of one kind of collective over one set of mesh axes, in a step of one device."""
+  """One kind of collective over one set of mesh axes, in one step of one device."""
   kind: str
   where: str
   count: int = 0
@@ -31,8 +32,8 @@ class Traffic:
 
 
 @dataclasses.dataclass
-class Result:
-  """Seconds of a step and where they go. waits: for copies between HBM and VMEM."""
+class Timeline:
+  """The seconds of a step and where they go. waits: for copies between HBM and VMEM."""
   seconds: float = 0.
   cycles: float = 0.
   waits: float = 0.
@@ -40,122 +41,126 @@ class Result:
   flops: float = 0.
   hbm_bytes: float = 0.
   prefetch_bytes: float = 0.
-  traffic: dict = dataclasses.field(default_factory=dict)
+  traffic: dict = dataclasses.field(default_factory=dict)    # (kind, where) -> Traffic
   unpriced: dict = dataclasses.field(default_factory=dict)   # name -> [count, bytes]
   flops_by_type: dict = dataclasses.field(default_factory=dict)
   loops: list = dataclasses.field(default_factory=list)      # (where, trips or None)
   hottest: list = dataclasses.field(default_factory=list)    # (seconds, op_name, kind)
 
 
-class Player:
-  """Plays a module once; `result` then holds what it took."""
+class Simulator:
+  """Runs a module once; `timeline` collects the times."""
 
-  def __init__(self, module: hlo.Module, chip: Chip, axes: collectives.Axes,
-               network: collectives.Network):
+  def __init__(self, module: hlo.Module, chip: Chip, axes: Axes, network: Network):
     self.module, self.chip, self.axes, self.network = module, chip, axes, network
-    self.result = Result()
-    self._hot = collections.Counter()
-    self._seen = {}
+    self.timeline = Timeline()
+    self._op_seconds = collections.Counter()
 
-  def run(self) -> Result:
-    r = self.result
-    r.seconds = self._play(self.module.entry, 1)
-    r.hottest = [(seconds, *key) for key, seconds in self._hot.most_common(12)]
-    return r
+  def run(self) -> Timeline:
+    self.timeline.seconds = self._run(self.module.entry, 1)
+    self.timeline.hottest = [(seconds, *op) for op, seconds in self._op_seconds.most_common(12)]
+    return self.timeline
 
-  def _play(self, computation, times) -> float:
-    """Seconds of one run of a computation that runs `times` times; adds its parts to the result."""
-    r, now = self.result, 0.
-    free = {'ici': 0., 'dcn': 0., 'hbm': 0.}
-    ends = {}                              # what has started -> (when it is done, its traffic)
+  def _run(self, computation: hlo.Computation, times: int) -> float:
+    """Seconds of one run of a computation that a step runs `times` times."""
+    timeline, now = self.timeline, 0.
+    free_at = {'ici': 0., 'dcn': 0., 'hbm': 0.}     # when each network is free again
+    pending = {}                                    # key of a start -> (end, its Traffic or None)
     for op in computation.ops:
+      # control flow
       if op.kind == 'while':
         body, trips = self.module.loop(op, computation)
-        r.loops.append((op.op_name or op.name, trips))
-        now += (trips or 1) * self._play(body, times * (trips or 1))
+        timeline.loops.append((op.op_name or op.name, trips))
+        now += (trips or 1) * self._run(body, times * (trips or 1))
         continue
       if op.kind in ('call', 'conditional'):
-        inner = self.module.called(op) if op.kind == 'call' else self.module.branches(op)
-        now += max((self._play(c, times) for c in inner), default=0.)
+        called = self.module.called(op) if op.kind == 'call' else self.module.branches(op)
+        now += max((self._run(c, times) for c in called), default=0.)
         continue
-      for c in collectives.find(self.module, op, self.axes):
-        now = self._collective(c, now, free, ends, times)
-      now = self._copy(op, computation, now, free, ends, times)
-      cycles = op.cycles or 0
-      now += cycles / self.chip.clock
-      r.cycles += cycles * times
-      if cycles:
-        self._hot[op.op_name or op.name, op.kind] += cycles * times / self.chip.clock
-      self._count(op, computation, times)
+
+      # data movement, then compute
+      running = op_collectives(self.module, op, self.axes)
+      for c in running:
+        now = self._communicate(c, now, free_at, pending, times)
+      now = self._copy(op, computation, now, free_at, pending, times)
+      seconds = (op.cycles or 0) / self.chip.clock
+      now += seconds
+      timeline.cycles += (op.cycles or 0) * times
+      if seconds:
+        self._op_seconds[op.op_name or op.name, op.kind] += op.cycles * times / self.chip.clock
+      self._count_flops(op, computation, times)
+      self._count_bytes(op, computation, times, communicates=bool(running))
     return now
 
-  def _collective(self, c, now, free, ends, times) -> float:
-    r = self.result
-    net = 'dcn' if self.network.crosses_slices(c) else 'ici'
+  def _communicate(self, c: Collective, now, free_at, pending, times) -> float:
+    timeline = self.timeline
     if c.phase == 'done':
-      done, traffic = ends.pop(c.key, (now, None))
-      if traffic is not None and done > now:
-        traffic.exposed += (done - now) * times
-        r.exposed += (done - now) * times
-      return max(now, done)
+      end, traffic = pending.pop(c.key, (now, None))
+      if traffic is not None and end > now:
+        traffic.exposed += (end - now) * times
+        timeline.exposed += (end - now) * times
+      return max(now, end)
+
     seconds = self.network.seconds(c)
-    traffic = r.traffic.setdefault((c.kind, c.where), Traffic(c.kind, c.where))
+    net = 'dcn' if self.network.crosses_slices(c) else 'ici'
+    traffic = timeline.traffic.setdefault((c.kind, c.where), Traffic(c.kind, c.where))
     traffic.count += times
     traffic.size += c.size * times
     traffic.wire += c.wire * times
     traffic.seconds += seconds * times
     traffic.between_slices = net == 'dcn'
-    begin = max(now, free[net])
-    free[net] = begin + seconds
+
+    free_at[net] = max(now, free_at[net]) + seconds
     if c.phase == 'start':
       traffic.asynchronous += seconds * times
-      ends[c.key] = (free[net], traffic)
+      pending[c.key] = (free_at[net], traffic)
       return now
-    wait = free[net] - now
+    wait = free_at[net] - now
     traffic.exposed += wait * times
-    r.exposed += wait * times
-    return free[net]
+    timeline.exposed += wait * times
+    return free_at[net]
 
-  def _copy(self, op, computation, now, free, ends, times) -> float:
-    """Asynchronous copies to and from VMEM share HBM's bandwidth; fusions' own reads do not count
-    against it here, they are in their cycles."""
+  def _copy(self, op: hlo.Op, computation, now, free_at, pending, times) -> float:
+    """Asynchronous copies between HBM and VMEM share HBM's bandwidth.
+
+    The reads and writes of fusions do not compete with them here: their cycles include them.
+    """
     if op.kind in ('copy-start', 'slice-start'):
-      moved = hlo.hbm_bytes(self.module, op, computation)
-      self.result.prefetch_bytes += moved * times
-      free['hbm'] = max(now, free['hbm']) + moved / self.chip.hbm_bandwidth
-      ends[op.name] = (free['hbm'], None)
-    elif op.kind in ('copy-done', 'slice-done') and op.operands[0] in ends:
-      done, _ = ends.pop(op.operands[0])
-      if done > now:
-        self.result.waits += (done - now) * times
-        return done
+      moved = hlo_costs.hbm_bytes(self.module, op, computation)
+      self.timeline.prefetch_bytes += moved * times
+      free_at['hbm'] = max(now, free_at['hbm']) + moved / self.chip.hbm_bandwidth
+      pending[op.name] = (free_at['hbm'], None)
+    elif op.kind in ('copy-done', 'slice-done') and op.operands[0] in pending:
+      end, _ = pending.pop(op.operands[0])
+      if end > now:
+        self.timeline.waits += (end - now) * times
+        return end
     return now
 
-  def _count(self, op, computation, times):
-    """FLOPs, bytes, and what has no price."""
-    r = self.result
+  def _count_flops(self, op: hlo.Op, computation, times) -> None:
+    products = []
     if op.kind in ('convolution', 'dot'):
-      inside = [(op, computation)]
-    else:
-      inside = [p for c in self.module.called(op) * (op.kind == 'fusion')
-                for p in hlo.products(self.module, c)]
-    for product, where in inside:
-      flops = hlo.product_flops(product, where) * times
-      kind = where.by_name[product.operands[0]].shapes[0].dtype
-      r.flops += flops
-      r.flops_by_type[kind] = r.flops_by_type.get(kind, 0.) + flops
-    moved = hlo.hbm_bytes(self.module, op, computation)
-    r.hbm_bytes += moved * times
-    if op.cycles is None and op.kind not in _FREE and not self._is_collective(op):
-      size = max(op.bytes, moved)
-      if size > SMALL:
-        name = f'{op.kind} {op.op_name.rpartition("jit(train_step)/")[2] or op.name}'
-        entry = r.unpriced.setdefault(name, [0, 0.])
-        entry[0] += times
-        entry[1] += size * times
+      products = [(op, computation)]
+    elif (fused := self.module.inside(op)) is not None:
+      products = hlo_costs.matrix_products(self.module, fused)
+    for product, parent in products:
+      flops = hlo_costs.product_flops(product, parent) * times
+      dtype = parent.by_name[product.operands[0]].shapes[0].dtype
+      self.timeline.flops += flops
+      by_type = self.timeline.flops_by_type
+      by_type[dtype] = by_type.get(dtype, 0.) + flops
 
-  def _is_collective(self, op) -> bool:
-    if op.kind.removesuffix('-start').removesuffix('-done') in collectives.KINDS:
-      return True
-    return bool(op.kind == 'fusion' and collectives.find(self.module, op, self.axes)) or (
-        'async-collective' in op.name)
+  def _count_bytes(self, op: hlo.Op, computation, times, communicates: bool) -> None:
+    """Counts HBM bytes, and lists the operation if the compiler has no cycles for it."""
+    moved = hlo_costs.hbm_bytes(self.module, op, computation)
+    self.timeline.hbm_bytes += moved * times
+    size = max(op.bytes, moved)
+    if op.cycles is not None or op.kind in UNPRICED or size <= SMALL:
+      return
+    kind = op.kind.removesuffix('-start').removesuffix('-done')
+    if kind in KINDS or 'async-collective' in op.name or (communicates and op.kind == 'fusion'):
+      return
+    name = f'{op.kind} {op.op_name.rpartition("jit(train_step)/")[2] or op.name}'
+    entry = self.timeline.unpriced.setdefault(name, [0, 0.])
+    entry[0] += times
+    entry[1] += size * times

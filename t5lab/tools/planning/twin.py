@@ -1,8 +1,9 @@
-"""The toy twin: a tiny run with the structure of a large one, for this machine's processor.
+"""The toy twin: a tiny run with the structure of a large one, on this machine's CPU.
 
-Same kind of model, activations, experts, positions, rules and optimizer; sizes small, each
-divisible by its mesh axes exactly where the large one is. What would fail on the pod because
-something does not divide, or because two processes do not agree, fails here in a minute.
+The kind of model, activations, experts, positions, rules and optimizer are those of the large run.
+Sizes are small, and divisible by their mesh axes exactly where the large ones are. An error that
+the pod would raise because something does not divide, or because two processes do not agree, is
+raised here within a minute.
 """
 
 from collections.abc import Callable
@@ -13,22 +14,24 @@ import os
 from pathlib import Path
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 
-from t5lab import config as configs
+from t5lab import config
+from t5lab.data.objectives import table
+from t5lab.data.tasks import names
 from t5lab.parallel import sharding
 from t5lab.tools.launching import local
 
 PROCESSES, DEVICES = 2, 16     # virtual devices of all processes
 STEPS = 10
+GRACE = 20.                    # seconds in which the other processes may report the error of one
 
 
 @dataclasses.dataclass(frozen=True)
 class Twin:
-  """config: to train; mesh: its axes over 1; notes: what differs from the run but its sizes."""
+  """config: of the tiny run; mesh: its axes over 1; notes: differences other than sizes."""
   config: object
   devices: int
   processes: int
@@ -47,138 +50,165 @@ class Outcome:
   last_loss: float = math.nan
 
 
-# -- sizes --------------------------------------------------------------------------------------
+# --- sizes -------------------------------------------------------------------------------------
 
 
-def shrunk(size: int, axis: int, small: int, least: int) -> int:
-  """A size of `least` or more that `small` divides exactly if `axis` divides `size`."""
-  if size % axis == 0:
-    return -(-least // small) * small
-  return next(n for n in range(least, 3 * least + small) if n % small)
+def shrink(size: int, shards: int, small_shards: int, least: int) -> int:
+  """A size of at least `least` that small_shards divides exactly if `shards` divides `size`."""
+  if size % shards == 0:
+    return -(-least // small_shards) * small_shards
+  return next(n for n in range(least, 3 * least + small_shards) if n % small_shards)
 
 
-def shrunk_mesh(sizes: dict[str, int], devices: int = DEVICES) -> dict[str, int]:
-  """Axes over 1 become 2; what is left of the devices goes to the largest, so their product is
-  `devices`, or more where so many axes are over 1."""
-  found = {axis: min(n, 2) for axis, n in sizes.items()}
+def shrink_mesh(sizes: dict[str, int], devices: int = DEVICES) -> dict[str, int]:
+  """A mesh of `devices` devices in which axes over 1 stay over 1.
+
+  Each such axis becomes 2 and the largest takes the remaining devices. If many axes are over 1, the
+  mesh has more than `devices` devices.
+  """
+  small = {axis: min(n, 2) for axis, n in sizes.items()}
   largest = max(sizes, key=sizes.get)
   if sizes[largest] > 1:
-    found[largest] *= max(1, devices // math.prod(found.values()))
-  return found
+    small[largest] *= max(1, devices // math.prod(small.values()))
+  return small
 
 
 def derive(c, sizes: dict[str, int]) -> Twin:
   """The twin of config c on a mesh of these sizes, none of them -1."""
-  t = configs.from_dict(configs.to_dict(c))
+  small = shrink_mesh(sizes)
+  t = config.from_dict(config.to_dict(c))
   t.unlock()
-  small = shrunk_mesh(sizes)
-  rules = sharding.rules_row(c.rules)
-  notes = []
+  for axis, n in small.items():
+    t.mesh[axis] = n
+  _shrink_model(t, c, sizes, small)
+  _shrink_batch(t, c, sizes, small)
+  notes = _replace_data(t, c) + _replace_weights(t, c)
 
-  def spread(name, mesh):
-    return sharding.spread(mesh, rules.get(name))
+  t.total_steps, t.log.every, t.checkpoint.every, t.eval.every = STEPS, 1, STEPS, 0
+  t.optim.warmup = min(2, c.optim.warmup)
+  t.loss.chunks = min(2, c.loss.chunks)
+  t.checkpoint.best = ''
+  t.eval.examples, t.eval.max_length, t.eval.beams = 8, 8, 1
+  t.eval.batch_size = _batch_shards(small)
+  t.lock()
+  devices = math.prod(small.values())
+  return Twin(t, devices, PROCESSES if devices >= PROCESSES else 1,
+              {axis: n for axis, n in small.items() if n > 1}, notes)
+
+
+def _shrink_model(t, c, sizes, small) -> None:
+  """Sets the sizes of t.model, and the lengths, so that they divide exactly where those of c do."""
+  rules = sharding.rule_set(c.rules)
+
+  def shards(name, mesh):
+    return sharding.num_shards(mesh, rules.get(name))
 
   def size(name, value, least):
-    return shrunk(value, spread(name, sizes), spread(name, small), least)
+    return shrink(value, shards(name, sizes), shards(name, small), least)
 
-  m, old = t.model, configs.model_config(c)
-  kv = size('act_kv_heads', old.kv_heads, 1)
-  group = 1
-  if old.n_heads > old.kv_heads:
-    heads = spread('act_heads', small)
-    divides = old.n_heads % spread('act_heads', sizes) == 0
-    group = next(g for g in range(2, 2 + 2 * heads) if (kv * g % heads == 0) == divides)
-  m.n_heads, m.n_kv_heads, m.d_head = kv * group, kv * (old.n_kv_heads > 0), 8
-  m.d_model, m.d_ff = size('embed', old.d_model, 32), size('mlp', old.d_ff, 64)
-  m.vocab_size = size('vocab', old.vocab_size, 384)
-  if old.experts:
-    m.experts, m.moe_every = size('expert', old.experts, 4), min(2, old.moe_every)
-  for stack in ('enc_layers', 'dec_layers'):
-    layers = getattr(old, stack)
-    every = old.moe_every if old.experts else 1
-    m[stack] = min(layers, max(2, m.moe_every) if old.experts else 2) + (
-        1 if old.experts and layers % every else 0)
+  m, model = t.model, config.model_config(c)
+  m.d_model, m.d_ff = size('embed', model.d_model, 32), size('mlp', model.d_ff, 64)
+  m.vocab_size = size('vocab', model.vocab_size, 384)
   m.eos_id, m.pad_id, m.start_id = 1, 0, 0
-  m.local_radius, m.global_block = min(7, old.local_radius), min(4, old.global_block)
+  m.local_radius, m.global_block = min(7, model.local_radius), min(4, model.global_block)
+
+  # heads: `group` queries share a key
+  kv_heads, group = size('act_kv_heads', model.kv_heads, 1), 1
+  if model.n_heads > model.kv_heads:
+    head_shards = shards('act_heads', small)
+    divides = model.n_heads % shards('act_heads', sizes) == 0
+    group = next(g for g in range(2, 2 + 2 * head_shards)
+                 if (kv_heads * g % head_shards == 0) == divides)
+  m.n_heads, m.n_kv_heads, m.d_head = kv_heads * group, kv_heads * (model.n_kv_heads > 0), 8
+
+  # layers: two, or a group of mixtures and one more if the groups do not divide the layers
+  if model.experts:
+    m.experts, m.moe_every = size('expert', model.experts, 4), min(2, model.moe_every)
+  for stack in ('enc_layers', 'dec_layers'):
+    layers = getattr(model, stack)
+    if model.experts:
+      partial_group = layers % model.moe_every > 0
+      m[stack] = min(layers, max(2, m.moe_every)) + partial_group
+    else:
+      m[stack] = min(layers, 2)
 
   for feature, length in c.data.lengths.items():
     if length > 1:
       t.data.lengths[feature] = size('length', length, 32)
-  if old.max_length:
+  if model.max_length:
     m.max_length = max(64, sum(t.data.lengths.values()))
-  t.optim.microbatches = micro = min(2, c.optim.microbatches)
-  t.data.batch_size = _batch(c, micro, sizes, small)
-  t.loss.chunks = min(2, c.loss.chunks)
-  for axis, n in small.items():
-    t.mesh[axis] = n
 
-  t.data.mixture, t.data.vocab, note = _data(c, old)
-  notes += note
-  if c.init.path or c.lora.rank:
-    notes.append('weights from the seed instead of init.path' + ', all of them trained' * bool(
-        c.lora.rank))
-  t.init.path, t.init.optimizer, t.lora.rank = '', 'fresh', 0
-  t.data.cache, t.data.modules, t.eval.mixture, t.eval.forced_first = '', (), '', -1
+
+def _batch_shards(mesh: dict[str, int]) -> int:
+  return math.prod(mesh[axis] for axis in sharding.BATCH_AXES)
+
+
+def _shrink_batch(t, c, sizes, small) -> None:
+  """Sets batch size and microbatches, which divide over devices exactly where those of c do."""
+  t.optim.microbatches = micro = min(2, c.optim.microbatches)
+  rows, shards, small_shards = c.data.batch_size, _batch_shards(sizes), _batch_shards(small)
+  if rows % shards:
+    t.data.batch_size = shrink(rows, shards, small_shards, small_shards * micro) * micro
+  elif rows // c.optim.microbatches % shards:
+    t.data.batch_size = small_shards       # the batch divides, its microbatches do not
+  else:
+    t.data.batch_size = small_shards * micro
+
+
+# --- data and weights --------------------------------------------------------------------------
+
+
+def _replace_data(t, c) -> list[str]:
+  """Sets the data of t to embedded text like that of c -> notes."""
+  mixture = c.data.mixture
+  note = [] if c.data.vocab == 'byte' else ['the byte vocabulary']
+  if not all(map(config.is_embedded, mixture.split(','))):
+    t.data.mixture = similar_task(c)
+    note = [f'embedded text ({t.data.mixture}, byte vocabulary) instead of {mixture}']
+  t.data.vocab, t.data.cache, t.data.modules = 'byte', '', ()
   for split in t.data.files:
     t.data.files[split] = ''
-  t.total_steps, t.log.every, t.checkpoint.every, t.eval.every = STEPS, 1, STEPS, 0
-  t.optim.warmup = min(2, c.optim.warmup)
-  t.checkpoint.best, t.eval.examples, t.eval.max_length, t.eval.beams = '', 8, 8, 1
-  t.eval.batch_size = math.prod(small[axis] for axis in sharding.BATCH)
-  t.eval.split = 'validation'
-  t.lock()
-  total = math.prod(small.values())
-  return Twin(t, total, PROCESSES if total >= PROCESSES else 1,
-              {axis: n for axis, n in small.items() if n > 1}, notes)
+  t.eval.mixture, t.eval.split, t.eval.forced_first = '', 'validation', -1
+  return note
 
 
-def _batch(c, micro, sizes, small) -> int:
-  """Rows that divide over devices, whole and in microbatches, as the run's do."""
-  spread = lambda mesh: math.prod(mesh[axis] for axis in sharding.BATCH)
-  large, little = spread(sizes), spread(small)
-  rows = c.data.batch_size
-  if rows % large:
-    return shrunk(rows, large, little, little * micro) * micro
-  if rows // c.optim.microbatches % large:
-    return little                          # whole it divides, in parts it does not
-  return little * micro
-
-
-def _data(c, model) -> tuple[str, str, list[str]]:
-  """(mixture, vocabulary, notes): embedded text of the same kind."""
-  name = c.data.mixture
-  vocab = 'byte'
-  if all(map(configs.embedded, name.split(','))):
-    return name, vocab, ['the byte vocabulary'] * (c.data.vocab != vocab)
-  objective = next((o for o in ('span_corruption', 'iid_denoising', 'prefix_lm', 'ul2',
-                                'gap_sentences', 'fill_in_the_middle') if o in name + (
-                                    c.data.objective or '')), '')
+def similar_task(c) -> str:
+  """The embedded task that is most similar to the data of config c."""
+  model = config.model_config(c)
   if model.classes:
-    chosen = 'docs_match'
-  elif model.kind == 'encoder':
-    chosen = 'books_bert' if model.nsp else 'books_mlm'
-  elif model.kind == 'decoder':
-    chosen = 'books_lm'
-  else:
-    chosen = f'books_{objective}' if objective else 'ha_ende'
-  return chosen, vocab, [f'embedded text ({chosen}, byte vocabulary) instead of {name}']
+    return 'docs_match'
+  if model.kind == 'encoder':
+    return 'books_bert' if model.nsp else 'books_mlm'
+  objective = _objective(c)
+  if objective and table.TABLE[objective].kind == model.kind:
+    return f'books_{objective}'
+  return 'books_lm' if model.kind == 'decoder' else 'ha_ende'
 
 
-# -- the run ------------------------------------------------------------------------------------
+def _objective(c) -> str:
+  """The objective of the data of config c; '' if it is supervised."""
+  if c.data.objective:
+    return c.data.objective
+  tasks = c.data.mixture.split(',')
+  objectives = [names.OBJECTIVE_OF[task] for task in tasks if task in names.OBJECTIVE_OF]
+  if objectives:
+    return objectives[0]
+  # The user's own tasks are not in the table, but may be named after their objective.
+  named = [objective for objective in table.TABLE if objective in c.data.mixture]
+  return max(named, key=len, default='')
 
 
-def run(twin: Twin, seconds: float = 900., say: Callable = lambda text: None) -> Outcome:
-  """Trains it, in really separate processes. Whatever fails is one line; no process is left."""
-  with tempfile.TemporaryDirectory(prefix='t5lab_twin_') as folder:
-    folder = Path(folder)
-    (folder / 'twin.json').write_text(json.dumps(configs.to_dict(twin.config)))
-    (folder / 'twin.py').write_text(_FILE)
-    say(f'toy twin: {STEPS} steps on {twin.devices} virtual devices, {twin.processes} '
-        f'process{"es" * (twin.processes > 1)} …')
-    return _run(twin, folder, seconds)
+def _replace_weights(t, c) -> list[str]:
+  """Makes t start from the seed -> notes."""
+  t.init.path, t.init.optimizer, t.lora.rank = '', 'fresh', 0
+  if c.lora.rank:
+    return ['weights from the seed instead of init.path, all of them trained']
+  return ['weights from the seed instead of init.path'] if c.init.path else []
 
 
-_FILE = '''"""The toy twin of `t5lab check`."""
+# --- the run -----------------------------------------------------------------------------------
+
+_CONFIG_FILE = '''"""The toy twin of `t5lab check`."""
 import json
 import pathlib
 
@@ -190,69 +220,60 @@ def get_config(arg=''):
 '''
 
 
-def environment(twin: Twin, number: int, port: int) -> dict[str, str]:
-  """Of one process of the twin."""
-  free = ('TPU_', 'JAX_', 'LIBTPU', 'ALLOW_MULTIPLE', 'XLA_')
-  env = {k: v for k, v in os.environ.items()
-         if not k.startswith(free) or k == 'JAX_COMPILATION_CACHE_DIR'}
-  return env | local.environment(
-      number, processes=twin.processes, devices=twin.devices // twin.processes, device='cpu',
-      port=port, given={'JAX_LOG_COMPILES': '1', 'T5LAB_HEARTBEAT': '30'})
+def run(twin: Twin, timeout: float = 900., log: Callable = lambda text: None) -> Outcome:
+  """Trains the twin in separate processes. A failure is one line; no process is left running."""
+  processes = 'process' if twin.processes == 1 else 'processes'
+  log(f'toy twin: {STEPS} steps on {twin.devices} virtual devices, {twin.processes} {processes} …')
+  with tempfile.TemporaryDirectory(prefix='t5lab_twin_') as folder:
+    folder = Path(folder)
+    (folder / 'twin.json').write_text(json.dumps(config.to_dict(twin.config)))
+    (folder / 'twin.py').write_text(_CONFIG_FILE)
+    command = [sys.executable, '-m', 't5lab', 'train', '--config', str(folder / 'twin.py'),
+               '--workdir', str(folder / 'run')]
+    logs = [folder / f'{i}.log' for i in range(twin.processes)]
+    started = time.monotonic()
+    codes = local.Group(command, _environments(twin), logs, GRACE).wait(timeout=timeout)
+    seconds = time.monotonic() - started
+    output = [path.read_text(errors='replace') for path in logs]
+    if any(codes):
+      late = f'still running after {timeout:.0f} s; ' if seconds >= timeout else ''
+      return Outcome(late + _cause(output, codes), seconds)
+    return _outcome(folder / 'run/metrics.jsonl', output, seconds)
 
 
-def _run(twin, folder, seconds) -> Outcome:
+def _environments(twin: Twin) -> list[dict[str, str]]:
+  """The environment of each process: without this process's accelerators and flags of JAX."""
+  dropped = ('TPU_', 'JAX_', 'LIBTPU', 'ALLOW_MULTIPLE', 'XLA_')
+  inherited = {key: value for key, value in os.environ.items()
+               if not key.startswith(dropped) or key == 'JAX_COMPILATION_CACHE_DIR'}
+  root = str(Path(__file__).parents[3])
+  inherited['PYTHONPATH'] = os.pathsep.join(filter(None, [root, inherited.get('PYTHONPATH')]))
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
-  command = [sys.executable, '-m', 't5lab', 'train', '--config', str(folder / 'twin.py'),
-             '--workdir', str(folder / 'run')]
-  started, processes, failure = time.monotonic(), [], ''
-  root = str(Path(__file__).parents[3])
-  try:
-    for i in range(twin.processes):
-      with open(folder / f'{i}.log', 'wb') as log:
-        env = environment(twin, i, port)
-        env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH')]))
-        processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env,
-                                          stdin=subprocess.DEVNULL))
-    while any(p.poll() is None for p in processes):
-      if time.monotonic() - started > seconds:
-        failure = f'still running after {seconds:.0f} s; '
-        break
-      if any(p.returncode for p in processes):
-        _wait(processes, 20.)              # the others say why too
-        break
-      time.sleep(0.2)
-  finally:
-    for p in processes:
-      if p.poll() is None:
-        p.kill()
-      p.wait()
-  logs = [(folder / f'{i}.log').read_text(errors='replace') for i in range(twin.processes)]
-  took = time.monotonic() - started
-  if failure or any(p.returncode for p in processes):
-    return Outcome(failure + _why(logs, [p.returncode for p in processes]), took)
-  rows = [json.loads(line) for line in (folder / 'run/metrics.jsonl').read_text().splitlines()]
+  return [inherited | local.environment(
+      i, processes=twin.processes, devices=twin.devices // twin.processes, device='cpu', port=port,
+      given={'JAX_LOG_COMPILES': '1', 'T5LAB_HEARTBEAT': '30'}) for i in range(twin.processes)]
+
+
+def _outcome(metrics: Path, output: list[str], seconds: float) -> Outcome:
+  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
   losses = [row['loss'] for row in rows if 'loss' in row and 'step' in row]
-  compiled = max(len(re.findall(r'Compiling (?:jit\()?train_step', log)) for log in logs)
-  return Outcome('', took, len(losses), compiled, losses[0], losses[-1])
+  compilations = max(len(re.findall(r'Compiling (?:jit\()?train_step', text)) for text in output)
+  return Outcome('', seconds, len(losses), compilations, losses[0], losses[-1])
 
 
-def _wait(processes, seconds):
-  end = time.monotonic() + seconds
-  while time.monotonic() < end and any(p.poll() is None for p in processes):
-    time.sleep(0.2)
-
-
-def _why(logs, codes) -> str:
-  """The line that names the cause: a process's own error before another's report of it."""
-  said = []
-  for i, (log, code) in enumerate(zip(logs, codes)):
-    lines = [line for line in log.splitlines() if line.startswith('t5lab:')]
-    if code and lines:
-      said.append(lines[-1].removeprefix('t5lab: '))
+def _cause(output: list[str], codes: list[int]) -> str:
+  """The line that names the cause: a process's own error rather than another's report of it."""
+  errors = []
+  for i, (text, code) in enumerate(zip(output, codes)):
+    lines = [line for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith('t5lab:')]
+    if code and own:
+      errors.append(own[-1].removeprefix('t5lab: '))
     elif code:
-      last = [line for line in log.splitlines() if line.strip()]
-      said.append(f'process {i} ended with {code}: {last[-1][:300] if last else "no output"}')
-  own = [line for line in said if not re.search(r'process \d+ (?:ended|gave up|of)', line)]
-  return (own or said or ['no process said why'])[0]
+      last = lines[-1][:300] if lines else 'no output'
+      errors.append(f'process {i} exited with {code}: {last}')
+  report = re.compile(r'process \d+ (?:exited|ended|gave up|of)')
+  causes = [line for line in errors if not report.search(line)]
+  return (causes or errors)[0]

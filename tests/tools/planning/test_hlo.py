@@ -1,10 +1,10 @@
-"""Scheduled HLO of the TPU compiler, read: hand-counted FLOPs, trips, bytes, collectives, waits.
+"""Reading the TPU compiler's scheduled HLO, against hand-counted FLOPs, trips, bytes and waits.
 
-The .txt files are what libtpu 0.0.42 made of four small programs for v5e (in two of them only the
-costs are left of backend_config):
+The .txt files are four small programs compiled by libtpu 0.0.42 for v5e (backend_config is reduced
+to the costs in two of them):
   scan_two_layers   x[256, 512] through two layers tanh(x @ w[512, 512]) in one lax.scan, one chip
   tensor_parallel   tanh(x[256, 512] @ a[512, 1024]) @ b, mesh data=2 model=2, a and b over model
-  async_gather      tanh(x[4096, 2048] @ a[2048, 2048]) @ b, all of them over fsdp=4
+  async_gather      tanh(x[4096, 2048] @ a[2048, 2048]) @ b, all sharded over fsdp=4
   fsdp_step         gradient of 4 scanned, rematerialised layers, x[8192, 2048], w over fsdp=4
 """
 
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5lab.tools.planning import collectives, hlo, timeline, topology
+from t5lab.tools.planning import chips, collectives, hlo, hlo_costs, timeline
 
 HERE = pathlib.Path(__file__).parent
-CHIP = topology.CHIPS['v5e']
-SLICE = topology.parse('v5e:2x2')
+CHIP = chips.CHIPS['v5e']
+SLICE = chips.parse('v5e:2x2')
 
 
 @functools.cache
@@ -28,38 +28,39 @@ def module(name):
   return hlo.parse((HERE / f'{name}.txt').read_text())
 
 
-def play(name, **mesh):
-  network = collectives.Network(SLICE, mesh)
-  axes = collectives.Axes(tuple(mesh), tuple(mesh.values()))
-  return timeline.Player(module(name), CHIP, axes, network).run()
+def simulate(m, topology=SLICE, **mesh):
+  network = collectives.Network(topology, mesh)
+  axes = collectives.Axes(tuple(mesh), tuple(mesh.values()), network.slices)
+  return timeline.Simulator(m, CHIP, axes, network).run()
 
 
 def flops(m, computation):
-  return sum(hlo.product_flops(op, where) for op, where in hlo.products(m, computation))
+  return sum(hlo_costs.product_flops(op, parent)
+             for op, parent in hlo_costs.matrix_products(m, computation))
 
 
 def test_a_loop_is_multiplied_by_its_trips():
-  played = play('scan_two_layers', data=1)
-  assert [trips for _, trips in played.loops] == [2]
-  assert played.flops == 2 * 2 * 256 * 512 * 512
   m = module('scan_two_layers')
+  result = simulate(m, data=1)
+  assert [trips for _, trips in result.loops] == [2]
+  assert result.flops == 2 * 2 * 256 * 512 * 512
   (entry, once, _), (body, twice, loops) = m.executed()
   assert (once, twice, len(loops)) == (1, 2, 1)
   cycles = lambda c: sum(op.cycles or 0 for op in c.ops)
   assert cycles(body) == 2946 + 7012 and cycles(entry) == 0
-  assert played.cycles == 2 * (2946 + 7012)
-  assert played.seconds == pytest.approx(played.cycles / CHIP.clock + played.waits)
+  assert result.cycles == 2 * (2946 + 7012)
+  assert result.seconds == pytest.approx(result.cycles / CHIP.clock + result.waits)
 
 
 def test_forward_recomputation_and_both_gradients_are_four_products():
-  played = play('fsdp_step', fsdp=4)
-  assert played.flops == 4 * 4 * 2 * (8192 // 4) * 2048 * 2048
-  assert [trips for _, trips in played.loops] == [4, 4]
-  assert played.flops_by_type == {'bf16': played.flops}
+  result = simulate(module('fsdp_step'), fsdp=4)
+  assert result.flops == 4 * 4 * 2 * (8192 // 4) * 2048 * 2048
+  assert [trips for _, trips in result.loops] == [4, 4]
+  assert result.flops_by_type == {'bf16': result.flops}
 
 
 def test_an_all_reduce_over_the_model_axis():
-  (traffic,) = play('tensor_parallel', data=2, model=2).traffic.values()
+  (traffic,) = simulate(module('tensor_parallel'), data=2, model=2).traffic.values()
   size = 128 * 512 * 2                   # bf16, half of the rows
   assert (traffic.kind, traffic.where, traffic.count) == ('all-reduce', 'model', 1)
   assert traffic.size == size and traffic.wire == 2 * size / 2
@@ -69,8 +70,8 @@ def test_an_all_reduce_over_the_model_axis():
 
 
 def test_an_asynchronous_gather_is_counted_once_and_hides_behind_its_product():
-  played = play('async_gather', fsdp=4)
-  (traffic,) = played.traffic.values()
+  result = simulate(module('async_gather'), fsdp=4)
+  (traffic,) = result.traffic.values()
   wire = 2048 * 2048 * 2 * 3 / 4
   assert (traffic.kind, traffic.where, traffic.count) == ('all-gather', 'fsdp', 2)
   assert traffic.wire == 2 * wire
@@ -79,17 +80,17 @@ def test_an_asynchronous_gather_is_counted_once_and_hides_behind_its_product():
   assert traffic.asynchronous == pytest.approx(each)
   product = next(op for op in module('async_gather').entry.ops
                  if op.calls and op.calls[0].startswith('async_collective_fusion'))
-  hidden = product.cycles / CHIP.clock + played.waits
+  hidden = product.cycles / CHIP.clock + result.waits
   assert traffic.exposed == pytest.approx(2 * each - hidden, rel=0.1)
   assert traffic.exposed < 2 * each - product.cycles / CHIP.clock + 1e-12
 
 
 def test_a_fused_reduce_scatter_and_gathers_in_loops():
-  traffic = play('fsdp_step', fsdp=4).traffic
+  traffic = simulate(module('fsdp_step'), fsdp=4).traffic
   assert set(traffic) == {('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'),
                           ('collective-permute', 'fsdp')}
   gather = traffic['all-gather', 'fsdp']
-  assert gather.count == 8               # each layer's weight once forward, once backward
+  assert gather.count == 8               # the weight of each layer, forward and backward
   assert gather.wire == 8 * 2048 * 2048 * 2 * 3 / 4
   scatter = traffic['reduce-scatter', 'fsdp']
   assert scatter.count == 4 and scatter.size == 4 * 4 * 528 * 2048 * 2   # rows padded to 528
@@ -99,11 +100,11 @@ def test_donated_buffers_are_in_the_header():
   assert module('fsdp_step').aliases == {0: 1} and module('async_gather').aliases == {}
 
 
-def test_what_lies_in_vmem_moves_no_hbm_bytes():
+def test_buffers_in_vmem_move_no_hbm_bytes():
   m = module('async_gather')
   by_kind = {}
   for op in m.entry.ops:
-    by_kind.setdefault(op.kind, []).append(hlo.hbm_bytes(m, op, m.entry))
+    by_kind.setdefault(op.kind, []).append(hlo_costs.hbm_bytes(m, op, m.entry))
   half = 1024 * 2048 * 2
   assert sorted(by_kind['copy-start']) == [half / 2, half]       # read from HBM, written to VMEM
   assert by_kind['fusion'][-1] == half                           # the result, its operands in VMEM
@@ -135,9 +136,9 @@ ENTRY %main (a: f32[8,128], i: s32[]) -> f32[8,128] {
 """
 
 
-def test_of_a_sliced_buffer_only_the_slice_counts():
+def test_slices_and_updates_count_instead_of_whole_buffers():
   m = hlo.parse(SLICED)
-  row, whole = (hlo.hbm_bytes(m, m.entry.by_name[name], m.entry) for name in ('row', 'all'))
+  row, whole = (hlo_costs.hbm_bytes(m, m.entry.by_name[name], m.entry) for name in ('row', 'all'))
   assert row == 128 * 4 + 4 + 128 * 4            # the slice, the index, the result
   assert whole == 128 * 4 + 4 + 128 * 4          # the update read, the index, the update written
 
@@ -162,11 +163,11 @@ ENTRY %main (a: f32[8,128], i: s32[], b: f32[8,128]) -> (f32[8,128], f32[1,128],
 """                                                                    # noqa: E501
 
 
-def test_slices_and_updates_in_fusions_of_a_fusion_count_alone():
-  """As in the TPU's fusions with a collective: what only passes through moves nothing."""
+def test_slices_and_updates_in_nested_fusions():
+  """The TPU's fusions with a collective are nested; a value that is passed on moves no bytes."""
   m = hlo.parse(NESTED)
   # read: the slice, the index; written: the row of the update, the row itself
-  assert hlo.hbm_bytes(m, m.entry.root, m.entry) == 128 * 4 + 4 + 2 * 128 * 4
+  assert hlo_costs.hbm_bytes(m, m.entry.root, m.entry) == 128 * 4 + 4 + 2 * 128 * 4
 
 
 def loop(condition, start='0'):
@@ -206,15 +207,12 @@ def test_trip_counts(condition, start, trips):
 
 
 def test_a_loop_of_unknown_length_is_listed():
-  m = hlo.parse(loop('custom-call(%i.2)'))
-  mesh = {'data': 1}
-  played = timeline.Player(m, CHIP, collectives.Axes(('data',), (1,)),
-                           collectives.Network(SLICE, mesh)).run()
-  assert played.loops == [('w', None)]
+  result = simulate(hlo.parse(loop('custom-call(%i.2)')), data=1)
+  assert result.loops == [('w', None)]
 
 
 def test_padding_fills_whole_tiles():
-  (shape,) = hlo.shapes_of('f32[8,114,2]{1,0,2:T(8,128)S(1)}')
+  (shape,) = hlo.parse_shapes('f32[8,114,2]{1,0,2:T(8,128)S(1)}')
   assert (shape.dims, shape.space) == ((8, 114, 2), 1)
   assert shape.bytes == 8 * 114 * 2 * 4 and shape.padded == 8 * 128 * 2 * 4
 
@@ -229,13 +227,13 @@ def test_padding_fills_whole_tiles():
     (lambda a, b: jax.lax.conv_general_dilated(a, b, (1,), ((0, 0),), rhs_dilation=(2,),
                                                feature_group_count=2), [(2, 4, 9), (6, 2, 3)]),
 ])
-def test_flops_are_those_of_xlas_own_counter(fn, shapes):
+def test_flops_equal_those_of_xlas_counter(fn, shapes):
   lowered = jax.jit(fn).lower(*[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
   m = hlo.parse(lowered.as_text(dialect='hlo'))
   assert flops(m, m.entry) == lowered.cost_analysis()['flops'] > 0
 
 
-def test_the_text_of_this_machines_compiler_is_read_too():
+def test_the_text_of_the_cpu_compiler():
   def f(x, w):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
   compiled = jax.jit(f).lower(jnp.ones((8, 16)), jnp.ones((5, 16, 16))).compile()
@@ -252,15 +250,15 @@ def test_the_text_of_this_machines_compiler_is_read_too():
     ('replica_groups={}', ('data', 'fsdp', 'model'), 1),
     ('source_target_pairs={{0,4},{4,0},{1,1}}', ('data',), 3)])
 def test_groups_are_named_by_mesh_axes(text, axes, groups):
-  known = collectives.Axes(('data', 'fsdp', 'model'), (2, 2, 2))
+  mesh = collectives.Axes(('data', 'fsdp', 'model'), (2, 2, 2))
   op = hlo.Op('x', 'all-reduce', (), (), f'), channel_id=1, {text}, use_global_device_ids=true',
               False)
-  found = known.groups(op)
-  assert len(found) == groups
-  assert known.of(found) == axes
+  members = mesh.groups(op)
+  assert len(members) == groups
+  assert mesh.spanned(members) == axes
 
 
-# Between two slices of v5e:2x2, as libtpu 0.0.42 writes an all-reduce of gradients.
+# An all-reduce of gradients between two slices of v5e:2x2, compiled by libtpu 0.0.42.
 MEGASCALE = """HloModule m, is_scheduled=true
 
 ENTRY %main (g: bf16[256,8,128]) -> bf16[256,8,128] {
@@ -285,11 +283,9 @@ is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla
 """
 
 
-def test_what_goes_between_slices_goes_over_the_hosts():
-  mesh = {'dcn_data': 2, 'fsdp': 4}
-  network = collectives.Network(topology.parse('v5e:2x2*2'), mesh)
-  axes = collectives.Axes(tuple(mesh), tuple(mesh.values()), network.slices)
-  (traffic,) = timeline.Player(hlo.parse(MEGASCALE), CHIP, axes, network).run().traffic.values()
+def test_collectives_between_slices_use_the_hosts_network():
+  result = simulate(hlo.parse(MEGASCALE), chips.parse('v5e:2x2*2'), dcn_data=2, fsdp=4)
+  (traffic,) = result.traffic.values()
   size = 256 * 8 * 128 * 2
   assert (traffic.kind, traffic.where, traffic.count) == ('all-reduce', 'dcn_data', 1)
   assert traffic.between_slices and traffic.size == traffic.wire == size
@@ -297,10 +293,10 @@ def test_what_goes_between_slices_goes_over_the_hosts():
   assert traffic.asynchronous == traffic.exposed == traffic.seconds
 
 
-def test_permutes_that_stay_in_place_span_no_axis():
-  assert collectives.Axes(('a',), (4,)).of(np.array([[1, 1], [2, 2]])) == ()
+def test_a_permutation_onto_itself_spans_no_axis():
+  assert collectives.Axes(('a',), (4,)).spanned(np.array([[1, 1], [2, 2]])) == ()
 
 
-def test_text_that_is_no_program():
+def test_text_without_a_program():
   with pytest.raises(ValueError, match='ENTRY'):
     hlo.parse('HloModule nothing\n')

@@ -1,6 +1,7 @@
-"""`t5lab plan` and `t5lab check` as commands, on a machine without libtpu; budgets; the search."""
+"""`t5lab plan` and `t5lab check` without libtpu, the budget checks, and the search."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -10,11 +11,13 @@ import types
 import pytest
 
 from t5lab import config
-from t5lab.commands import plan as command
+from t5lab.commands import check, plan
 from t5lab.errors import UsageError
-from t5lab.tools.planning import float32, gate, memory, search, topology
+from t5lab.parallel import sharding
+from t5lab.tools.planning import chips, float32, gate, memory, search
 
 ROOT = pathlib.Path(__file__).parents[3]
+BASE = str(ROOT / 'configs/t5_1_1_base_c4.py')
 GIB = 2 ** 30
 
 
@@ -25,110 +28,151 @@ def t5lab(*argv, **env):
                         env=env, timeout=300)
 
 
-def test_without_the_compiler_the_estimate_says_that_it_is_one():
-  done = t5lab('plan', '--config', str(ROOT / 'configs/t5_1_1_base_c4.py'), '--json')
+@pytest.fixture
+def in_process(monkeypatch):
+  """Commands may run in this process, whose environment and platform stay as they are."""
+  monkeypatch.setenv('T5LAB_NO_LIBTPU', '1')
+  for command in (plan, check):
+    monkeypatch.setattr(command, 'prepare_jax', lambda topology: None)
+
+
+def test_without_the_compiler_the_plan_is_labelled_an_estimate():
+  """In a process of its own, which has the 16 devices of the slice."""
+  done = t5lab('plan', '--config', BASE, '--json')
   assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
-  assert found['source'] == 'formula' and found['estimate'] is True and found['fits'] is True
-  assert found['mesh'] == {'fsdp': 16} and found['chips'] == 16
-  assert found['parameters'] == 247_577_856
-  # PERFORMANCE 1.3: 425 GF a row; 2048 rows over 16 chips
-  assert found['model_flops'] == pytest.approx(425.2e9 * 2048 / 16, rel=1e-3)
-  kinds = found['hbm']['kinds']
+  result = json.loads(done.stdout)
+  assert result['source'] == 'formula' and result['estimate'] is True and result['fits'] is True
+  assert result['mesh'] == {'fsdp': 16} and result['chips'] == 16
+  assert result['parameters'] == 247_577_856
+  # 425 GFLOP per row, 2048 rows over 16 chips
+  assert result['model_flops'] == pytest.approx(425.2e9 * 2048 / 16, rel=1e-3)
+  kinds = result['hbm']['kinds']
   assert kinds['parameters'] == pytest.approx(247_577_856 * 4 / 16, rel=5e-3)   # norms are whole
-  assert found['hbm']['total'] == pytest.approx(sum(kinds.values()))
-  assert 0 < found['mfu'] < 1 and found['run']['chip_hours'] == pytest.approx(
-      found['step_seconds'] * 1e6 / 3600 * 16)
-  assert any('formulas' in line for line in found['assumptions'])
+  assert result['hbm']['total'] == pytest.approx(sum(kinds.values()))
+  assert 0 < result['mfu'] < 1 and result['run']['chip_hours'] == pytest.approx(
+      result['step_seconds'] * 1e6 / 3600 * 16)
+  assert any('formulas' in line for line in result['assumptions'])
 
 
-@pytest.mark.parametrize('options, said', [
+def test_an_impossible_mesh_is_one_line_and_exit_code_2():
+  done = t5lab('plan', '--config', BASE, '--topology', 'v5e:4x4', '--config.mesh.model=3')
+  assert done.returncode == 2 and 'mesh.model=3' in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('options, message', [
     (['--topology', 'v5e:3'], "--topology 'v5e:3'"),
-    (['--topology', 'v5e:4x4', '--config.mesh.model=3'], 'mesh.model=3'),
-    (['--topology', 'v5e:4x4', '--prices', 'nowhere.json'], 'nowhere.json')])
-def test_what_cannot_be_planned_is_one_line(options, said):
-  done = t5lab('plan', '--config', str(ROOT / 'configs/t5_1_1_base_c4.py'), *options)
-  assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1
+    (['--topology', 'v5e:2x2', '--prices', 'nowhere.json'], 'cannot read nowhere.json'),
+    (['--topology', 'v5e:2x2', '--search', '--decode'], 'remove --decode')])
+def test_invalid_options(options, message, in_process):
+  with pytest.raises(UsageError, match=message):
+    plan.main(['--config', BASE, *options])
 
 
-def test_a_config_without_a_slice_asks_for_one():
+def test_the_slice_comes_from_the_flag_or_the_config():
   c = config.base('tiny')
   with pytest.raises(UsageError, match='--topology v5e:4x4'):
-    command.chosen_topology(c, None)
+    plan.chosen_topology(c, None)
   c.plan.topology = 'v6e:2x2'
-  assert command.chosen_topology(c, None).name == 'v6e:2x2'
-  assert command.chosen_topology(c, 'v5e:4x4').name == 'v5e:4x4'
+  assert plan.chosen_topology(c, None).name == 'v6e:2x2'
+  assert plan.chosen_topology(c, 'v5e:4x4').name == 'v5e:4x4'
 
 
-def test_prices_are_a_file_that_can_be_replaced(tmp_path):
-  shipped = command.read_prices(None)
-  assert set(shipped['per_chip_hour']) == set(topology.CHIPS) and 'check' in shipped['note']
-  mine = tmp_path / 'p.json'
-  mine.write_text(json.dumps({**shipped, 'per_chip_hour': {'v5e': {'ours': -1}}}))
-  with pytest.raises(UsageError, match='per_chip_hour.v5e.ours=-1'):
-    command.read_prices(mine)
-  mine.write_text('{"date": "x"}')
-  with pytest.raises(UsageError, match='currency'):
-    command.read_prices(mine)
+def test_the_shipped_prices_cover_all_chips():
+  shipped = plan.read_prices(None)
+  assert set(shipped['per_chip_hour']) == set(chips.CHIPS) and 'check' in shipped['note']
 
 
-# -- the gate ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('changed, message', [
+    ({'per_chip_hour': {'v5e': {'ours': -1}}}, 'per_chip_hour.v5e.ours must be a number .* got -1'),
+    ({'per_chip_hour': {'v5e': 3}}, 'per_chip_hour.v5e must be a JSON object, got 3'),
+    ({'currency': None}, 'lacks currency; the format is that of t5lab/tools/planning/prices.json')])
+def test_invalid_prices(changed, message, tmp_path):
+  prices = {**plan.read_prices(None), **changed}
+  path = tmp_path / 'p.json'
+  path.write_text(json.dumps({key: value for key, value in prices.items() if value is not None}))
+  with pytest.raises(UsageError, match=message):
+    plan.read_prices(path)
 
 
-def setup(**plan):
+def test_a_check_prints_every_outcome_and_reports_the_first_failure(in_process, capsys):
+  with pytest.raises(UsageError, match=r'plan.max_hbm_gb=1e-06: the step needs .* largest: '):
+    check.main(['--config', str(ROOT / 'configs/quickstart.py'), '--topology', 'v5e:2x2', '--only',
+                'plan', '--json', '--config.plan.max_hbm_gb=1e-6'])
+  result = json.loads(capsys.readouterr().out)
+  assert result['topology'] == 'v5e:2x2'
+  assert {c['name']: c['ok'] for c in result['checks']} == {
+      'plan.max_hbm_gb=1e-06': False, 'no float32 matmul': True, 'donated buffers are reused': None,
+      'no full rematerialization': None, 'large state is split': True}
+
+
+# --- the budget checks -------------------------------------------------------------------------
+
+
+def planned_step(**budgets):
   c = config.base('tiny', dtype='bfloat16')
-  c.plan.update(plan)
+  c.plan.update(budgets)
   tensors = [memory.Tensor('params/w', (4, 4), 'float32', 3 * GIB, True),
              memory.Tensor('opt_state/0/v/w', (4, 4), 'float32', 4 * GIB, False)]
   return types.SimpleNamespace(config=c, tensors=tensors, model=config.model_config(c),
-                               topology=topology.parse('v5e:4x4'))
+                               topology=chips.parse('v5e:4x4'))
 
 
-def planned(total=9 * GIB, **more):
+def compiled_plan(total=9 * GIB, **more):
   kinds = {'parameters': 3 * GIB, 'optimizer': 4 * GIB, 'temporaries and activations': 2 * GIB}
   return {'source': 'compiler', 'spmd_warnings': [], 'not_aliased': [],
           'hbm': {'total': total, 'usable': 15.75 * GIB, 'kinds': kinds, 'state': 7 * GIB,
                   'donated': 7 * GIB}, **more}
 
 
-def test_the_budget_of_memory_names_what_takes_it():
-  assert gate.hbm(setup(), planned()).ok
-  over = gate.hbm(setup(max_hbm_gb=8.), planned())
+def test_the_memory_budget_names_the_largest_kinds_and_tensor():
+  assert gate.check_hbm(planned_step(), compiled_plan()).ok
+  over = gate.check_hbm(planned_step(max_hbm_gb=8.), compiled_plan())
   assert not over.ok and over.name == 'plan.max_hbm_gb=8'
   assert over.text == ('the step needs 9.00 GiB of 8.00: optimizer 4.00, parameters 3.00, '
                        'temporaries and activations 2.00; largest: opt_state/0/v/w float32[4,4] '
                        '4.00 GiB')
   big = [dict(bytes=5 * GIB, shape='f32[9]', where='step/mlp')]
-  assert 'f32[9] of step/mlp 5.00 GiB' in gate.hbm(
-      setup(max_hbm_gb=8.), planned(largest_buffers=big)).text
-  assert gate.hbm(setup(), planned(total=16 * GIB)).name == 'memory of v5e'
+  over = gate.check_hbm(planned_step(max_hbm_gb=8.), compiled_plan(largest_buffers=big))
+  assert 'f32[9] of step/mlp 5.00 GiB' in over.text
+  over = gate.check_hbm(planned_step(), compiled_plan(total=16 * GIB))
+  assert not over.ok and over.name == 'memory of v5e'
 
 
-def test_the_budget_of_collectives_names_the_kind_and_axis():
+def test_the_collective_budget_names_the_kind_and_axis():
   rows = [dict(kind='all-gather', where='fsdp', wire=2 * GIB, count=8),
           dict(kind='all-reduce', where='model', wire=GIB, count=2)]
-  plan = planned(collectives=rows, collective_bytes=3 * GIB)
-  assert gate.collective_bytes(setup(), plan) is None
-  assert gate.collective_bytes(setup(max_collective_gb=3.), plan).ok
-  over = gate.collective_bytes(setup(max_collective_gb=2.5), plan)
-  assert not over.ok and 'all-gather over fsdp, 2.00 GiB in 8' in over.text
+  result = compiled_plan(collectives=rows, collective_bytes=3 * GIB)
+  assert gate.check_collectives(planned_step(), result) is None
+  assert gate.check_collectives(planned_step(max_collective_gb=3.), result).ok
+  over = gate.check_collectives(planned_step(max_collective_gb=2.5), result)
+  assert not over.ok and over.name == 'plan.max_collective_gb=2.5'
+  assert over.text == ('a chip sends 3.00 GiB per step, most of it in 8 all-gather over fsdp: '
+                       '2.00 GiB')
 
 
-def test_buffers_warnings_and_replicated_state():
-  assert gate.aliased(setup(), planned()).ok
-  assert 'params/w' in gate.aliased(setup(), planned(not_aliased=['params/w'])).text
-  less = planned()
-  less['hbm']['donated'] = 6 * GIB
-  assert gate.aliased(setup(), less).ok is False
-  assert gate.partitioner(planned()).ok
-  warned = gate.partitioner(planned(spmd_warnings=['jit(f): gather']))
+def test_donated_buffers_and_partitioner_warnings():
+  assert gate.check_donation(compiled_plan()).ok
+  lost = gate.check_donation(compiled_plan(not_aliased=['params/w']))
+  assert lost.ok is False and lost.text == '1 are not: params/w'
+  partly = compiled_plan()
+  partly['hbm']['donated'] = 6 * GIB
+  assert gate.check_donation(partly).ok is False
+  assert gate.check_partitioner(compiled_plan()).ok
+  warned = gate.check_partitioner(compiled_plan(spmd_warnings=['jit(f): gather']))
   assert warned.ok is False and warned.text == 'jit(f): gather'
-  assert gate.partitioner(planned(spmd_warnings=None)).ok is None
-  s = setup()
-  s.config.rules = 'fsdp'
-  assert 'params/w float32[4,4]' in gate.replicated(s).text and not gate.replicated(s).ok
-  s.config.rules = 'dp'
-  assert gate.replicated(s).ok
+  assert gate.check_partitioner(compiled_plan(spmd_warnings=None)).ok is None
+
+
+@pytest.mark.parametrize('rules', sharding.RULES)
+def test_replicated_state_fails_under_rules_that_shard_parameters(rules):
+  step = planned_step()
+  step.config.rules = rules
+  result = gate.check_replication(step)
+  assert result.ok == (rules in ('dp', 'tp'))
+  expected = f'3.00 GiB whole on each chip, which rules={rules!r} intend'
+  if not result.ok:
+    expected = 'params/w float32[4,4], 3.00 GiB, is whole on every chip'
+  assert result.text == expected
 
 
 LOWERED = """HloModule jit_f
@@ -164,27 +208,29 @@ metadata={op_name="layers/attn/o/dot_general" stack_frame_id=2}
 
 
 def test_float32_products_are_named_with_their_line():
-  (found,) = float32.find(LOWERED)
-  assert str(found) == ('layers/mlp/wi_0/dot_general f32[2,3] x f32[3,4] '
-                        '(models/layers.py:65)')
-  assert float32.find(LOWERED, ('mlp/wi_0',)) == []
-  assert not gate.products(setup(), LOWERED).ok
-  assert gate.products(setup(float32=('wi_0',)), LOWERED).ok
+  (product,) = float32.unexpected_products(LOWERED)
+  assert str(product) == ('layers/mlp/wi_0/dot_general f32[2,3] x f32[3,4] '
+                          '(models/layers.py:65)')
+  assert float32.unexpected_products(LOWERED, ('mlp/wi_0',)) == []
+  assert gate.check_float32(planned_step(), LOWERED) == gate.BudgetCheck(
+      'no float32 matmul', False, str(product))
+  assert gate.check_float32(planned_step(float32=('wi_0',)), LOWERED).ok
 
 
 def test_every_family_multiplies_in_bfloat16():
-  """Of the real step, lowered for this machine: logits and routers alone are float32."""
-  from t5lab.programs import build as program
+  """In the real step, lowered for the CPU, only logits and routers are float32."""
+  from t5lab.programs import build
   def text(row, dtype):
     c = config.tiny(config.base(row))
     c.model.dtype = dtype
-    return program.build(c).lower().as_text(dialect='hlo', debug_info=True)
-  assert list(map(str, float32.find(text('switch/base', 'bfloat16')))) == []
-  named = [p for p in float32.find(text('tiny', 'float32')) if 'mlp/wi_0' in p.op_name]
-  assert named and all(p.where for p in named)
+    return build.program(c).lower().as_text(dialect='hlo', debug_info=True)
+  assert list(map(str, float32.unexpected_products(text('switch/base', 'bfloat16')))) == []
+  named = [product for product in float32.unexpected_products(text('tiny', 'float32'))
+           if 'mlp/wi_0' in product.op_name]
+  assert named and all(product.where for product in named)
 
 
-# -- the search ----------------------------------------------------------------------------------
+# --- the search --------------------------------------------------------------------------------
 
 
 def test_factorizations():
@@ -192,58 +238,63 @@ def test_factorizations():
   assert len(search.factorizations(16, 3)) == 15 and search.factorizations(3, 1) == [(3,)]
 
 
+def test_the_searched_axes_come_from_the_rules(monkeypatch):
+  assert {rules: search.searched_axes(rules) for rules in sharding.RULES} == {
+      'dp': (), 'fsdp': ('fsdp',), 'tp': ('model',), 'fsdp_tp': ('fsdp', 'model'),
+      'sp': ('fsdp', 'sequence'), 'ep': ('fsdp', 'expert')}
+  # new rules are searched without another entry
+  monkeypatch.setitem(sharding.RULES, 'new', {'embed': ('dcn_fsdp', 'sequence')})
+  tried = [rules for rules, _ in search.meshes(config.base('t5_1_1/base'), chips.parse('v5e:2x2'))]
+  assert search.searched_axes('new') == ('sequence',) and 'new' in tried
+
+
 def test_meshes_fill_the_slice_and_keep_slices_apart():
   c = config.base('t5_1_1/base')
-  found = list(search.meshes(c, topology.parse('v5e:4x4*2')))
-  for rules, mesh in found:
-    product = 1
-    for n in mesh.values():
-      product *= n
-    assert product == 32 and mesh['dcn_data'] == 2 and mesh.get('model', 1) <= 12
-    assert rules != 'ep' and all(mesh[axis] > 1 for axis in search.SPLITS[rules])
-  assert ('fsdp', {'dcn_data': 2, 'data': 1, 'fsdp': 16}) in found
+  meshes = list(search.meshes(c, chips.parse('v5e:4x4*2')))
+  for rules, mesh in meshes:
+    assert math.prod(mesh.values()) == 32 and mesh['dcn_data'] == 2 and mesh.get('model', 1) <= 12
+    assert rules != 'ep' and all(mesh[axis] > 1 for axis in search.searched_axes(rules))
+  assert ('fsdp', {'dcn_data': 2, 'data': 1, 'fsdp': 16}) in meshes
   c.model.experts = 8
-  assert any(rules == 'ep' for rules, _ in search.meshes(c, topology.parse('v5e:4x4')))
+  assert any(rules == 'ep' for rules, _ in search.meshes(c, chips.parse('v5e:4x4')))
 
 
-def test_what_fits_comes_first_then_what_is_fast():
+def test_fitting_plans_come_first_then_fast_ones():
   plans = [{'fits': False}, {'fits': True, 'step_seconds': 2.}, {'fits': False, 'step_seconds': 1.},
            {'fits': True, 'step_seconds': 1.5}]
   ranked = search.ranked([{'plan': p} for p in plans])
   assert [plans.index(row['plan']) for row in ranked] == [3, 1, 2, 0]
 
 
-def combination(seconds, mesh=(('data', 2),), remat='none', micro=1):
-  return seconds, 'dp', dict(mesh), remat, micro, None
+def candidate(seconds, remat='none', microbatches=1):
+  return search.Candidate(seconds, 'dp', {'data': 2}, remat, microbatches, None)
 
 
-def test_the_next_is_what_may_be_fastest_after_what_the_compiler_said():
-  a, b = combination(1.), combination(1.04, remat='full')
-  c, d = combination(1.02, micro=2), combination(1.05, remat='full', micro=2)
-  e, f = combination(1.03, remat='full', micro=4), combination(1., micro=4)
-  assert search._next([a, c, b, d], []) is a                       # the formula's best
-  # slower than hoped: what is new in most parts gets the benefit of the doubt, not the runner-up
-  assert search._next([a, c, b, d], [(a, 1.2)]) is d
-  # remat full was less slow than none: another combination with it, though the formula's second
-  assert search._next([a, d, f, e], [(a, 1.2), (d, 1.15)]) is e
-  assert search._next([a, d, f, e], [(a, 1.15), (d, 1.3)]) is f
-  assert search._next([a, b], [(a, None)]) is b                    # a does not fit
+def test_the_next_candidate_follows_from_the_results():
+  a, b = candidate(1.), candidate(1.04, 'full')
+  c, d = candidate(1.02, microbatches=2), candidate(1.05, 'full', 2)
+  e, f = candidate(1.03, 'full', 4), candidate(1., microbatches=4)
+  assert search._next_candidate([a, c, b, d], []) is a             # the formula's best
+  # a is slow: untried choices are assumed to be faster, so d is next and not the runner-up
+  assert search._next_candidate([a, c, b, d], [(a, 1.2)]) is d
+  # remat full was less slow than none: another candidate with it, the formula's second
+  assert search._next_candidate([a, d, f, e], [(a, 1.2), (d, 1.15)]) is e
+  assert search._next_candidate([a, d, f, e], [(a, 1.15), (d, 1.3)]) is f
+  assert search._next_candidate([a, b], [(a, None)]) is b          # a does not fit
 
 
-def test_the_search_ends_in_lines_that_can_be_pasted():
-  path = str(ROOT / 'configs/t5_1_1_base_c4.py')
-  done = t5lab('plan', '--config', path, '--search', '--json', '--finalists', '2',
-               '--topology', 'v5e:2x2')
-  assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
-  assert found['fitting'] > 0 and len(found['finalists']) == 2
-  [own] = [row for row in found['finalists'] if row['own']]        # compared with what it has
+def test_the_search_prints_lines_for_the_config(in_process, capsys):
+  assert plan.main(['--config', BASE, '--search', '--json', '--finalists', '2', '--topology',
+                    'v5e:2x2']) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert result['fitting'] > 0 and len(result['finalists']) == 2
+  [own] = [row for row in result['finalists'] if row['own']]       # the current config
   assert (own['rules'], own['remat'], own['microbatches']) == ('fsdp', 'full', 4)
   assert own['mesh'] == {'dcn_data': 1, 'data': 1, 'fsdp': 4}
-  first = found['finalists'][0]
-  overrides = dict(o.removeprefix('--config.').split('=') for o in found['best']['overrides'])
-  c = config.load(path, overrides)                    # they are read back
-  lines = found['best']['lines']
+  first = result['finalists'][0]
+  overrides = dict(o.removeprefix('--config.').split('=') for o in result['best']['overrides'])
+  c = config.load(BASE, overrides)
+  lines = result['best']['lines']
   assert (c.rules, c.model.remat, c.optim.microbatches) == (
       first['rules'], first['remat'], first['microbatches'])
   assert {axis: c.mesh[axis] for axis in first['mesh']} == first['mesh']

@@ -1,4 +1,4 @@
-"""With the real TPU compiler, without a TPU. Takes minutes: `make test-slow`, with libtpu."""
+"""The planner with the real TPU compiler, without a TPU: minutes, in `make test-slow`."""
 
 import json
 import os
@@ -8,16 +8,16 @@ import sys
 
 import pytest
 
-from t5lab.tools.planning import topology
+from t5lab.tools.planning import chips
 
 ROOT = pathlib.Path(__file__).parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    not topology.has_compiler(), reason="needs libtpu: pip install 't5lab[tpu]'")]
+    not chips.has_compiler(), reason="needs libtpu: pip install 't5lab[tpu]'")]
 
 
 def python(code, where='v5e:1x1', timeout=900):
-  """Runs code in a process of its own: the compiler's environment is set before jax starts."""
-  env = {**os.environ, **topology.environment(topology.parse(where)), 'PYTHONPATH': str(ROOT)}
+  """Runs code in a process of its own, because jax reads the compiler's environment only once."""
+  env = {**os.environ, **chips.environment(chips.parse(where)), 'PYTHONPATH': str(ROOT)}
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env,
                         timeout=timeout)
   assert done.returncode == 0, done.stderr[-2000:]
@@ -31,12 +31,12 @@ def t5lab(*argv, timeout=1500):
 
 CANARY = """
 import json, re, jax, jax.numpy as jnp, numpy as np
-from t5lab.tools.planning import hlo, topology
-d = topology.devices(topology.parse('{where}'))[:1]
+from t5lab.tools.planning import chips, hlo, hlo_costs
+d = chips.devices(chips.parse('{where}'))[:1]
 s = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(d), ('a',)), jax.sharding.PartitionSpec())
 x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=s)
 m = hlo.parse(jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text())
-flops = sum(hlo.product_flops(o, c) for o, c in hlo.products(m, m.entry))
+flops = sum(hlo_costs.product_flops(*p) for p in hlo_costs.matrix_products(m, m.entry))
 print(json.dumps([sum(op.cycles or 0 for op in m.entry.ops), flops]))
 """
 
@@ -44,19 +44,21 @@ print(json.dumps([sum(op.cycles or 0 for op in m.entry.ops), flops]))
 @pytest.mark.parametrize('where, cycles', [
     ('v5e:1x1', 9557312), ('v4:2x2x1', 4523672), ('v5p:2x2x1', 4652072), ('v6e:2x2', 2977840)])
 def test_the_calibration_still_holds(where, cycles):
-  """A matmul of 8192^3 costs what it cost under libtpu 0.0.42 [PERFORMANCE 1.6]; where this fails a
-  new libtpu counts otherwise, and plans of different versions must not be compared."""
-  found, flops = python(CANARY.replace('{where}', where), where)
-  assert found == cycles and flops == 2 * 8192 ** 3
-  chip = topology.parse(where).chip
-  assert 0.65 < flops / (found / chip.clock) / chip.peak < 0.98
+  """A matmul of 8192^3 costs the same as under libtpu 0.0.42.
+
+  If this fails, a new libtpu estimates differently, and plans of the two cannot be compared.
+  """
+  estimated, flops = python(CANARY.replace('{where}', where), where)
+  assert estimated == cycles and flops == 2 * 8192 ** 3
+  chip = chips.parse(where).chip
+  assert 0.65 < flops / (estimated / chip.clock) / chip.peak < 0.98
 
 
 WARNS = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from t5lab.tools.planning import compiling, topology
-mesh = jax.sharding.Mesh(np.array(topology.devices(topology.parse('v5e:2x2'))).reshape(2, 2),
+from t5lab.tools.planning import chips, compiling
+mesh = jax.sharding.Mesh(np.array(chips.devices(chips.parse('v5e:2x2'))).reshape(2, 2),
                          ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 def split(*parts):
   return NamedSharding(mesh, P(*parts))
@@ -67,15 +69,16 @@ def lower(fn, shape, *parts):
     return jax.jit(fn).lower(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split(*parts)))
 warned = compiling.compile_step(lambda: lower(f, (256, 64), ('a', 'b')))
 big = compiling.compile_step(lambda: lower(lambda x: jnp.sin(x), (2 ** 18, 2 ** 16)))
-print(json.dumps([warned.warnings, bool(warned.text), compiling.exceeded(big.unfit), big.largest]))
+needed = compiling.exceeded_memory(big.unfit)
+print(json.dumps([warned.warnings, bool(warned.text), needed, big.largest]))
 """
 
 
-def test_what_the_compiler_says_is_heard():
+def test_warnings_and_memory_reports_of_the_compiler():
   warnings, text, (needed, available), largest = python(WARNS, 'v5e:2x2')
   assert text and warnings == ['jit(f)/reshape: f32[1,64,64] reshape, from {devices=[4,1,1]<=[4]} '
                                'to {devices=[1,2,2]<=[4]}']
-  assert needed == 128 * 2 ** 30 and available == topology.CHIPS['v5e'].usable
+  assert needed == 128 * 2 ** 30 and available == chips.CHIPS['v5e'].usable
   assert largest[0] == [64 * 2 ** 30, 'f32[262144,65536]']
 
 
@@ -90,13 +93,14 @@ def small(*more):
     ('v5e:2x2', []), ('v5p:2x2x1', ['--config.rules=tp', '--config.mesh.fsdp=1',
                                     '--config.mesh.model=4']),
     ('v5e:2x2*2', ['--config.mesh.dcn_data=2'])])
-def test_a_small_step_is_planned_and_kept(tmp_path, monkeypatch, where, more):
+def test_a_small_step_is_planned_and_cached(tmp_path, monkeypatch, where, more):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   done = t5lab('plan', *small('--topology', where, '--json', *more))
   assert done.returncode == 0, done.stderr
   plan = json.loads(done.stdout)
   assert plan['source'] == 'compiler' and plan['fits'] and not plan['cached']
-  # two layers each way: nothing is recomputed but layers, and half of causal scores is waste
+  # Two layers each in encoder and decoder: only layers are recomputed, and half of the causal
+  # scores is waste.
   assert 1.05 < plan['flops_ratio'] < 1.45
   assert plan['not_aliased'] == [] and plan['unknown_loops'] == []
   assert plan['hbm']['donated'] >= plan['hbm']['state'] * 0.999
@@ -109,7 +113,7 @@ def test_a_small_step_is_planned_and_kept(tmp_path, monkeypatch, where, more):
 
 
 def test_no_product_is_computed_twice(tmp_path, monkeypatch):
-  """Where nothing is recomputed; collective matmuls do (program.TPU_OPTIONS)."""
+  """Collective matmuls would compute products twice: see TPU_OPTIONS in programs/build.py."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   done = t5lab('plan', '--config', str(ROOT / 'configs/t5_1_1_base_c4.py'), '--json',
                '--topology', 'v5e:4x4', '--config.model.remat=dots', '--config.model.enc_layers=2',
@@ -118,7 +122,7 @@ def test_no_product_is_computed_twice(tmp_path, monkeypatch):
   assert json.loads(done.stdout)['flops_ratio'] < 1.1, done.stderr
 
 
-def test_a_step_that_does_not_fit_says_what_takes_the_memory(tmp_path, monkeypatch):
+def test_a_step_that_does_not_fit_names_the_largest_buffer(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   more = ['--topology', 'v5e:1x1', '--config.data.batch_size=4096', '--config.mesh.fsdp=1',
           '--config.rules=dp', '--config.model.remat=none', '--config.model.n_heads=8']

@@ -1,4 +1,4 @@
-"""Model FLOPs, memory and network by numbers known from elsewhere or counted by hand."""
+"""Model FLOPs, memory and network against published or hand-counted numbers; the plan's cache."""
 
 import dataclasses
 
@@ -10,7 +10,8 @@ import pytest
 
 from t5lab.errors import UsageError
 from t5lab.models import families
-from t5lab.tools.planning import collectives, compiling, flops, hlo, memory, topology
+from t5lab.tools.planning import chips, collectives, compiling, flops, hlo, memory
+from t5lab.tools.planning.collectives import Collective
 
 GIB = 2 ** 30
 
@@ -20,11 +21,11 @@ def model(name, **changes):
   return families.TransformerConfig(**fields)
 
 
-@pytest.mark.parametrize('name, gigaflops', [     # PERFORMANCE 1.3, training a row of 512 + 114
+@pytest.mark.parametrize('name, gigaflops', [     # training a row of 512 + 114
     ('t5_1_0/small', 106), ('t5_1_0/base', 425), ('t5_1_0/large', 1442), ('t5_1_0/3b', 5702),
     ('t5_1_0/11b', 22739), ('t5_1_1/base', 425), ('t5_1_1/xl', 5342), ('t5_1_1/xxl', 20893)])
 def test_model_flops_of_t5(name, gigaflops):
-  assert flops.of_row(model(name), 512, 114).train / 1e9 == pytest.approx(gigaflops, abs=0.5)
+  assert flops.row_flops(model(name), 512, 114).train / 1e9 == pytest.approx(gigaflops, abs=0.5)
 
 
 def test_model_flops_by_hand():
@@ -33,7 +34,7 @@ def test_model_flops_by_hand():
             dec_layers=1)
   weights = 2 * 10 * (2 * 8 * 16 + 2 * 8 * 8 + 3 * 8 * 16)
   scores = 4 * 16 * 10 * 10 / 2
-  row = flops.of_row(m, 0, 10)
+  row = flops.row_flops(m, 0, 10)
   head = 2 * 8 * 32 * 10
   assert (row.forward, row.attention, row.tokens) == (weights + scores + head, scores, 10)
   assert row.train == 3 * row.forward
@@ -41,48 +42,49 @@ def test_model_flops_by_hand():
   m = model('bert/base', d_model=8, d_ff=16, n_heads=2, d_head=4, enc_layers=1, vocab_size=32,
             nsp=False)
   layers = 2 * 6 * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 8 * 6 * 6
-  assert flops.of_row(m, 6, 0).forward == layers + 6 * (2 * 8 * 32 + 2 * 8 * 8)
+  assert flops.row_flops(m, 6, 0).forward == layers + 6 * (2 * 8 * 32 + 2 * 8 * 8)
 
 
-def test_model_flops_of_experts_are_those_that_a_token_meets():
+def test_only_the_experts_of_a_token_count():
   dense = model('t5_1_1/base')
   for top_k in (1, 2):
     sparse = dataclasses.replace(dense, experts=32, expert_top_k=top_k, moe_every=2)
-    more = flops.of_row(sparse, 512, 114).layers - flops.of_row(dense, 512, 114).layers
+    more = flops.row_flops(sparse, 512, 114).layers - flops.row_flops(dense, 512, 114).layers
     router = 2 * (512 + 114) * 6 * 768 * 32
     experts = 2 * (512 + 114) * 6 * (top_k - 1) * 3 * 768 * 2048
     assert more == router + experts
 
 
 def test_recomputation():
-  row = flops.of_row(model('t5_1_1/base'), 512, 114)
+  row = flops.row_flops(model('t5_1_1/base'), 512, 114)
   assert row.executed('none', False) == row.train
   assert row.executed('full', False) == row.train + row.layers
   assert row.executed('full', True) == row.train + row.forward
   assert row.executed('dots', False) == row.train + row.attention
 
 
-def test_local_attention_meets_few_keys():
+def test_local_attention_has_few_keys():
   m = model('longt5_local/base')
-  assert flops.keys_met(m, 4096) == 255 and flops.keys_met(m, 100) == 100
-  assert flops.keys_met(model('longt5_tglobal/base'), 4096) == 255 + 4096 // 16
+  assert flops.keys_per_query(m, 4096) == 255 and flops.keys_per_query(m, 100) == 100
+  assert flops.keys_per_query(model('longt5_tglobal/base'), 4096) == 255 + 4096 // 16
 
 
-# -- memory --------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------
 
 
-def test_bytes_of_a_device_and_what_is_whole_on_each():
+def test_bytes_on_a_device_and_replicated_tensors():
   mesh = AbstractMesh((4, 2), ('fsdp', 'model'), axis_types=(AxisType.Auto,) * 2)
   leaf = lambda shape, spec, dtype=jnp.float32: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, spec))
-  found = memory.tensors(
+  leaves = memory.tensors(
       params={'w': leaf((4096, 8192), P('fsdp', 'model')), 'v': leaf((8192, 4096), P())},
       batch={'tokens': leaf((64, 10), P('fsdp'), jnp.int32)})
-  assert memory.by_kind(found) == {'parameters': 4096 * 8192 * 4 // 8 + 8192 * 4096 * 4,
-                                   'batch': 16 * 10 * 4}
-  (whole,) = memory.replicated(found)
+  assert memory.bytes_by_kind(leaves) == {'parameters': 4096 * 8192 * 4 // 8 + 8192 * 4096 * 4,
+                                          'batch': 16 * 10 * 4}
+  assert memory.elements(leaves, 'params') == 2 * 4096 * 8192
+  (whole,) = memory.large_replicated(leaves)
   assert str(whole) == 'params/v float32[8192,4096]' and whole.bytes == 128 * 2 ** 20
-  assert memory.replicated(found, limit=128 * 2 ** 20) == []
+  assert memory.large_replicated(leaves, limit=128 * 2 ** 20) == []
 
 
 def donated(header):
@@ -110,23 +112,23 @@ def test_activations_by_hand():
   m = model('t5_1_0/small', d_model=8, d_ff=16, n_heads=2, d_head=4, enc_layers=1, dec_layers=0,
             vocab_size=32, dtype='bfloat16', remat='full')
   one = memory.Shards()
-  full = memory.activations(m, 3, 10, 0, one, 1)
+  full = memory.activation_bytes(m, 3, 10, 0, one, 1)
   assert full['saved'] == 3 * 10 * 8 * 2
   assert full['logits'] == 3 * 10 * 32 * 4 * 2
-  dots = memory.activations(dataclasses.replace(m, remat='dots'), 3, 10, 0, one, 1)
+  dots = memory.activation_bytes(dataclasses.replace(m, remat='dots'), 3, 10, 0, one, 1)
   assert dots['saved'] == 3 * 10 * (8 + 8 + 2 * 8 + 2 * 8 + 16) * 2
-  none = memory.activations(dataclasses.replace(m, remat='none'), 3, 10, 0, one, 1)
+  none = memory.activation_bytes(dataclasses.replace(m, remat='none'), 3, 10, 0, one, 1)
   scores = 3 * 2 * 10 * 10 * (2 + 8)
   assert none['saved'] == dots['saved'] + 3 * 10 * (3 * 8 + 2 * 16) * 2 + scores
   assert none['layer'] == 0
-  split = memory.activations(m, 4, 10, 0, memory.Shards(batch=4, length=2), 2)
+  split = memory.activation_bytes(m, 4, 10, 0, memory.Shards(batch=4, length=2), 2)
   assert split['saved'] == 10 / 2 * 8 * 2 and split['logits'] == 10 / 2 * 32 * 8 / 2
 
 
-# -- what the compiler says ----------------------------------------------------------------------
+# --- messages of the compiler ------------------------------------------------------------------
 
-REFUSAL = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
-           'temporaries (192.00G) exceeds available HBM (30.75G).')
+REJECTION = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+             'temporaries (192.00G) exceeds available HBM (30.75G).')
 REPORT = """E1128 11:53:12.949038 compiler.cc:3781] XLA:TPU compile permanent error. Ran out of \
 memory in memory space hbm. Used 192.00G of 30.75G hbm. Exceeded hbm capacity by 161.25G.
 
@@ -143,85 +145,141 @@ stack_frame_id=2}. As the last resort, SPMD will replicate the tensor and then p
 """
 
 
-def test_a_refusal_says_how_much_and_what():
-  assert compiling.exceeded(REFUSAL) == (192 * GIB, 30.75 * GIB)
-  assert compiling.exceeded(REPORT) == (192 * GIB, 30.75 * GIB)
-  assert compiling.exceeded('INTERNAL: something') is None
-  assert compiling.buffers(REPORT) == [(64 * GIB, 'f32[262144,65536]'), (GIB / 2, 'f32[64,64]')]
+def test_needed_memory_and_largest_buffers_of_a_rejected_program():
+  assert compiling.exceeded_memory(REJECTION) == (192 * GIB, 30.75 * GIB)
+  assert compiling.exceeded_memory(REPORT) == (192 * GIB, 30.75 * GIB)
+  assert compiling.exceeded_memory('INTERNAL: something') is None
+  assert compiling.reported_buffers(REPORT) == [
+      (64 * GIB, 'f32[262144,65536]'), (GIB / 2, 'f32[64,64]')]
 
 
 def test_the_partitioners_warning_names_the_operation_once():
-  assert compiling.warnings(WARNING * 2 + 'W other\n') == [
+  assert compiling.spmd_warnings(WARNING * 2 + 'W other\n') == [
       'jit(h)/reshape: f32[1,64,64] reshape, from {devices=[4,1,1]<=[4]} to '
       '{devices=[1,2,2]<=[4]}']
 
 
-def test_what_is_kept_is_read_back_and_a_torn_file_is_not(tmp_path, monkeypatch):
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def test_a_cached_result_is_read_and_a_damaged_file_is_not(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  kept = compiling.Compiled('text', {'temp': 3}, ['w'], 1.5)
-  compiling.write('x', kept)
-  assert compiling.read('x') == dataclasses.replace(kept, cached=True, largest=[])
+  compiled = compiling.Compiled('text', {'temp': 3}, ['w'], 1.5)
+  compiling.write_cache('x', compiled)
+  assert compiling.read_cache('x') == dataclasses.replace(compiled, cached=True, largest=[])
   (path,) = (tmp_path / 't5lab/plan').iterdir()
+  assert path.name == 'x.json.gz'
   path.write_bytes(path.read_bytes()[:-9])
-  assert compiling.read('x') is None and compiling.read('y') is None
+  assert compiling.read_cache('x') is None and compiling.read_cache('y') is None
 
 
-def test_the_key_follows_what_decides_the_program():
-  slice_ = topology.parse('v5e:4x4')
+def test_a_cache_that_cannot_be_written_is_skipped(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  (tmp_path / 't5lab').write_text('a file where the folder would be')
+  compiling.write_cache('x', compiling.Compiled('text', {}, [], 1.))
+  assert compiling.read_cache('x') is None
+
+
+def test_the_key_depends_on_code_config_step_and_slice(monkeypatch):
+  slice_ = chips.parse('v5e:4x4')
   base = {'model': {'d': 1}, 'eval': {'n': 1}, 'total_steps': 5}
-  key = lambda c, where=slice_, what='train': compiling.key(c, where, what)
+  key = lambda c, where=slice_, step='train': compiling.cache_key(c, where, step)
   assert key(base) == key({**base, 'total_steps': 6, 'eval': {'n': 2}})
-  others = [key({**base, 'model': {'d': 2}}), key(base, topology.parse('v5e:4x8')),
-            key(base, what='decode'), key({**base, 'eval': {'n': 2}}, what='decode')]
-  assert len({key(base), *others}) == 5
+  keys = [key(base), key({**base, 'model': {'d': 2}}), key(base, chips.parse('v5e:4x8')),
+          key(base, step='decode'), key({**base, 'eval': {'n': 2}}, step='decode')]
+  monkeypatch.setattr(compiling, 'code_digest', lambda: 'other code')
+  assert len({*keys, key(base)}) == 6
 
 
-# -- slices --------------------------------------------------------------------------------------
+@pytest.fixture
+def package(tmp_path):
+  """A package whose module a imports b.c inside a function, which imports d."""
+  root = tmp_path / 'pkg'
+  (root / 'b').mkdir(parents=True)
+  sources = {'__init__': 'import pkg.unused', 'unused': '', 'b/__init__': '', 'd': 'X = 1',
+             'a': 'import os\ndef f():\n  from pkg.b import c', 'b/c': 'from pkg.d import X'}
+  for name, text in sources.items():
+    (root / f'{name}.py').write_text(text)
+  return root
+
+
+def test_the_digest_covers_all_imported_modules(package):
+  relative = lambda: [str(path.relative_to(package))
+                      for path in compiling.source_files(('pkg.a',), package)]
+  assert relative() == ['a.py', 'b/__init__.py', 'b/c.py', 'd.py']
+
+  # A change of an indirectly imported module changes the digest, one of another module does not.
+  digest = lambda: compiling.code_digest.__wrapped__(('pkg.a',), package)
+  before = digest()
+  (package / 'unused.py').write_text('X = 2')
+  assert digest() == before
+  (package / 'd.py').write_text('X = 2')
+  assert digest() != before
+
+
+@pytest.mark.parametrize('module', ['pkg.gone', 'pkg.b.gone'])
+def test_a_module_without_a_file_is_an_error(package, module):
+  (package / 'd.py').write_text(f'import {module}')
+  with pytest.raises(FileNotFoundError, match=f'the module {module} has no file'):
+    compiling.source_files(('pkg.a',), package)
+
+
+def test_the_key_covers_the_step():
+  covered = {str(path.relative_to(compiling.PACKAGE))
+             for path in compiling.source_files(compiling.PROGRAMS)}
+  assert covered >= {'config.py', 'trees.py', 'models/transformer.py', 'models/layers.py',
+                     'models/moe.py', 'training/steps.py', 'training/losses.py',
+                     'training/optim.py', 'training/guards.py', 'parallel/sharding.py',
+                     'data/batches/features.py', 'programs/build.py', 'programs/loading.py',
+                     'models/cache.py', 'tools/planning/decode.py'}
+
+
+# --- slices ------------------------------------------------------------------------------------
 
 
 def test_topologies():
-  t = topology.parse('v5e:16x16*2')
+  t = chips.parse('v5e:16x16*2')
   assert (t.chips, t.slices, t.name) == (512, 2, 'v5e:16x16*2')
-  assert topology.parse('v5p:2x2x4').chips == 16
-  assert topology.environment(topology.parse('v4:2x2x2'))['TPU_ACCELERATOR_TYPE'] == 'v4-16'
-  closed = lambda text: [topology.parse(text).closed(i) for i in range(len(
-      topology.parse(text).shape))]
-  assert closed('v5e:8x16') == [False, True] and closed('v5p:4x4x8') == [True] * 3
-  assert closed('v4:2x2x4') == [False] * 3
+  assert chips.parse('v5p:2x2x4').chips == 16
+  assert chips.environment(chips.parse('v4:2x2x2'))['TPU_ACCELERATOR_TYPE'] == 'v4-16'
 
 
-@pytest.mark.parametrize('text, said', [
-    ('v5e', 'the sizes of a slice'), ('v5x:4x4', "no chip 'v5x'. Did you mean"),
-    ('v5e:2x2x2', '2 sizes, as v5e:4x4'), ('v5p:4x4', '3 sizes'), ('v5e:32x16', 'a pod of v5e'),
-    ('v5e:0x4', '2 sizes')])
-def test_a_slice_that_is_none(text, said):
-  with pytest.raises(UsageError, match=said):
-    topology.parse(text)
+@pytest.mark.parametrize('name, rings', [
+    ('v5e:8x16', [False, True]), ('v5p:4x4x8', [True] * 3), ('v4:2x2x4', [False] * 3)])
+def test_rings(name, rings):
+  t = chips.parse(name)
+  assert [t.is_ring(axis) for axis in range(len(t.shape))] == rings
 
 
-def made(kind, axes, group, size):
-  return collectives.Collective(kind, axes, group, size, 'sync', '', None)
+@pytest.mark.parametrize('text, message', [
+    ('v5e', "'v5e' must be a chip, the shape"), ('v5x:4x4', "chip 'v5x' is unknown. Did you mean"),
+    ('v5e:2x2x2', 'has 2 sizes, e.g. v5e:4x4'), ('v5p:4x4', 'has 3 sizes, e.g. v5p:2x2x2'),
+    ('v5e:32x16', r'a pod of v5e has 16x16 chips; .* v5e:16x16\*2'), ('v5e:0x4', '2 sizes')])
+def test_an_invalid_slice(text, message):
+  with pytest.raises(UsageError, match=message):
+    chips.parse(text)
 
 
 def test_ring_formulas():
-  assert made('all-gather', ('a',), 4, 100.).wire == 75
-  assert made('reduce-scatter', ('a',), 4, 100.).wire == 75
-  assert made('all-reduce', ('a',), 4, 100.).wire == 150
-  assert made('collective-permute', ('a',), 2, 100.).wire == 100
+  assert Collective('all-gather', ('a',), 4, 100.).wire == 75
+  assert Collective('reduce-scatter', ('a',), 4, 100.).wire == 75
+  assert Collective('all-reduce', ('a',), 4, 100.).wire == 150
+  assert Collective('collective-permute', ('a',), 2, 100.).wire == 100
 
 
 def test_bandwidth_of_rings_lines_and_slices():
-  pod = topology.parse('v5e:16x16')
+  pod = chips.parse('v5e:16x16')
   ring = collectives.Network(pod, {'data': 16, 'fsdp': 16}, {'data': (0,), 'fsdp': (1,)})
   assert ring.bandwidth(('data',)) == 9e10 and ring.bandwidth(('data', 'fsdp')) == 18e10
-  part = collectives.Network(pod, {'data': 64, 'model': 4}, {'data': (0, 1), 'model': (1,)})
-  assert part.bandwidth(('model',)) == 4.5e10        # 4 of 16 in a row are no ring
-  big = made('all-gather', ('data',), 16, 16e9)
+  line = collectives.Network(pod, {'data': 64, 'model': 4}, {'data': (0, 1), 'model': (1,)})
+  assert line.bandwidth(('model',)) == 4.5e10        # 4 neighbours of 16 are a line
+  big = Collective('all-gather', ('data',), 16, 16e9)
   assert ring.seconds(big) == pytest.approx(15e9 / 9e10)
-  small = made('all-gather', ('data',), 16, 16.)
-  assert ring.seconds(small) == 15 * topology.HOP / 2
-  far = collectives.Network(topology.parse('v5e:4x4*2'), {'dcn_data': 2, 'fsdp': 16})
-  both = made('all-reduce', ('dcn_data', 'fsdp'), 32, 32e9)
+  small = Collective('all-gather', ('data',), 16, 16.)
+  assert ring.seconds(small) == 15 * chips.HOP / 2
+  far = collectives.Network(chips.parse('v5e:4x4*2'), {'dcn_data': 2, 'fsdp': 16})
+  both = Collective('all-reduce', ('dcn_data', 'fsdp'), 32, 32e9)
   near = 2 * 32e9 * 15 / 16 / 9e10
   assert far.seconds(both) == pytest.approx(near + 2 * 2e9 / 2 / 3.125e9, rel=1e-3)
-  assert far.crosses_slices(both) and not far.crosses_slices(made('all-gather', ('fsdp',), 16, 1.))
+  assert far.crosses_slices(both) and not far.crosses_slices(
+      Collective('all-gather', ('fsdp',), 16, 1.))

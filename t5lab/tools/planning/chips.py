@@ -1,7 +1,7 @@
-"""TPU slices: the numbers of the chips, and their devices described by the real compiler.
+"""TPU chips: their speeds and sizes, and described devices for ahead-of-time compilation.
 
-`Topology` is arithmetic and needs nothing. `devices` needs libtpu (the [tpu] extra), which then
-describes chips that are not here, for programs to be compiled ahead of time.
+`Topology` is arithmetic. `devices` needs libtpu (the [tpu] extra), which describes chips that this
+machine does not have.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ GIB = 2 ** 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip has. Bandwidths in bytes a second, memory in bytes.
+  """One chip. Bandwidths in bytes a second, memory in bytes.
 
-  ici: of one physical axis, both ways together. dcn: a chip's share of its host's network.
-  usable: what the compiler leaves to a program; the rest is the runtime's.
+  ici: of one physical axis, both directions together. dcn: a chip's share of its host's network.
+  usable: the memory that the compiler gives to a program; the runtime has the rest.
   ring: the length from which an axis of a slice is closed to a ring.
   """
   name: str
@@ -35,70 +35,73 @@ class Chip:
   ring: int
 
 
-# Peaks, memory, bandwidths of HBM and ICI: the JAX scaling book, tpus.md (v4 v5e v5p as in
-# PERFORMANCE 1.3), and cloud.google.com/tpu/docs/v6e. Clock: peak / (2 * multipliers), v5e 4 units
-# of 128 x 128, v4 and v5p 8, v6e 4 of 256 x 256. DCN: 25 GB/s a host of 4 (v4, v5p) or 8 chips
-# (v5e), v6e 25.6 Tbit/s for 256 chips. Usable: what libtpu 0.0.42 says when a program exceeds it.
+# Peaks, memory, bandwidths of HBM and ICI: the JAX scaling book, tpus.md (v4, v5e, v5p), and
+# cloud.google.com/tpu/docs/v6e. Clock: peak / (2 * multipliers), v5e 4 units of 128 x 128, v4 and
+# v5p 8, v6e 4 of 256 x 256. DCN: 25 GB/s a host of 4 (v4, v5p) or 8 chips (v5e), v6e 25.6 Tbit/s
+# for 256 chips. Usable: the limit that libtpu 0.0.42 reports.
 CHIPS = {chip.name: chip for chip in (
     Chip('v4', 1.05e9, 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 9e10, 6.25e9, ring=4),
     Chip('v5e', 1.503e9, 197e12, 16 * GIB, 15.75 * GIB, 8.1e11, 9e10, 3.125e9, ring=16),
     Chip('v5p', 1.75e9, 459e12, 96 * GIB, 95.74 * GIB, 2.8e12, 1.8e11, 6.25e9, ring=4),
     Chip('v6e', 1.75e9, 918e12, 32 * GIB, 31.25 * GIB, 1.6e12, 1.8e11, 1.25e10, ring=16),
 )}
-HOP = 1e-6                     # seconds a collective needs for each step around its ring, at least
+HOP = 1e-6                     # the least seconds of one step of a collective around its ring
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology(topologies.Machine):
-  """Slices with the numbers of their chips."""
+  """Slices together with the speeds of their chips."""
 
   @property
   def chip(self) -> Chip:
     return CHIPS[self.kind]
 
-  def closed(self, axis: int) -> bool:
-    """Whether the slice's physical axis is a ring: v5e and v6e at 16; v4 and v5p, whose optical
-    links join cubes of 4, where every axis is a multiple of 4."""
+  def is_ring(self, axis: int) -> bool:
+    """True if the slice's physical axis is closed to a ring.
+
+    On v5e and v6e an axis of 16 is. v4 and v5p join cubes of 4 by optical links: all axes are rings
+    if each is a multiple of 4.
+    """
     if len(self.shape) == 2:
       return self.shape[axis] >= self.chip.ring
     return all(n % self.chip.ring == 0 for n in self.shape)
 
 
 def parse(text: str) -> Topology:
-  """'v5e:4x4', 'v5p:2x2x2', 'v5e:16x16*2' (two slices)."""
+  """Parses 'v5e:4x4', 'v5p:2x2x2' or 'v5e:16x16*2' (two slices)."""
   return topologies.parse(text, Topology)
 
 
 def versions() -> dict[str, str]:
-  """Of what decides the compiled program. '' for libtpu where it is missing."""
-  found = {}
+  """Versions of the packages that determine the compiled program; '' if libtpu is missing."""
+  versions = {}
   for name in ('jax', 'jaxlib', 'flax', 'optax', 'libtpu'):
     try:
-      found[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = ''
-  return found
+      versions[name] = ''
+  return versions
 
 
 def has_compiler() -> bool:
-  """Whether libtpu is here. T5LAB_NO_LIBTPU=1 hides it, to see what a machine without it sees."""
+  """True if libtpu is installed and T5LAB_NO_LIBTPU=1 does not hide it."""
   return (os.environ.get('T5LAB_NO_LIBTPU') != '1'
           and importlib.util.find_spec('libtpu') is not None)
 
 
 def environment(topology: Topology) -> dict[str, str]:
-  """What the process that compiles needs set, before it touches jax."""
+  """Environment variables that a planning process has to set before jax starts."""
   virtual = {} if has_compiler() else {
       'XLA_FLAGS': ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_'
                              f'device_count={topology.chips}']).strip()}
   return {
       **virtual,
       'JAX_PLATFORMS': 'cpu',
-      'TPU_SKIP_MDS_QUERY': '1',                     # asks no metadata server
+      'TPU_SKIP_MDS_QUERY': '1',                     # do not query the metadata server
       'TPU_ACCELERATOR_TYPE': topology.accelerator,
       'TPU_WORKER_HOSTNAMES': 'localhost',
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',             # two plans at a time share libtpu's lock file
-      # the partitioner's warnings are to be counted: libtpu writes them to stderr only if told so
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',             # two planners may run at the same time
+      # We read the partitioner's warnings, which libtpu prints only at this log level.
       'TF_CPP_MIN_LOG_LEVEL': '1', 'TPU_MIN_LOG_LEVEL': '1', 'TPU_STDERR_LOG_LEVEL': '1',
       'TPU_LOG_DIR': 'disabled',
   }
@@ -106,7 +109,7 @@ def environment(topology: Topology) -> dict[str, str]:
 
 @functools.lru_cache
 def devices(topology: Topology) -> tuple:
-  """The slice's devices, described; UsageError for a shape that there is not."""
+  """The described devices of a slice; UsageError for a shape that does not exist."""
   from jax.experimental.topologies import get_topology_desc
   options = {}
   if topology.kind == 'v4':
@@ -117,8 +120,7 @@ def devices(topology: Topology) -> tuple:
     options['chips_per_host_bounds'] = (1, 1, 1)
   name = f'{topology.kind}:{topology.topology}'
   try:
-    found = get_topology_desc(name, platform='tpu', **options).devices
+    return tuple(get_topology_desc(name, platform='tpu', **options).devices)
   except Exception as e:                             # jaxlib's own class is not public
-    raise UsageError(f'--topology {topology.name}: the TPU compiler knows no such slice '
+    raise UsageError(f'--topology {topology.name}: the TPU compiler does not know this slice '
                      f'({" ".join(str(e).split())[:160]})') from e
-  return tuple(found)

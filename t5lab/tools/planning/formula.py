@@ -1,0 +1,153 @@
+"""The analytic estimate of memory and time, for machines without a TPU compiler."""
+
+import dataclasses
+import math
+
+from t5lab.parallel import sharding
+from t5lab.tools.planning import collectives, flops, memory
+from t5lab.tools.planning.planned_step import PlannedStep
+from t5lab.tools.planning.timeline import Traffic
+
+# EFFICIENCY: the fraction of the peak that matrix products reach. SCORE_BYTES: bytes to and from
+# HBM per element of attention scores, forward and backward, everything but products included.
+# HIDING: the fraction of compute that can hide gathers. Fitted to estimates of libtpu 0.0.42 for T5
+# 1.1 base on v5e:4x4 (ms of compute; the same remat in more microbatches is up to 13 % faster):
+# none 1319 (x8), dots 1390 (x2) and 1282 (x4), full 1356 (x1) and 1182 (x4); and of XXL on
+# v5e:16x16, full 1753.
+EFFICIENCY = 0.95
+SCORE_BYTES = {'none': 135., 'dots': 137., 'full': 117.}
+HIDING = 0.8
+
+
+def estimate(step: PlannedStep) -> dict:
+  """The fields of a plan that the compiler would provide."""
+  chip = step.topology.chip
+  rules, mesh = sharding.rule_set(step.config.rules), step.mesh.shape
+  shards = memory.Shards(batch=sharding.batch_devices(step.mesh),
+                         length=sharding.num_shards(mesh, rules.get('length')),
+                         model=sharding.num_shards(mesh, rules.get('act_heads')))
+  kinds = memory.bytes_by_kind(step.tensors)
+  if step.decodes:
+    logits = step.rows / shards.batch * step.model.vocab_size / shards.model * 8
+    temporaries = {'logits': logits}
+    seconds = max(sum(kinds.values()) / chip.hbm_bandwidth, step.chip_flops / chip.peak)
+    times = {'step_seconds': seconds, 'compute_seconds': seconds, 'exposed_seconds': 0.,
+             'limiting': 'HBM bandwidth'}
+    traffic = []
+  else:
+    temporaries = _temporaries(step, shards)
+    times, traffic = _times(step, shards)
+    seconds = times['step_seconds']
+  total = sum(kinds.values()) + sum(temporaries.values())
+  return {
+      'hbm': {'capacity': chip.hbm, 'usable': chip.usable, 'total': total,
+              'headroom': chip.usable - total,
+              'kinds': {**kinds, 'temporaries and activations': sum(temporaries.values())},
+              'of_temporaries': temporaries},
+      **times,
+      'mfu': step.chip_flops / (seconds * chip.peak),
+      'tokens_per_second_chip': step.tokens / step.topology.chips / seconds,
+      'collectives': [dataclasses.asdict(t) for t in traffic],
+      'collective_bytes': sum(t.wire for t in traffic),
+      'fsdp_minimum': fsdp_minimum(step),
+      'assumptions': _assumptions(step),
+  }
+
+
+def fsdp_minimum(step: PlannedStep) -> float:
+  """Bytes that a device must send if parameters are sharded: 6 per parameter and microbatch.
+
+  A parameter is gathered twice in bfloat16 and its gradient is scattered once. A model axis divides
+  them.
+  """
+  if step.decodes:
+    return 0.
+  rules, mesh = sharding.rule_set(step.config.rules), step.mesh.shape
+  shards = sharding.num_shards(mesh, rules.get('embed'))
+  model_shards = sharding.num_shards(mesh, rules.get('mlp'))
+  sent = 6. * memory.elements(step.tensors, 'params') * step.config.optim.microbatches
+  return sent * (shards - 1) / shards / model_shards
+
+
+def _temporaries(step: PlannedStep, shards: memory.Shards) -> dict[str, float]:
+  c = step.config
+  micro = c.optim.microbatches
+  activations = memory.activation_bytes(step.model, step.rows // micro, step.enc, step.dec, shards,
+                                        c.loss.chunks)
+  params = sum(t.bytes for t in step.tensors if t.path.startswith('params/'))
+  return {'saved for the backward pass': activations['saved'],
+          'a layer or the logits': max(activations['layer'], activations['logits']),
+          'gradients': params * (2 if micro > 1 else 1)}
+
+
+def _times(step: PlannedStep, shards: memory.Shards) -> tuple[dict, list[Traffic]]:
+  """Seconds of a train step, and its collectives."""
+  chip, c, m = step.topology.chip, step.config, step.model
+  micro = c.optim.microbatches
+
+  # compute
+  row = flops.row_flops(m, step.enc, step.dec)
+  executed = row.executed(m.remat, c.loss.chunks > 1) * step.rows / step.topology.chips
+  enc_keys = flops.keys_per_query(m, step.enc)
+  dec_keys = step.dec + step.enc * bool(m.enc_layers)
+  scores_per_head = m.enc_layers * step.enc * enc_keys + m.dec_layers * step.dec * dec_keys
+  scores = step.rows * m.n_heads * scores_per_head / step.topology.chips
+  compute = executed / (EFFICIENCY * chip.peak) + scores * SCORE_BYTES[m.remat] / chip.hbm_bandwidth
+
+  # collectives: parameters, gradients, activations
+  mesh = step.mesh.shape
+  network = collectives.Network(step.topology, dict(mesh))
+  traffic = []
+
+  def seconds(kind: str, axes, size: float, times: int) -> float:
+    axes = tuple(axis for axis in axes if mesh[axis] > 1)
+    if not axes or not size:
+      return 0.
+    c = collectives.Collective(kind, axes, math.prod(mesh[axis] for axis in axes), size)
+    total = network.seconds(c) * times
+    traffic.append(Traffic(kind, c.where, count=times, size=size * times, wire=c.wire * times,
+                           seconds=total, between_slices=network.crosses_slices(c)))
+    return total
+
+  rules = sharding.rule_set(c.rules)
+  item = 2 if m.dtype == 'bfloat16' else 4
+  params, frozen = (memory.elements(step.tensors, tree) for tree in ('params', 'base'))
+  fsdp = sharding.mesh_axes(rules.get('embed'))   # sharded at rest, gathered for use
+  batch = [axis for axis in sharding.BATCH_AXES if axis not in fsdp]
+  gathers = seconds('all-gather', fsdp, (params + frozen) / shards.model * item, 2 * micro)
+  sums = seconds('reduce-scatter', fsdp, params / shards.model * item, micro)
+  sums += seconds('all-reduce', batch,
+                  params / shards.model * 4 / sharding.num_shards(mesh, fsdp), 1)
+
+  positions = m.enc_layers * step.enc + m.dec_layers * step.dec      # in all layers
+  tokens = step.rows / micro / shards.batch / shards.length * positions
+  passes = (4 if m.remat != 'full' else 6) * micro
+  activations = seconds('all-reduce', sharding.mesh_axes(rules.get('act_heads')),
+                        tokens * m.d_model * item, passes)
+  activations += seconds('all-gather', sharding.mesh_axes(rules.get('length')),
+                         tokens * 2 * m.kv_heads * m.d_head * item, passes)
+  if m.experts:
+    routed = tokens / m.moe_every * m.d_model * item * m.capacity_factor * m.expert_top_k
+    activations += seconds('all-to-all', sharding.mesh_axes(rules.get('expert')), routed, passes)
+
+  exposed = max(0., gathers - HIDING * compute) + sums + activations
+  parts = {'matrix unit': executed / chip.peak, 'ICI': exposed,
+           'HBM bandwidth': compute - executed / chip.peak}
+  return {'step_seconds': compute + exposed, 'compute_seconds': compute,
+          'exposed_seconds': exposed, 'hlo_flops': executed,
+          'flops_ratio': executed / step.chip_flops, 'parts': parts,
+          'limiting': max(parts, key=parts.get)}, traffic
+
+
+def _assumptions(step: PlannedStep) -> list[str]:
+  chip = step.topology.chip
+  lines = ['not compiled: memory of temporaries, FLOPs of recomputation and time are formulas']
+  if step.decodes:
+    lines.append('decoding reads its weights and cache once from HBM; collectives are not counted')
+  return [
+      *lines,
+      f'matrix products at {EFFICIENCY:.0%} of {chip.peak / 1e12:.0f} TFLOP/s, plus '
+      f'{SCORE_BYTES[step.model.remat]:.0f} bytes of HBM at {chip.hbm_bandwidth / 1e9:.0f} GB/s '
+      'per element of attention scores, which covers everything but products',
+      f'gathers of weights hide behind {HIDING:.0%} of compute, sums of gradients do not',
+  ]
