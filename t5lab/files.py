@@ -88,7 +88,7 @@ def parse_json(data: bytes, name, error=UsageError) -> dict:
   except (ValueError, RecursionError) as e:
     raise error(f'{name} is not valid JSON: {" ".join(str(e).split())[:200]}') from None
   if not isinstance(value, dict):
-    raise error(f'{name} must hold a JSON object, found {type(value).__name__}')
+    raise error(f'{name} must hold a JSON object, got {type(value).__name__}')
   return value
 
 

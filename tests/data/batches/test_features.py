@@ -175,7 +175,8 @@ def test_examples_that_are_of_their_form():
 
 
 def test_an_unknown_kind():
-  with pytest.raises(ValueError, match="kind must be one of encoder_decoder, decoder, encoder, got 'both'"):
+  message = "kind must be one of encoder_decoder, decoder, encoder, got 'both'"
+  with pytest.raises(ValueError, match=message):
     features.build_row([], LENGTHS, kind='both')
 
 
