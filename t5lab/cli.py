@@ -1,8 +1,8 @@
-"""t5lab <command>. `t5lab <command> --help` says the rest.
+"""t5lab COMMAND. See `t5lab COMMAND --help` for its options.
 
 Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
-75 preempted: the same command goes on · 124 watchdog.
-An error is one line; --debug shows the trace.
+75 preempted: run the same command to resume · 124 watchdog.
+An error is one line; --debug shows the traceback.
 """
 
 import importlib
@@ -11,62 +11,74 @@ import logging
 import os
 from pathlib import Path
 import sys
+import warnings
 
 from t5lab.errors import Failure, Preempted, UsageError, did_you_mean
 
-# Each is a module with main(argv) that also runs alone: python -m t5lab.commands.train.
+# Each is a module of t5lab/commands with main(argv).
 COMMANDS = {
     'train': 'train a config; the same command resumes it',
     'eval': "score a run's checkpoints on a task",
-    'infer': 'text in, text out',
-    'cache': 'tokenize a large training split once, on many processes',
+    'infer': 'generate, classify or embed text with a trained model',
+    'cache': 'tokenize a large training split once, in many processes',
     'data': 'prepare files: vocab, clean, dedup, decontaminate, scrub, augment',
-    'inspect': 'what the model will see, as text and as a page with plots',
-    'plan': 'fits a pod? how fast? what does it cost? asks the TPU compiler, needs no TPU',
-    'check': 'the same as a gate, and a tiny twin of the run on this machine',
-    'replay': 'a window of a finished run again, compared bit for bit',
-    'bisect': 'the first step and tensor at which two runs part',
-    'convert': 'weights from and to Hugging Face, T5X and GGUF, certified',
-    'launch': 'a command on all hosts: Cloud TPU VMs, GKE, SLURM, local processes',
-    'doctor': 'is this cluster fit for the run? a minute, before the hours',
+    'inspect': 'show what the model will read, as text and as a page with plots',
+    'plan': 'memory, time and cost of a run on a TPU slice, without a TPU',
+    'check': 'the same as a gate with budgets, plus a tiny twin of the run',
+    'replay': 'recompute a window of a finished run and compare it bit for bit',
+    'bisect': 'find the first step and tensor at which two runs differ',
+    'convert': 'convert weights to and from Hugging Face, T5X and GGUF, verified',
+    'launch': 'run a command on all hosts: Cloud TPU VMs, GKE, SLURM, local processes',
+    'doctor': 'check in a minute that a cluster is ready for the run',
 }
 
 
 def main(argv: list[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else argv
   debug = '--debug' in argv
-  argv = [a for a in argv if a != '--debug']
-  if not debug:      # what a library logs of a failed write, traces and all, we say in one line
-    for name in ('absl', 'asyncio'):
-      logging.getLogger(name).setLevel(logging.CRITICAL)
+  argv = [arg for arg in argv if arg != '--debug']
+  if not debug:
+    _silence_libraries()
   try:
     return _run(argv)
   except Failure as e:
     if debug:
       raise
-    return _end(e.code, ' '.join(str(e).split()))
+    return _exit(e.code, ' '.join(str(e).split()))
   except KeyboardInterrupt:
     print('t5lab: interrupted', file=sys.stderr)
     return 75
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader left: `| head`
     return 0
-  except Exception as e:                   # a fault of ours: still one line, and how to see more
+  except Exception as e:                   # a bug of ours: still one line, and how to see more
     if debug:
       raise
-    if together := sys.modules.get('t5lab.parallel.multihost'):
-      together.await_abort()
-    what = ' '.join(str(e).split())[:300]
-    return _end(Failure.code,
-                f'internal error, {type(e).__name__}: {what} (--debug shows the trace)')
+    if multihost := sys.modules.get('t5lab.parallel.multihost'):
+      multihost.await_abort()
+    reason = ' '.join(str(e).split())[:300]
+    return _exit(Failure.code, f'internal error, {type(e).__name__}: {reason} '
+                               '(--debug shows the traceback)')
 
 
-def _end(code: int, message: str) -> int:
-  """Says why in one line; where this is one of several processes, the others end with it."""
-  together = sys.modules.get('t5lab.parallel.multihost')
+def _silence_libraries() -> None:
+  """Turns off what libraries print: users get our one line instead."""
+  # Failed writes, which Orbax and TensorStore log with their tracebacks.
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  # Deprecations that are for us to fix, not for the user.
+  warnings.simplefilter('ignore', DeprecationWarning)
+  warnings.simplefilter('ignore', FutureWarning)
+  # TensorFlow's start-up messages from C++.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+
+def _exit(code: int, message: str) -> int:
+  """Prints the reason in one line. In a run of several processes, the others end with this one."""
   print(f't5lab: {message}', file=sys.stderr)
-  if together and code != Preempted.code:       # that all of them agreed on
-    together.abort_all(code, message)
+  multihost = sys.modules.get('t5lab.parallel.multihost')
+  if multihost and code != Preempted.code:       # all processes agreed on a preemption
+    multihost.abort_all(code, message)
   return code
 
 
@@ -86,19 +98,19 @@ def _run(argv):
   return importlib.import_module(f't5lab.commands.{argv[0]}').main(argv[1:]) or 0
 
 
-PCI, GOOGLE = Path('/sys/bus/pci/devices'), '0x1ae0'      # its devices, and a vendor's number
+PCI_DEVICES = Path('/sys/bus/pci/devices')
+GOOGLE = '0x1ae0'                          # Google's vendor id: a TPU
 
 
 def choose_platform() -> None:
-  """JAX_PLATFORMS=cpu where libtpu is installed and no TPU is: there for `t5lab plan`.
+  """Sets JAX_PLATFORMS=cpu where libtpu is installed, for `t5lab plan`, but there is no TPU.
 
-  JAX would start libtpu all the same, which looks for a metadata server and complains at length.
-  Nothing is chosen where somebody has, or where another accelerator's plugin is installed.
+  Otherwise JAX would start libtpu, which looks for a metadata server and complains at length.
+  Nothing is set if the user has set it, or if the plugin of another accelerator is installed.
   """
-  found = importlib.util.find_spec
-  if 'JAX_PLATFORMS' in os.environ or not found('libtpu') or found('jax_plugins'):
+  is_installed = importlib.util.find_spec
+  if 'JAX_PLATFORMS' in os.environ or not is_installed('libtpu') or is_installed('jax_plugins'):
     return
-  if not any(vendor.read_text().strip() == GOOGLE for vendor in PCI.glob('*/vendor')):
+  vendors = [path.read_text().strip() for path in PCI_DEVICES.glob('*/vendor')]
+  if GOOGLE not in vendors:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-
-

@@ -1,15 +1,15 @@
-"""Errors that end a command: one line for the person, one exit code for the machine.
+"""Errors that end a command: one line for the user, one exit code for the machine.
 
 Exit codes: 0 done · 2 usage or config · 3 data · 4 checkpoint · 70 numerical or internal ·
-75 preempted, start the same command again · 124 watchdog.
+75 preempted: run the same command to resume · 124 watchdog.
 """
 
 
-WATCHDOG = 124       # runs/watchdog.py leaves so, without an exception
+WATCHDOG = 124       # runs/watchdog.py exits with it, without an exception
 
 
 class Failure(Exception):
-  """Ends a command with `code`. The message is one line: the value, the limit, the alternatives."""
+  """Ends a command with exit code `code`. The message is one line: value, limit, alternatives."""
   code = 70
 
 
@@ -34,7 +34,7 @@ class Preempted(Failure):
 
 
 def did_you_mean(name: str, known) -> str:
-  """' Did you mean 'x'?' for the closest known name, else the known names, as a sentence."""
+  """A sentence with the closest known names, " Did you mean 'x'?", or else with all of them."""
   import difflib
   known = sorted(map(str, known))
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

@@ -1,6 +1,6 @@
-"""Pytrees by path: 'decoder/layers/attn/q/kernel' -> leaf, rows of (regex, value), merging by name.
+"""Pytrees by path, for example 'decoder/layers/attn/q/kernel'.
 
-One path spelling for parameters, optimizer state, sharding rules, checkpoints and name maps.
+Parameters, optimizer state, sharding rules, checkpoints and name maps all spell paths this way.
 """
 
 from collections.abc import Callable, Iterable
@@ -8,9 +8,8 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
-from t5lab.errors import CheckpointError, UsageError
+from t5lab.errors import UsageError
 
 PyTree = Any
 Rows = Iterable[tuple[str, Any]]
@@ -22,7 +21,7 @@ def path_name(keys) -> str:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-  """{path: leaf}, in jax's leaf order. None and empty nodes have no leaves, so no path."""
+  """{path: leaf}, in JAX's order of leaves. None and empty nodes have no leaves and so no path."""
   flat = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = path_name(keys)
@@ -33,9 +32,10 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any], like: PyTree | None = None) -> PyTree:
-  """The tree of {path: leaf}: nested dicts, or the structure of `like`, whose paths flat must have.
+  """The inverse of `flatten`.
 
-  Without `like`, tuples and dataclasses come back as dicts of their field names and indices.
+  like: a tree with the structure of the result, all of whose paths `flat` must have. Without it,
+  the result is nested dicts, also where tuples and dataclasses were flattened.
   """
   if like is not None:
     return map_paths(lambda path, _: flat[path], like)
@@ -60,10 +60,10 @@ def fits(path: str, patterns: Iterable[str]) -> bool:
 
 
 def match(tree: PyTree, rows: Rows) -> PyTree:
-  """A tree like `tree` with, at each leaf, the value of the first row whose regex fits its path.
+  """A tree like `tree` whose leaves are the values of the first row whose regex matches their path.
 
   A regex must match the whole path (re.fullmatch, as in big_vision), so 'scale' is not 'scale_b'.
-  A leaf that no row fits is an error; a row that fits no leaf is not, since rows serve many models.
+  A leaf without a row is a UsageError. A row without a leaf is not, because rows serve many models.
   Example: match(params, [('.*/bias', 0.), ('.*', 0.01)]).
   """
   rows = [(re.compile(pattern), value) for pattern, value in rows]
@@ -73,24 +73,6 @@ def match(tree: PyTree, rows: Rows) -> PyTree:
       if pattern.fullmatch(path):
         return value
     shown = ', '.join(repr(pattern.pattern) for pattern, _ in rows) or 'there are none'
-    raise UsageError(f"no row fits '{path}'. Rows (whole path, first wins): {shown}.")
+    raise UsageError(f"no row matches '{path}'. Rows (whole path, first wins): {shown}.")
 
   return map_paths(first, tree)
-
-
-def merge(ours: PyTree, theirs: PyTree, what: str = 'the saved tree') -> PyTree:
-  """Our structure with their leaves. Paths and shapes must agree.
-
-  CheckpointError: one line with each path that they lack (-), have beside ours (+), or have in
-  another shape (~), 20 at most.
-  """
-  a, b = flatten(ours), flatten(theirs)
-  report = [f'- {path}' for path in a if path not in b]
-  report += [f'+ {path}' for path in b if path not in a]
-  report += [f'~ {path} {np.shape(b[path])} for {np.shape(a[path])}'
-             for path in a if path in b and np.shape(a[path]) != np.shape(b[path])]
-  if report:
-    more = f', … ({len(report)} in all)' if len(report) > 20 else ''
-    raise CheckpointError(f'{what} does not fit (- missing, + extra, ~ other shape): '
-                          + ', '.join(report[:20]) + more)
-  return unflatten(b, like=ours)

@@ -1,6 +1,7 @@
-"""A model in hand: `lab = t5lab.load('runs/x')`, then `lab.generate(['…'])`.
+"""A trained model, ready to use: `lab = t5lab.load('runs/x')`, then `lab.generate(['…'])`.
 
-Imports no TensorFlow. Everything it needs is in the directory of the run or converted checkpoint.
+Everything it needs is in the directory of the run or converted checkpoint. TensorFlow is not
+imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5lab import config as configs
+from t5lab.config import model_config
 from t5lab.data import vocab
 from t5lab.data.batches import features
 from t5lab.data.tasks import own_files, prompts
@@ -26,11 +27,15 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Lab:
-  """config: as saved; params: float32 pytree; vocab: text <-> ids; step: of the checkpoint."""
+  """A model with its weights and vocabulary.
+
+  config: the saved config. params: float32 pytree. step: the step of the checkpoint.
+  weights: 'raw' or 'ema'. vocab: converts between text and token ids.
+  """
 
   def __init__(self, config, params, *, step: int = 0, weights: str = 'raw', engine=None):
     self.config, self.params, self.step, self.weights = config, params, step, weights
-    self.model = configs.model_config(config)
+    self.model = model_config(config)
     self._engine = engine
     self._jitted = {}
 
@@ -39,43 +44,48 @@ class Lab:
     if not self.config.data.vocab:
       raise UsageError('these weights came without a vocabulary: give token ids to generate_tokens '
                        'and logits, or set data.vocab in config.json')
-    found = vocab.load(self.config.data.vocab)
-    vocab.check_rows(found, self.model.vocab_size, 'this model')
-    return found
+    vocabulary = vocab.load(self.config.data.vocab)
+    vocab.check_rows(vocabulary, self.model.vocab_size, 'this model')
+    return vocabulary
 
   # -- text out ---------------------------------------------------------------------------------
 
   def decoding(self, **changes) -> Decoding:
-    """The config's way to decode, with changes: length, beams, alpha, temperature, top_k, top_p,
-    seed, forced_first."""
+    """The decoding settings of the config with changes.
+
+    Options: length, beams, alpha, temperature, top_k, top_p, seed, forced_first.
+    """
     e = self.config.eval
     fields = dict(length=e.max_length or self.config.data.lengths.targets, beams=e.beams,
                   alpha=e.alpha, temperature=e.temperature, forced_first=e.forced_first)
     if changes.get('temperature') and not changes.get('beams'):
-      fields['beams'] = 1                # asked to sample: the config's search would ignore it
+      fields['beams'] = 1                # the caller wants to sample: beam search would ignore it
+
+    # Unknown names, then values.
     known = [f.name for f in dataclasses.fields(Decoding)]
     for name in changes:
       if name not in known:
         raise UsageError(f'decoding has no option {name!r}.{did_you_mean(name, known)}')
     settings = Decoding(**{**fields, **{k: v for k, v in changes.items() if v is not None}})
     if self.model.kind == 'encoder':
-      raise UsageError(f'{self.config.family} has no decoder and writes no text; it can embed, '
-                       'fill_mask and classify')
+      raise UsageError(f'{self.config.family} is encoder-only and generates no text; use embed, '
+                       'fill_mask or classify')
     if settings.beams > 1 and self.model.kind == 'decoder':
-      raise UsageError(f'beams={settings.beams}: a decoder-only model is sampled, not searched; '
+      raise UsageError(f'beams={settings.beams}: beam search does not support decoder-only models; '
                        'use beams=1')
     if settings.forced_first >= 0 and self.model.kind == 'decoder':
-      raise UsageError(f'forced_first={settings.forced_first}: a decoder-only model goes on after '
-                       'its prompt; put the token at the end of that')
+      raise UsageError(f'forced_first={settings.forced_first}: a decoder-only model continues its '
+                       'prompt; put the token at the end of the prompt')
     if settings.forced_first >= self.model.vocab_size:
-      raise UsageError(f'forced_first={settings.forced_first}: the model has '
-                       f'{self.model.vocab_size} tokens')
+      raise UsageError(f'forced_first must be less than the vocabulary size, '
+                       f'{self.model.vocab_size}, got {settings.forced_first}')
     return settings
 
   def tokens(self, text: str) -> list[int]:
-    """A model input as ids: an encoder's as its vocabulary frames it, a decoder's prompt as it is.
+    """The token ids of a model input.
 
-    A decoder that was trained on inputs reads them with the EOS that they had.
+    Inputs of encoders get the special tokens of their vocabulary. Prompts of decoders get none,
+    except that a decoder trained with inputs reads them with the EOS they had in training.
     """
     if self.model.kind != 'decoder':
       return self.vocab.frame(text)
@@ -84,7 +94,7 @@ class Lab:
 
   def generate_tokens(self, requests: Sequence[Sequence[int]], *, tick=lambda done, total: None,
                       **options):
-    """Token lists, as `tokens` makes them -> int32[requests, length], padded with 0 after EOS."""
+    """Token lists from `tokens` -> int32[requests, length], padded with 0 after EOS."""
     settings = self.decoding(**options)
     if self.model.kind == 'decoder':
       start = [self.model.start_id]
@@ -95,98 +105,109 @@ class Lab:
     for i, request in enumerate(requests):
       _check_ids(request, self.model.vocab_size, f'request {i}')
     longest = max(map(len, requests), default=0)
-    alone = self.model.kind == 'decoder'
-    self._check_length(longest + settings.length if alone else max(longest, settings.length))
+    if self.model.kind == 'decoder':       # prompt and output share the positions
+      self._check_length(longest + settings.length)
+    else:
+      self._check_length(max(longest, settings.length))
     self._engine = self._engine or make_engine(self.config)
     return self._engine.generate(self.params, requests, settings, tick=tick)
 
   def _check_length(self, tokens: int):
     if self.model.positions == 'learned' and tokens > self.model.max_length:
-      raise UsageError(f'{tokens} tokens: the learned positions of {self.config.family} end at '
-                       f'{self.model.max_length}; shorten text or length')
+      raise UsageError(f'{tokens} tokens: {self.config.family} has only {self.model.max_length} '
+                       'learned positions; shorten the text or the length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
                tick=lambda done, total: None, **options) -> list[str]:
-    """Texts -> texts, in order.
+    """Generates a text for each text, in order.
 
-    texts: bare strings, or dicts of a task's fields. task: whose prompt to put around them; None
-    is the task the model was trained on where it has a prompt; '' takes strings as they are.
+    texts: strings, or dicts of a task's fields. task: the task whose prompt is put around them;
+    None is the task the model was trained on, if it has a prompt; '' takes the strings unchanged.
     options: see `decoding`.
     """
-    texts = _several(texts, 'generate')
+    texts = _as_list(texts, 'generate')
     if task is None:
-      named = self.config.data.mixture
-      task = named if named in prompts.PROMPTS or named == own_files.NAME else ''
+      trained_on = self.config.data.mixture
+      has_prompt = trained_on in prompts.PROMPTS or trained_on == own_files.NAME
+      task = trained_on if has_prompt else ''
     if not task and any(not isinstance(text, str) for text in texts):
-      raise UsageError('rows of fields need a task: pass task=, one of '
+      raise UsageError('dicts of fields need a task: pass task=, one of '
                        + ', '.join(prompts.PROMPTS))
-    ask = functools.partial(prompts.prompt, task) if task else lambda text: text
+
+    # Put the prompt around the texts.
     if task == own_files.NAME:
       d = self.config.data
-      ask = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).ask
-    asked = [ask(text) for text in texts]
-    out = self.generate_tokens([self.tokens(text) for text in asked], tick=tick, **options)
-    return [self.vocab.decode(row) for row in out]
+      fill = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).ask
+    elif task:
+      fill = functools.partial(prompts.prompt, task)
+    else:
+      fill = lambda text: text
+    requests = [self.tokens(fill(text)) for text in texts]
+    outputs = self.generate_tokens(requests, tick=tick, **options)
+    return [self.vocab.decode(output) for output in outputs]
 
   def chat(self, messages: Sequence[Mapping[str, str]], **options) -> str:
-    """[{'role': 'user', 'content': '…'}, …] -> the reply, by the model's own chat template.
+    """[{'role': 'user', 'content': '…'}, …] -> the reply, with the model's own chat template.
 
-    The template says all that the model reads, its beginning too.
+    The template writes everything that the model reads, including its start token.
     """
     if self.model.kind != 'decoder':
-      raise UsageError(f'{self.config.family} is no decoder-only model: chat has no meaning for it')
+      raise UsageError(f'chat needs a decoder-only model; {self.config.family} is not one')
     prompt = self.vocab.encode(self.vocab.chat(list(messages)))
     return self.vocab.decode(self._run([prompt], self.decoding(**options))[0])
 
   # -- numbers out ------------------------------------------------------------------------------
 
   def logits(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """seqio's model features, int[B, length] each -> float32[B, T, V].
+    """Model features as seqio names them, int[B, length] each -> float32[B, T, V].
 
     Encoder-decoder: encoder_input_tokens and decoder_input_tokens; decoder-only: the latter;
     encoder-only: the former. Optional: their _segment_ids, _positions, encoder_token_types.
     """
     if self.model.kind == 'encoder' and not (self.model.mlm_head or self.model.classes):
-      raise UsageError(f'{self.config.family} has no head that makes logits; use embed')
-    wanted = [f'{side}_input_tokens' for side, layers in (
+      raise UsageError(f'{self.config.family} has no head that computes logits; use embed')
+    needed = [f'{side}_input_tokens' for side, layers in (
         ('encoder', self.model.enc_layers), ('decoder', self.model.dec_layers)) if layers]
-    missing = [name for name in wanted if name not in batch]
+    missing = [name for name in needed if name not in batch]
     if missing:
-      raise UsageError(f'logits needs {", ".join(wanted)}; missing: {", ".join(missing)}')
+      raise UsageError(f'logits needs {", ".join(needed)}; missing: {", ".join(missing)}')
     return np.asarray(self._apply('__call__', batch))
 
   def score(self, inputs: Texts, targets: Texts, *, eos: bool | None = None) -> np.ndarray:
     """float32[n], log p(target | input) in nats, summed over the target's tokens.
 
-    eos: whether the end of the text is part of the target; None: of an encoder-decoder's, whose
-    targets end, not of a decoder's, which goes on.
+    eos: whether the target includes the end of the text. None: it does for encoder-decoders, and
+    does not for decoder-only models.
     """
-    inputs, targets = _several(inputs, 'score'), _several(targets, 'score')
+    inputs, targets = _as_list(inputs, 'score'), _as_list(targets, 'score')
     _check_texts([*inputs, *targets], 'score')
     if len(inputs) != len(targets):
-      raise UsageError(f'score: {len(inputs)} inputs and {len(targets)} targets')
+      raise UsageError(f'score needs as many targets as inputs, got {len(inputs)} inputs and '
+                       f'{len(targets)} targets')
     if self.model.kind == 'encoder':
-      raise UsageError(f'{self.config.family} has no decoder: it scores no targets')
-    decoder = self.model.kind == 'decoder'
-    end = [self.vocab.eos_id] if (not decoder if eos is None else eos) else []
-    rows = [{'inputs': np.array(self.tokens(text), np.int32),
-             'targets': np.array([*self.vocab.prefix, *self.vocab.encode_target(target), *end],
-                                 np.int32)}
-            for text, target in zip(inputs, targets)]
+      raise UsageError(f'{self.config.family} is encoder-only: it cannot score targets')
+    if eos is None:
+      eos = self.model.kind != 'decoder'
+    end = [self.vocab.eos_id] if eos else []
+    rows = []
+    for text, target in zip(inputs, targets):
+      ids = [*self.vocab.prefix, *self.vocab.encode_target(target), *end]
+      rows.append({'inputs': np.array(self.tokens(text), np.int32),
+                   'targets': np.array(ids, np.int32)})
     if empty := [i for i, target in enumerate(targets) if not target and not end]:
       raise UsageError(f'score: target {empty[0]} is empty')
     return self._map(rows, self._log_p) if rows else np.zeros(0, np.float32)
 
   def _log_p(self, batch):
-    """Sums of the log-probabilities of the loss tokens, row by row."""
+    """float32[B], the sum of the log-probabilities of each row's loss tokens."""
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     log_p = jax.nn.log_softmax(self._apply('__call__', batch))
     chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(chosen * weights, axis=-1)
 
   def embed(self, texts: Texts) -> np.ndarray:
-    """float32[n, D], a vector of length 1 for each text, pooled as model.pool says."""
-    texts = _check_texts(_several(texts, 'embed'), 'embed')
+    """float32[n, D], a unit vector for each text, pooled according to model.pool."""
+    texts = _check_texts(_as_list(texts, 'embed'), 'embed')
     if not texts:
       return np.zeros((0, self.model.d_model), np.float32)
     rows = [self._row(text) for text in texts]
@@ -194,23 +215,24 @@ class Lab:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
   def classify(self, texts: Texts | Pairs) -> np.ndarray:
-    """float32[n, classes], the probability of each class; texts are strings or pairs of them."""
+    """float32[n, classes], the probability of each class. texts: strings, or pairs of strings."""
     if not self.model.classes:
       raise UsageError(f'{self.config.family} has no classifier (model.classes=0)')
-    rows = [[text] if isinstance(text, str) else list(text)
-            for text in _several(texts, 'classify')]
-    if wrong := [row for row in rows if not 1 <= len(row) <= 2]:
-      raise UsageError(f'classify takes a text or two of them, not {len(wrong[0])}')
-    _check_texts([text for row in rows for text in row], 'classify')
-    if not rows:
+    groups = [[text] if isinstance(text, str) else list(text)
+              for text in _as_list(texts, 'classify')]
+    for group in groups:
+      if not 1 <= len(group) <= 2:
+        raise UsageError(f'classify takes one text or a pair, got {len(group)} texts')
+      _check_texts(group, 'classify')
+    if not groups:
       return np.zeros((0, self.model.classes), np.float32)
-    rows = [self._row(*row) for row in rows]
+    rows = [self._row(*group) for group in groups]
     return self._map(rows, lambda batch: jax.nn.softmax(self._apply('__call__', batch)[:, 0]))
 
   def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
-    """For each text, for each mask in it, the k most probable (piece, probability), best first.
+    """For each mask of each text, the k most probable (piece, probability), best first.
 
-    A mask is the vocabulary's own token, as '[MASK]', or else '<extra_id_0>'.
+    A mask is the mask token of the vocabulary, for example '[MASK]', or else '<extra_id_0>'.
     """
     mask, m = self.vocab.mask_id, self.model
     if mask is None and self.vocab.num_sentinels:
@@ -219,19 +241,21 @@ class Lab:
       raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
                        'with its MLM head and a vocabulary with a mask')
     if not 1 <= k <= m.vocab_size:
-      raise UsageError(f'fill_mask: k={k} of the {m.vocab_size} words of the vocabulary')
-    texts = _check_texts(_several(texts, 'fill_mask'), 'fill_mask')
-    rows = [self._row(text) for text in texts]
-    at = [np.flatnonzero(row['inputs'] == mask) for row in rows]
-    if unmasked := [i for i, found in enumerate(at) if not len(found)]:
-      raise UsageError(f'text {unmasked[0] + 1} of {len(texts)} has no '
-                       f'{self.vocab.pieces([mask])[0]}: {texts[unmasked[0]]!r}')
-    if not rows:
+      raise UsageError(f'fill_mask: k must be between 1 and the vocabulary size, {m.vocab_size}, '
+                       f'got {k}')
+    texts = _check_texts(_as_list(texts, 'fill_mask'), 'fill_mask')
+    if not texts:
       return []
+    rows = [self._row(text) for text in texts]
+    positions = [np.flatnonzero(row['inputs'] == mask) for row in rows]
+    for i, masks in enumerate(positions):
+      if not len(masks):
+        raise UsageError(f'text {i + 1} of {len(texts)} has no {self.vocab.pieces([mask])[0]}: '
+                         f'{texts[i]!r}')
     best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
     probs, ids = self._map(rows, best)
-    return [[list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j]))) for j in found]
-            for i, found in enumerate(at)]
+    choices = lambda i, j: list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j])))
+    return [[choices(i, j) for j in masks] for i, masks in enumerate(positions)]
 
   # -- batches ----------------------------------------------------------------------------------
 
@@ -239,33 +263,35 @@ class Lab:
     if self.model.kind != 'decoder':
       return {'inputs': np.array(self.vocab.frame(*texts), np.int32)}
     return {'inputs': np.array(self.vocab.encode(texts[0]), np.int32),
-            'targets': np.array([self.vocab.eos_id], np.int32)}     # read by no position
+            'targets': np.array([self.vocab.eos_id], np.int32)}     # no position reads it
 
   def _map(self, rows, f):
-    """f(model features of a batch) for one row or more of any length, in order; few shapes, as the
-    engine."""
-    size = lambda row: max(map(len, row.values()))
-    order = sorted(range(len(rows)), key=lambda i: size(rows[i]))
-    out = [None] * len(rows)
-    for first in range(0, len(order), self.config.eval.batch_size):
-      chosen = order[first:first + self.config.eval.batch_size]
+    """f(model features of a batch), applied to one row or more of any length. Results are in order.
+
+    As in the engine, rows are sorted by length and padded to a few shapes, to compile few programs.
+    """
+    batch_size = self.config.eval.batch_size
+    order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i].values())))
+    results = [None] * len(rows)
+    for first in range(0, len(order), batch_size):
+      chosen = order[first:first + batch_size]
       widths = {name: buckets(max(len(rows[i][name]) for i in chosen), SHORTEST)
                 for name in rows[chosen[0]]}
-      made = [self._build(rows[i], widths) for i in chosen]
-      made += made[:1] * (min(buckets(len(made), 1, 4), self.config.eval.batch_size) - len(made))
-      batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-      result = jax.tree.map(np.asarray, f(batch))
-      for place, i in enumerate(chosen):
-        out[i] = jax.tree.map(lambda x, place=place: x[place], result)
-    pad = lambda *xs: np.stack([np.pad(x, [(0, max(y.shape[0] for y in xs) - x.shape[0])]
-                                       + [(0, 0)] * (x.ndim - 1)) if x.ndim else x for x in xs])
-    return jax.tree.map(pad, *out)
+
+      # Fill the batch up with copies of its first row.
+      built = [self._build(rows[i], widths) for i in chosen]
+      built += built[:1] * (min(buckets(len(built), 1, 4), batch_size) - len(built))
+      batch = {name: np.stack([row[name] for row in built]) for name in built[0]}
+      outputs = jax.tree.map(np.asarray, f(batch))
+      for j, i in enumerate(chosen):
+        results[i] = jax.tree.map(lambda x, j=j: x[j], outputs)
+    return jax.tree.map(_stack_padded, *results)
 
   def _build(self, row, widths):
     start, m = self.model.start_id, self.model
     if m.kind == 'decoder' and not self.config.data.start and len(row['inputs']):
-      start, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # begins as its text
-    kind = m.kind if 'targets' in row else 'encoder'          # embedding, the encoder reads alone
+      start, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # no start token
+    kind = m.kind if 'targets' in row else 'encoder'          # to embed, only the encoder is run
     return features.build_row([row], widths, kind=kind, start=start, eos=self.vocab.eos_id)
 
   def _apply(self, method: str, batch):
@@ -281,7 +307,15 @@ class Lab:
     return self._jitted[method]({'params': self.params}, batch)
 
 
-def _several(texts, use: str) -> list:
+def _stack_padded(*xs: np.ndarray) -> np.ndarray:
+  """Stacks arrays whose first axes differ, padded with zeros to the longest."""
+  if not xs[0].ndim:
+    return np.stack(xs)
+  longest = max(x.shape[0] for x in xs)
+  return np.stack([np.pad(x, [(0, longest - x.shape[0])] + [(0, 0)] * (x.ndim - 1)) for x in xs])
+
+
+def _as_list(texts, use: str) -> list:
   if isinstance(texts, str):
     raise UsageError(f"{use} takes a list of texts: {use}(['…'])")
   return list(texts)
@@ -290,39 +324,40 @@ def _several(texts, use: str) -> list:
 def _check_texts(texts: list, use: str) -> list:
   for text in texts:
     if not isinstance(text, str):
-      raise UsageError(f'{use} takes texts, not a {type(text).__name__} as {str(text)[:60]}')
+      raise UsageError(f'{use} takes strings, got {type(text).__name__} {str(text)[:60]}')
   return texts
 
 
-def _check_ids(ids, size: int, what: str) -> None:
-  """DataError for an id that is none: a gather of JAX's clamps or fills it, and says nothing."""
+def _check_ids(ids, size: int, name: str) -> None:
+  """DataError for an invalid token id, which a gather in JAX would silently clamp or fill."""
   ids = np.asarray(ids)
-  if len(wrong := ids[(ids < 0) | (ids >= size)]):
-    raise DataError(f'{what} holds the id {wrong[0]}; the ids of this model are 0 to {size - 1:,}')
+  if len(invalid := ids[(ids < 0) | (ids >= size)]):
+    raise DataError(f'{name} holds the token id {invalid[0]}; the ids of this model are 0 to '
+                    f'{size - 1:,}')
 
 
-def make_engine(config) -> Engine:
-  model = configs.model_config(config)
+def make_engine(c) -> Engine | None:
+  """The decoding engine of a config's model; None for encoder-only models."""
+  model = model_config(c)
   if model.kind == 'encoder':
     return None
   start, step, prefill = decoding(model)
-  alone = model.kind == 'decoder'
-  eos = vocab.load(config.data.vocab).eos_id if config.data.vocab else model.eos_id
-  return Engine(start, step, prefill if alone else None, eos=eos,
-                begin=None if alone else model.start_id, batch_size=config.eval.batch_size,
-                widest=model.max_length if model.positions == 'learned' and not alone else 0)
+  eos = vocab.load(c.data.vocab).eos_id if c.data.vocab else model.eos_id
+  if model.kind == 'decoder':
+    return Engine(start, step, prefill, eos=eos, begin=None, batch_size=c.eval.batch_size)
+  return Engine(start, step, eos=eos, begin=model.start_id, batch_size=c.eval.batch_size,
+                widest=model.max_length if model.positions == 'learned' else 0)
 
 
 def load(path, step: str | int = 'latest', weights: str | None = None, *, config=None,
          engine: Engine | None = None) -> Lab:
-  """The model of a run or converted checkpoint. step: a number, 'latest', or 'best' by the run's
-  checkpoint.best metric.
+  """Loads the model of a run or converted checkpoint.
 
-  weights: 'ema' or 'raw'; None is the average where the run keeps one. Arrays go straight to the
-  devices, sharded by the config's rules; adapters are merged. config: instead of the saved one.
-  engine: one that other Labs of this config share, and with it what it compiled. CheckpointError if
-  no checkpoint verifies.
+  step: a number, 'latest', or 'best' by the run's checkpoint.best metric. weights: 'ema' or 'raw';
+  None is the average if the run keeps one. Arrays go straight to the devices, sharded by the
+  config's rules; adapters are merged. config: replaces the saved one. engine: shared by several
+  Labs of this config, with what it compiled. Errors: CheckpointError if no checkpoint verifies.
   """
   config = config or loading.read_config(path)
-  found = loading.load(path, step, weights, c=config)
-  return Lab(config, found.params, step=found.step, weights=found.weights, engine=engine)
+  loaded = loading.load(path, step, weights, c=config)
+  return Lab(config, loaded.params, step=loaded.step, weights=loaded.weights, engine=engine)

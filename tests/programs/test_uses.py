@@ -11,8 +11,7 @@ from small_models import random_params, shrink
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from t5lab import config as configs
-from t5lab import trees
+from t5lab import config, trees
 from t5lab.decoding.engine import Decoding, Engine
 from t5lab.errors import DataError, UsageError
 from t5lab.models.cache import decoding
@@ -79,7 +78,7 @@ def lab(tmp_path_factory):
   def made(name):
     row, kind, fields = LABS[name]
     model = shrink(row).__class__(**{**vars(shrink(row)), **fields})
-    c = configs.from_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
+    c = config.from_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
     c.eval.batch_size, c.eval.max_length = 3, 8
     c.data.start = name != 'gpt2'
     # biases of norms as large as what they are added to would say the same token always
@@ -93,7 +92,7 @@ def lab(tmp_path_factory):
       return first
     c = c.copy_and_resolve_references()
     for key, value in changes.items():
-      configs.override(c, key.replace('__', '.'), str(value))
+      config.override(c, key.replace('__', '.'), str(value))
     other = Lab(c, first.params)
     if other.model == first.model:
       other._jitted = first._jitted
@@ -137,10 +136,10 @@ def test_logits_name_what_is_missing(lab):
       ('t5', DECODER, 'missing: encoder_input_tokens'),
       ('t5', {}, 'missing: encoder_input_tokens, decoder_input_tokens'),
       ('gpt2', ENCODER, 'needs decoder_input_tokens; missing: decoder_input_tokens'),
-      ('minilm', ENCODER, 'no head that makes logits; use embed')):
+      ('minilm', ENCODER, 'no head that computes logits; use embed')):
     with pytest.raises(UsageError, match=message):
       lab(name).logits(batch)
-  with pytest.raises(UsageError, match='65 tokens: the learned positions of .* end at 64'):
+  with pytest.raises(UsageError, match='65 tokens: .* has only 64 learned positions'):
     lab('gpt2').logits(DECODER | {'decoder_positions': np.array([[0, 1, 64], [0, 1, 2]])})
 
 
@@ -245,7 +244,7 @@ def test_masks_are_filled_with_the_most_probable_pieces(lab):
       np.testing.assert_allclose([p for _, p in mask], probs[at][best], rtol=1e-4)
   with pytest.raises(UsageError, match=r"text 2 of 2 has no \[MASK\]: 'a dog'"):
     l.fill_mask(iter(['[MASK]', 'a dog']))
-  with pytest.raises(UsageError, match='k=65 of the 64 words'):
+  with pytest.raises(UsageError, match='between 1 and the vocabulary size, 64, got 65'):
     l.fill_mask(['[MASK]'], k=65)
 
 
@@ -323,33 +322,33 @@ USER = [{'role': 'user', 'content': 'hi'}]
 
 
 @pytest.mark.parametrize('name, use, message', [
-    ('bert', lambda l: l.generate(['a']), 'has no decoder and writes no text; it can embed'),
-    ('bert', lambda l: l.chat(USER), 'is no decoder-only model'),
-    ('t5', lambda l: l.chat(USER), 'is no decoder-only model'),
-    ('bert', lambda l: l.score(['a'], ['b']), 'has no decoder: it scores no targets'),
-    ('t5', lambda l: l.score(['a', 'b'], ['b']), '2 inputs and 1 targets'),
+    ('bert', lambda l: l.generate(['a']), 'is encoder-only and generates no text; use embed'),
+    ('bert', lambda l: l.chat(USER), 'chat needs a decoder-only model'),
+    ('t5', lambda l: l.chat(USER), 'chat needs a decoder-only model'),
+    ('bert', lambda l: l.score(['a'], ['b']), 'is encoder-only: it cannot score targets'),
+    ('t5', lambda l: l.score(['a', 'b'], ['b']), 'got 2 inputs and 1 targets'),
     ('gpt2', lambda l: l.score(['a', 'b'], ['b', '']), 'target 1 is empty'),
     ('t5', lambda l: l.score('a', 'b'), 'score takes a list of texts'),
-    ('t5', lambda l: l.score(['a'], [7]), 'score takes texts, not a int as 7'),
+    ('t5', lambda l: l.score(['a'], [7]), 'score takes strings, got int 7'),
     ('t5', lambda l: l.embed('a'), 'embed takes a list of texts'),
-    ('bert', lambda l: l.embed([('a', 'b')]), 'embed takes texts, not a tuple'),
+    ('bert', lambda l: l.embed([('a', 'b')]), 'embed takes strings, got tuple'),
     ('bert', lambda l: l.classify(['a']), r'no classifier \(model.classes=0\)'),
     ('classifier', lambda l: l.classify('a'), 'classify takes a list'),
-    ('classifier', lambda l: l.classify([('a', 'b', 'c')]), 'a text or two of them, not 3'),
-    ('classifier', lambda l: l.classify([('a', None)]), 'takes texts, not a NoneType'),
+    ('classifier', lambda l: l.classify([('a', 'b', 'c')]), 'one text or a pair, got 3'),
+    ('classifier', lambda l: l.classify([('a', None)]), 'takes strings, got NoneType'),
     ('t5', lambda l: l.fill_mask(['a']), 'no masked-token head'),
     ('classifier', lambda l: l.fill_mask(['[MASK]']), 'no masked-token head'),
     ('bert', lambda l: l.fill_mask('[MASK]'), 'fill_mask takes a list'),
-    ('gpt2', lambda l: l.generate(['a'], beams=2), 'sampled, not searched'),
+    ('gpt2', lambda l: l.generate(['a'], beams=2), 'beam search does not support decoder-only'),
     ('gpt2', lambda l: l.generate(['a'], forced_first=5), 'put the token at the end'),
-    ('bart', lambda l: l.generate(['a'], forced_first=48), 'the model has 48 tokens'),
-    ('gpt2', lambda l: l.generate(['a' * 60], length=5), '65 tokens: the learned positions'),
-    ('gpt2', lambda l: l.score(['a' * 32], ['b' * 34]), '65 tokens: the learned positions'),
-    ('bart', lambda l: l.score(['a'], ['b' * 63]), '65 tokens: the learned positions'),
-    ('bart', lambda l: l.generate(['a' * 63], length=5), '65 tokens: the learned positions'),
-    ('bart', lambda l: l.generate(['a'], length=65), '65 tokens: the learned positions'),
-    ('bert', lambda l: l.embed(['a', 'a b ' * 32]), '66 tokens: the learned positions'),
-    ('t5', lambda l: l.generate([{'en': 'a'}]), 'rows of fields need a task'),
+    ('bart', lambda l: l.generate(['a'], forced_first=48), 'less than the vocabulary size, 48'),
+    ('gpt2', lambda l: l.generate(['a' * 60], length=5), '65 tokens: .* learned positions'),
+    ('gpt2', lambda l: l.score(['a' * 32], ['b' * 34]), '65 tokens: .* learned positions'),
+    ('bart', lambda l: l.score(['a'], ['b' * 63]), '65 tokens: .* learned positions'),
+    ('bart', lambda l: l.generate(['a' * 63], length=5), '65 tokens: .* learned positions'),
+    ('bart', lambda l: l.generate(['a'], length=65), '65 tokens: .* learned positions'),
+    ('bert', lambda l: l.embed(['a', 'a b ' * 32]), '66 tokens: .* learned positions'),
+    ('t5', lambda l: l.generate([{'en': 'a'}]), 'dicts of fields need a task'),
 ])
 def test_a_wrong_use_is_one_clear_line(name, use, message, lab):
   with pytest.raises(UsageError, match=message) as e:
