@@ -15,8 +15,7 @@ from small_models import BATCH, jit
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.tools.interop import hf_rows, t5x
-from t5lab.tools.interop import rows as tables
+from t5lab.tools.interop import hf_tensors, t5x, tensor_map
 
 T5_1_0 = TransformerConfig(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2,
                            dec_layers=2)
@@ -73,9 +72,9 @@ class Filled:
 
 
 def golden_params(c, table, norm='scale'):
-  """All of our parameters, in our shapes: `rows.read` refuses what is left over on either side."""
+  """All of our parameters, in our shapes: `tensor_map.read` refuses what is left over on either side."""
   abstract = nn.unbox(jax.eval_shape(Transformer(c).init, jax.random.key(0), BATCH)['params'])
-  return tables.read(table, Filled(tables.specs(table, abstract), norm), abstract)
+  return tensor_map.read(table, Filled(tensor_map.shapes(table, abstract), norm), abstract)
 
 
 def run(c, params, batch, method='__call__'):
@@ -90,7 +89,7 @@ def run(c, params, batch, method='__call__'):
      [-0.098646, -0.057758, -0.009053, 0.040877, 0.085275, 0.118131], 84.592950),
 ], ids=['1.0', '1.1'])
 def test_t5x(config, first, second, total):
-  y = run(config, golden_params(config, t5x.rows(config, scanned=False)), BATCH)
+  y = run(config, golden_params(config, t5x.tensor_rows(config, scanned=False)), BATCH)
   np.testing.assert_allclose(y[0, 0, :6], first, atol=2e-6)
   np.testing.assert_allclose(y[1, 2, :6], second, atol=2e-6)
   real = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]) > 0
@@ -98,10 +97,10 @@ def test_t5x(config, first, second, total):
 
 
 @pytest.mark.parametrize('config, table, norm, first, second, total', [
-    (GPT2, hf_rows.gpt2, 'scale',
+    (GPT2, hf_tensors.gpt2, 'scale',
      [-3.689631, -4.084224, -3.945988, -3.292959, -2.210330, -0.839341],
      [-3.852344, -3.681278, -3.029952, -1.983338, -0.677978, 0.715831], 1359.93208),
-    (LLAMA, hf_rows.llama, 'weight',
+    (LLAMA, hf_tensors.llama, 'weight',
      [-0.109416, -0.119862, -0.114086, -0.092868, -0.059082, -0.017299],
      [-0.049785, -0.051491, -0.046228, -0.034708, -0.018491, 0.000230], 91.324669),
 ], ids=['gpt2', 'llama'])
@@ -114,7 +113,7 @@ def test_decoders_of_hugging_face(config, table, norm, first, second, total):
 
 def test_bert_of_hugging_face():
   """Its gelu is exact: the tanh approximation would give -5.845035 first."""
-  params = golden_params(BERT, hf_rows.bert(BERT))
+  params = golden_params(BERT, hf_tensors.bert(BERT))
   batch = {'encoder_input_tokens': IDS, 'encoder_token_types': TYPES, 'encoder_segment_ids': MASK}
   y = run(BERT, params, batch)
   np.testing.assert_allclose(

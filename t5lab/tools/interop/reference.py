@@ -1,6 +1,6 @@
 """The reference of a certificate: Hugging Face's own implementation, where [parity] is installed.
 
-Nothing else of t5lab imports torch or transformers (files.py does to read a pickle).
+No other module of t5lab imports transformers; tensor_files.py imports torch to read a pickle.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ import numpy as np
 
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
+from t5lab.tools.interop import hf
 
 CLASSES = {'t5': 'T5ForConditionalGeneration', 'mt5': 'MT5ForConditionalGeneration',
            'umt5': 'UMT5ForConditionalGeneration', 'longt5': 'LongT5ForConditionalGeneration',
@@ -27,8 +28,8 @@ def available() -> bool:
   return all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
 
 
-def _libraries():
-  os.environ.setdefault('HF_HUB_OFFLINE', '1')      # what we give it is all that it reads
+def _import_libraries():
+  os.environ.setdefault('HF_HUB_OFFLINE', '1')      # it reads only what we pass to it
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   import torch
   import transformers
@@ -38,84 +39,83 @@ def _libraries():
 
 
 class Reference:
-  """A Hugging Face model on the CPU; `close` gives its memory back."""
+  """A Hugging Face model on the CPU; `close` frees its memory."""
 
   def __init__(self, model, c: TransformerConfig):
-    torch, transformers = _libraries()
+    torch, transformers = _import_libraries()
     self._torch, self._model, self._c = torch, model.eval(), c
     self.name = f'transformers {transformers.__version__} {type(model).__name__}'
 
   def logits(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Model features -> float[B, T, V]: logits, or an encoder without a head's output."""
+    """Returns float[B, T, V]: the logits, or the output of an encoder without a head."""
     c, tensor = self._c, lambda x: self._torch.tensor(np.asarray(x, np.int64))
-    given = {}
+    inputs = {}
     if c.enc_layers:
       tokens = features['encoder_input_tokens']
-      given = dict(input_ids=tensor(tokens), attention_mask=tensor(tokens != c.pad_id))
+      inputs = dict(input_ids=tensor(tokens), attention_mask=tensor(tokens != c.pad_id))
       if 'encoder_token_types' in features:
-        given['token_type_ids'] = tensor(features['encoder_token_types'])
+        inputs['token_type_ids'] = tensor(features['encoder_token_types'])
     if c.dec_layers:
-      given['decoder_input_ids' if c.enc_layers else 'input_ids'] = tensor(
-          features['decoder_input_tokens'])
-      given['use_cache'] = False
+      name = 'decoder_input_ids' if c.enc_layers else 'input_ids'
+      inputs[name] = tensor(features['decoder_input_tokens'])
+      inputs['use_cache'] = False
     with self._torch.no_grad():
-      out = self._model(**given)
+      out = self._model(**inputs)
     for field in ('prediction_logits', 'logits', 'last_hidden_state'):
       if getattr(out, field, None) is not None:
         return getattr(out, field).numpy()
     raise UsageError(f'{self.name} returned no logits')
 
   def close(self) -> None:
-    """Gives the memory back: to the system too, so that the peak stays that of one model."""
+    """Frees the memory, to the system as well, so that the peak stays that of one model."""
     self._model = None
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):       # glibc's, elsewhere absent
+    with contextlib.suppress(OSError, AttributeError):       # only glibc has malloc_trim
       ctypes.CDLL(None).malloc_trim(0)
 
 
-NOT_OURS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
-            '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')
-
-
-def _class(c: TransformerConfig, config: Mapping) -> str:
-  """The class of the architecture that has just the heads of c."""
-  if c.kind == 'encoder':
-    return ('BertForSequenceClassification' if c.classes else 'BertModel' if not c.mlm_head else
-            'BertForPreTraining' if c.nsp else 'BertForMaskedLM')
-  return CLASSES[config['model_type']]
+# Keys of config.json that are not arguments of the config class, or that we decide.
+NOT_ARGUMENTS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
+                 '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')
 
 
 def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[str, np.ndarray]],
                  dtype: str = 'float32') -> Reference:
-  """The architecture that config.json names on tensors under Hugging Face's names.
+  """Builds the architecture that config.json names, on tensors with Hugging Face's names.
 
-  Each tensor is let go of before the next is read, and float32 is not copied: memory is one model.
+  Each tensor is released before the next is read, and float32 is not copied: peak memory is one
+  model.
   """
-  torch, transformers = _libraries()
-  cls = getattr(transformers, _class(c, config))
-  made = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_OURS})
-  made._attn_implementation = 'eager'
+  torch, transformers = _import_libraries()
+  name = hf.bert_class(c) if c.kind == 'encoder' else CLASSES[config['model_type']]
+  cls = getattr(transformers, name)
+  hf_config = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_ARGUMENTS})
+  hf_config._attn_implementation = 'eager'
   with torch.device('meta'):
-    model = cls(made)
-  prefix = 'bert.' if cls.__name__ == 'BertModel' else ''       # alone it has no name for itself
+    model = cls(hf_config)
+
+  prefix = 'bert.' if name == 'BertModel' else ''     # on its own it does not prefix its tensors
   state = {}
-  with warnings.catch_warnings():       # arrays of jax are not writable, and nobody writes
+  with warnings.catch_warnings():       # about arrays of jax, which are read-only
     warnings.simplefilter('ignore', UserWarning)
-    for name, x in tensors:
-      state[name.removeprefix(prefix)] = torch.from_numpy(
+    for tensor_name, x in tensors:
+      state[tensor_name.removeprefix(prefix)] = torch.from_numpy(
           np.asarray(x, np.float32)).to(getattr(torch, dtype))
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
   del state
-  # told what is missing, it ties that alone: T5 1.1's softmax matrix is its own
+  # With missing_keys only these are tied: T5 1.1 has a softmax matrix of its own.
   model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-  unset = [name for name, x in model.named_parameters() if x.is_meta]
+  unset = [key for key, x in model.named_parameters() if x.is_meta]
   if unset:
-    raise UsageError(f'{cls.__name__} does not fit: unexpected {unexpected[:4]}, unset {unset[:4]}')
-  # buffers that no checkpoint holds (rotations, position ids): those of a model of one layer
-  if left := [name for name, x in model.named_buffers() if x.is_meta]:
-    one = {k: 1 for k in ('num_hidden_layers', 'n_layer') if hasattr(made, k)}
-    values = dict(cls(type(made)(**{**made.to_dict(), **one})).named_buffers())
-    for name in left:
-      module, _, leaf = name.rpartition('.')
-      setattr(model.get_submodule(module), leaf, values[name])
+    raise UsageError(f'{name} does not fit: unexpected {unexpected[:4]}, unset {unset[:4]}')
+
+  # Buffers that no checkpoint holds (rotations, position ids) come from a model of one layer.
+  empty = [key for key, x in model.named_buffers() if x.is_meta]
+  if empty:
+    one_layer = {k: 1 for k in ('num_hidden_layers', 'n_layer') if hasattr(hf_config, k)}
+    small = cls(type(hf_config)(**{**hf_config.to_dict(), **one_layer}))
+    buffers = dict(small.named_buffers())
+    for key in empty:
+      module, _, leaf = key.rpartition('.')
+      setattr(model.get_submodule(module), leaf, buffers[key])
   return Reference(model, c)

