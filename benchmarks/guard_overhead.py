@@ -1,55 +1,59 @@
-r"""What the guard costs a healthy step: the same train step with and without it, in turns.
+"""Measures the cost of the guard in a healthy train step.
 
   python benchmarks/guard_overhead.py [PAIRS] [--config FILE[:ARG]] [--config.KEY=VALUE …]
   python benchmarks/guard_overhead.py --topology v5e:4x4 --config FILE …
 
-Prints a row: the median milliseconds of a step without and with the guard (spikes looked for too),
-the median of the differences within a pair, the temporary memory of both compiled programs. With
---topology nothing runs: the TPU compiler says flops, bytes read and written, and memory of both.
+Runs the same step with and without the guard (spike detection included) in alternation. Prints the
+median milliseconds of both, the median of the differences within a pair, and the temporary memory
+of both programs. With --topology nothing runs: the TPU compiler reports FLOPs, bytes accessed and
+temporary memory of both.
 """
 import argparse
-import functools
 import os
 import statistics
 import sys
 import time
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.commands import split_overrides
+
+WARMUP = 5          # steps that are not timed
 
 
 def main(argv):
   argv, overrides = split_overrides(argv)
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('pairs', type=int, nargs='?', default=200)
   parser.add_argument('--config', default='configs/quickstart.py')
   parser.add_argument('--topology')
   args = parser.parse_args(argv)
-  c = configs.load(args.config, {'guard.policy': 'skip', 'guard.spike': '8.', **overrides})
+  c = config.load(args.config, {'guard.policy': 'skip', 'guard.spike': '8.', **overrides})
   if args.topology:
     compile_both(c, args.topology)
   else:
     time_both(c, args.pairs)
 
 
-def both(program):
-  """{'without': the jitted step that takes and gives a guard and looks at nothing, 'with': …}."""
+def steps_to_compare(program):
+  """{'without': the step with a guard that it returns unchanged, 'with': the real step}, jitted."""
   import jax
 
   from t5lab.parallel import sharding
-  from t5lab.programs import build as programs
+  from t5lab.programs import build
   from t5lab.training import digests, steps
   c = program.config
-  options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **programs._step_options(c))
+  options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **build._step_options(c))
 
-  def plain(state, batch, base, guard):
+  def plain_step(state, batch, base, guard):
     state, metrics = steps.train_step(state, batch, base, **options)
     return state, guard, {**metrics, 'batch': digests.batch_digest(batch)}
 
-  alone = sharding.replicated(program.mesh)
+  replicated = sharding.replicated(program.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, program.abstract)
-  without = jax.jit(plain, donate_argnums=(0, 3), out_shardings=(shardings, alone, alone),
-                    compiler_options=programs.compiler_options(program.mesh))
+  without = jax.jit(plain_step, donate_argnums=(0, 3),
+                    out_shardings=(shardings, replicated, replicated),
+                    compiler_options=build.compiler_options(program.mesh))
   return {'without': without, 'with': program.step}
 
 
@@ -59,20 +63,24 @@ def compiled(program, step):
     return step.lower(program.abstract, program.batch, program.base, program.guard).compile()
 
 
-def compile_both(c, name):
-  from t5lab.tools.planning import topology as topologies
-  topology = topologies.parse(name)
-  os.environ.update(topologies.environment(topology))
-  from t5lab.programs import build as programs
-  program = programs.build(c, topologies.devices(topology))
-  found = {}
-  for which, step in both(program).items():
-    made = compiled(program, step)
-    costs, memory = made.cost_analysis(), made.memory_analysis()
-    found[which] = (costs['flops'], costs['bytes accessed'], memory.temp_size_in_bytes)
-  print(f'{name} {c.family} batch {c.data.batch_size} rules {c.rules}: ' + ', '.join(
-      f'{what} {a:.6g} -> {b:.6g} ({(b - a) / a:+.3%})' for what, a, b in zip(
-          ('flops', 'bytes', 'temporary bytes'), found['without'], found['with'])))
+def compile_both(c, topology_name):
+  from t5lab.tools.planning import chips
+  topology = chips.parse(topology_name)
+  os.environ.update(chips.environment(topology))
+  from t5lab.programs import build
+  program = build.program(c, chips.devices(topology))
+  costs = {}
+  for name, step in steps_to_compare(program).items():
+    executable = compiled(program, step)
+    cost = executable.cost_analysis()
+    costs[name] = {'flops': cost['flops'], 'bytes': cost['bytes accessed'],
+                   'temporary bytes': executable.memory_analysis().temp_size_in_bytes}
+  changes = []
+  for quantity, without in costs['without'].items():
+    guarded = costs['with'][quantity]
+    changes.append(f'{quantity} {without:.6g} -> {guarded:.6g} ({guarded / without - 1:+.3%})')
+  print(f'{topology_name} {c.family} batch {c.data.batch_size} rules {c.rules}: '
+        + ', '.join(changes))
 
 
 def time_both(c, pairs):
@@ -80,34 +88,40 @@ def time_both(c, pairs):
   import numpy as np
 
   from t5lab.parallel import sharding
-  from t5lab.programs import build as programs
-  program = programs.build(c)
+  from t5lab.programs import build
+  program = build.program(c)
+  steps = steps_to_compare(program)
+
+  # random tokens, one segment per row
   rng = np.random.default_rng(0)
-  random = lambda x: rng.integers(3, c.model.vocab_size, x.shape).astype(np.int32)
-  batch = {k: random(x) if k.endswith('tokens') else np.ones(x.shape, np.int32)
-           for k, x in program.batch.items()}
-  runs = {}
+  batch = {}
+  for name, x in program.batch.items():
+    batch[name] = np.ones(x.shape, np.int32)
+    if name.endswith('tokens'):
+      batch[name] = rng.integers(3, c.model.vocab_size, x.shape).astype(np.int32)
+
+  milliseconds, temporary_bytes = {name: [] for name in steps}, {}
   with sharding.use(program.mesh, c.rules):
-    placed = sharding.put(batch, program.mesh)
-    for which, step in both(program).items():
-      temp = compiled(program, step).memory_analysis().temp_size_in_bytes
-      runs[which] = [functools.partial(step), program.make_state(), program.make_guard(), [], temp]
-    for i in range(pairs + 5):
-      for which in sorted(runs, reverse=i % 2):      # who goes first changes
-        step, state, guard, seconds, _ = run = runs[which]
-        before = time.perf_counter()
-        run[1], run[2], metrics = step(state, placed, None, guard)
-        jax.block_until_ready((run[1], metrics))
-        if i >= 5:
-          seconds.append(time.perf_counter() - before)
-  assert int(runs['with'][1].step) == int(runs['without'][1].step) == pairs + 5
-  a, b = (np.array(runs[which][3]) * 1e3 for which in ('without', 'with'))
-  share = statistics.median(b - a) / statistics.median(a)
-  kind = jax.devices()[0].device_kind
-  print(f'{kind} {c.family} batch {c.data.batch_size}: '
-        f'{statistics.median(a):.3f} ms -> {statistics.median(b):.3f} ms a step, in pairs '
-        f'{share:+.2%} ({pairs} pairs); temporary bytes {runs["without"][4]:,} -> '
-        f'{runs["with"][4]:,}')
+    batch = sharding.put(batch, program.mesh)
+    for name, step in steps.items():
+      temporary_bytes[name] = compiled(program, step).memory_analysis().temp_size_in_bytes
+    states = {name: program.make_state() for name in steps}
+    guards = {name: program.make_guard() for name in steps}
+    for i in range(WARMUP + pairs):
+      for name in sorted(steps, reverse=i % 2):        # alternate the order within a pair
+        started = time.perf_counter()
+        states[name], guards[name], metrics = steps[name](states[name], batch, None, guards[name])
+        jax.block_until_ready((states[name], metrics))
+        if i >= WARMUP:
+          milliseconds[name].append((time.perf_counter() - started) * 1e3)
+  assert {int(state.step) for state in states.values()} == {WARMUP + pairs}
+
+  without, guarded = (np.array(milliseconds[name]) for name in ('without', 'with'))
+  overhead = statistics.median(guarded - without) / statistics.median(without)
+  print(f'{jax.devices()[0].device_kind} {c.family} batch {c.data.batch_size}: '
+        f'{statistics.median(without):.3f} ms -> {statistics.median(guarded):.3f} ms per step, in '
+        f'pairs {overhead:+.2%} ({pairs} pairs); temporary bytes {temporary_bytes["without"]:,} -> '
+        f'{temporary_bytes["with"]:,}')
 
 
 if __name__ == '__main__':
