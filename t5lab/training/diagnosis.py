@@ -1,7 +1,7 @@
-"""Where a bad step went wrong: the layer, the parameters, the rows of its batch.
+"""Diagnosis of a bad step: the layer, the parameters or the rows of the batch where it went wrong.
 
-Runs the step's forward and backward pass again, with the same weights, batch and dropout, and looks
-at the output of every module. Compiled only once something went wrong.
+Runs the step's forward and backward pass again, with the same weights, batch and dropout, and
+inspects the output of every module. Compiled only when a step is bad.
 """
 
 from collections.abc import Callable
@@ -18,38 +18,37 @@ from t5lab import trees
 from t5lab.parallel import sharding
 from t5lab.training import losses, optim, steps
 
-SEEN = 'intermediates'      # the collection that models/transformer.py stacks by layer
+COLLECTION = 'intermediates'      # models/transformer.py stacks it by layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """text: one clause. layer: the module's path with its layer number, or the parameter's, '' where
-  none is to blame. rows: of the batch, worst first."""
-  text: str
-  layer: str
-  rows: list[int]
+  text: str           # one clause
+  layer: str          # path of the module or parameter, with its layer number; '' if unknown
+  rows: list[int]     # of the batch, worst first
 
 
 class Diagnosis:
-  """explain(state, batch, base) -> Finding. The options are train_step's."""
+  """`explain(state, batch, base)` says where a step went wrong. Options as in steps.train_step."""
 
   def __init__(self, mesh, *, model, loss: steps.Loss, seed: int = 0, microbatches: int = 1,
                lora_scale: float = 1.):
     options = dict(model=model, loss=loss, seed=seed, microbatches=microbatches,
                    lora_scale=lora_scale)
     self._microbatches = microbatches
-    self._order = []         # paths of modules as the forward pass ends them; filled by tracing
-    # every process sees all of what comes out
+    self._order = []     # paths of modules in the order in which they finish; filled by tracing
+    # Replicated results: every process needs all of them.
     jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    self._look = jit(functools.partial(_look, order=self._order, **options))
-    self._gradients = jit(functools.partial(_gradient_norms, **options))
+    self._forward = jit(functools.partial(_watched_forward, order=self._order, **options))
+    self._gradient_norms = jit(functools.partial(_gradient_norms, **options))
     self._bad_rows, self._bad_layers = jit(_bad_rows), jit(_bad_layers)
 
   def explain(self, state, batch, base=None) -> Finding:
-    """state: TrainState before the bad step. batch: as the step had it, on the devices.
+    """Finds the first non-finite number, in the order in which the step computes them.
 
-    Looks in the order in which numbers are computed: the batch, the weights, the forward pass layer
-    by layer, the loss, the gradients.
+    That is the batch, the weights, the forward pass layer by layer, the loss, the gradients.
+
+    state: TrainState before the bad step. batch: the step's, on the devices.
     """
     for name, bad in jax.device_get(self._bad_rows(batch)).items():
       if bad.any():
@@ -58,120 +57,144 @@ class Diagnosis:
     for tree in (state.params, base):
       for path, bad in jax.device_get(self._bad_layers(tree)).items():
         if bad.any():
-          return Finding(f'the weights are not finite in {_at(path, bad)}', _at(path, bad), [])
-    seen, row_losses = [], np.zeros(len(next(iter(batch.values()))))
+          name = _first_bad_layer(path, bad)
+          return Finding(f'the weights are not finite in {name}', name, [])
+
+    # The forward pass, microbatch by microbatch. Microbatch i has every k-th row.
+    outputs = []
+    row_losses = np.zeros(len(next(iter(batch.values()))))
     for i in range(self._microbatches):
-      sown, row_losses[i::self._microbatches] = jax.device_get(self._look(
-          state.params, state.step, batch, base, i))
-      seen.append(_by_module(sown))
+      largest, row_losses[i::self._microbatches] = jax.device_get(
+          self._forward(state.params, state.step, batch, base, i))
+      outputs.append(_by_module(largest))
     rows = np.flatnonzero(~np.isfinite(row_losses)).tolist()
-    for name, part in _forward_order(self._order, seen):
-      if not math.isfinite(part):
+    for name, largest in _in_forward_order(self._order, outputs):
+      if not math.isfinite(largest):
         return Finding(f'the forward pass is finite up to {name}, whose output is not', name, rows)
     if rows:
       return Finding('every layer is finite, the loss is not', '', rows)
-    return self._backward(state, batch, base, row_losses)
+    return self._explain_backward(state, batch, base, row_losses)
 
-  def _backward(self, state, batch, base, row_losses):
-    worst = np.argsort(-row_losses, kind='stable').tolist()
-    norms = {path: tuple(map(np.atleast_1d, both)) for path, both in jax.device_get(
-        self._gradients(state.params, state.step, batch, base)).items()}
-    last = {name: i for i, name in enumerate(dict.fromkeys(self._order))}
-    def late(path):                      # where in the forward pass a parameter is used
-      parts = path.split('/')
-      return next((last[name] for n in range(len(parts) - 1, 0, -1)
-                   if (name := '/'.join(parts[:n])) in last), -1)
-    if bad := sorted((p for p, (g, _) in norms.items() if not np.isfinite(g).all()), key=late):
-      g = norms[bad[-1]][0]
-      layers = np.flatnonzero(~np.isfinite(g))          # the last layer's gradient comes first
-      name = bad[-1] + (f', layer {layers[-1]} of {len(g)}' if len(g) > 1 else '')
+  def _explain_backward(self, state, batch, base, row_losses):
+    rows = np.argsort(-row_losses, kind='stable').tolist()
+    norms = jax.device_get(self._gradient_norms(state.params, state.step, batch, base))
+    norms = {path: (np.atleast_1d(gradient), np.atleast_1d(weights))
+             for path, (gradient, weights) in norms.items()}
+
+    # A non-finite gradient comes from the loss side: blame the parameter that is used last.
+    bad = [path for path, (gradient, _) in norms.items() if not np.isfinite(gradient).all()]
+    if bad:
+      path = max(reversed(bad), key=self._use)
+      gradient, _ = norms[path]
+      layer = np.flatnonzero(~np.isfinite(gradient))[-1]
+      name = _numbered(path, layer, len(gradient))
       return Finding(f'loss and layers are finite, the gradient is not in {len(bad)} of '
-                     f'{len(norms)} parameters, nearest the loss {name}', name, worst)
-    ratio = {(path, i): float(g[i] / max(w[i], 1e-12)) for path, (g, w) in norms.items()
-             for i in range(len(g))}
-    if not ratio:
-      return Finding('', '', worst)
-    (path, i), most = max(ratio.items(), key=lambda item: item[1])
-    g, w = norms[path]
-    name = path + (f', layer {i} of {len(g)}' if len(g) > 1 else '')
-    return Finding(f'loss and gradient are finite; the gradient is largest beside the weights in '
-                   f'{name}: norm {g[i]:.3g} of {w[i]:.3g}', name, worst)
+                     f'{len(norms)} parameters, nearest the loss {name}', name, rows)
+
+    # Everything is finite: the layer whose gradient is largest relative to its weights.
+    ratios = {(path, i): float(gradient[i] / max(weights[i], 1e-12))
+              for path, (gradient, weights) in norms.items() for i in range(len(gradient))}
+    if not ratios:
+      return Finding('', '', rows)
+    path, i = max(ratios, key=ratios.get)
+    gradient, weights = norms[path]
+    name = _numbered(path, i, len(gradient))
+    return Finding(
+        f'loss and gradient are finite; the gradient is largest relative to the weights in {name}: '
+        f'norm {gradient[i]:.3g}, weights {weights[i]:.3g}', name, rows)
+
+  def _use(self, path) -> int:
+    """Position in the forward pass of the innermost module that uses a parameter; -1: unknown."""
+    positions = {name: i for i, name in enumerate(dict.fromkeys(self._order))}
+    while '/' in path:
+      path = path.rpartition('/')[0]
+      if path in positions:
+        return positions[path]
+    return -1
 
 
-# --- the forward pass, watched -----------------------------------------------------------------
+# --- the forward pass --------------------------------------------------------------------------
 
 
-def _look(params, step, batch, base, i, *, model, loss, seed, microbatches, lora_scale, order):
-  """Microbatch i -> ({path/at: max |output|}, float32[rows] loss of each row)."""
+def _watched_forward(params, step, batch, base, i, *, model, loss, seed, microbatches, lora_scale,
+                     order):
+  """Runs microbatch i; returns ({path: max |output|}, float32[rows] loss of each row)."""
   order.clear()
   key = jax.random.fold_in(jax.random.key(seed), step)
   if microbatches > 1:
     key = jax.random.fold_in(key, i)
     batch = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:])[:, i], batch)
-  given = steps.variables(params, base, lora_scale)
+  variables = steps.variables(params, base, lora_scale)
 
   def watch(call: Callable, args, kwargs, context):
     out = call(*args, **kwargs)
     module, method = context.module, context.method_name
-    if method == '__call__' and module.path or method == 'embed':
+    if method == 'embed' or (method == '__call__' and module.path):
       arrays = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
       if arrays:
         order.append('/'.join(module.path) or 'embedding')
-        # one NaN makes the largest a NaN, one inf an inf
-        module.sow(SEEN, 'largest', jnp.max(jnp.abs(arrays[0])).astype(jnp.float32))
+        # One NaN makes the maximum a NaN, one inf makes it inf.
+        module.sow(COLLECTION, 'largest', jnp.max(jnp.abs(arrays[0])).astype(jnp.float32))
     return out
 
   with nn.intercept_methods(watch):
-    hidden, sown = model.apply(given, batch, rngs={'dropout': key}, method='hidden',
-                               mutable=['router', SEEN])
-  side = 'decoder' if model.config.dec_layers else 'encoder'
+    hidden, collected = model.apply(variables, batch, rngs={'dropout': key}, method='hidden',
+                                    mutable=['router', COLLECTION])
 
-  def row(x):
-    h, target, weight = jax.tree.map(lambda leaf: leaf[None], x)
-    logits = model.apply(given, h, method='unembed')
+  # Row by row, so that the logits of one row at a time are in memory.
+  def row_loss(row):
+    hidden, target, weight = jax.tree.map(lambda leaf: leaf[None], row)
+    logits = model.apply(variables, hidden, method='unembed')
     sums = losses.cross_entropy(logits, target, weight, z_loss=loss.z_loss,
                                 label_smoothing=loss.label_smoothing)
     return sums['loss'] / jnp.maximum(sums['weight'], 1.)
-  rows = jax.lax.map(row, (hidden, batch[f'{side}_target_tokens'], batch[f'{side}_loss_weights']))
-  return trees.flatten(sown[SEEN]), rows
+
+  side = 'decoder' if model.config.dec_layers else 'encoder'
+  row_losses = jax.lax.map(
+      row_loss, (hidden, batch[f'{side}_target_tokens'], batch[f'{side}_loss_weights']))
+  return trees.flatten(collected[COLLECTION]), row_losses
 
 
-def _by_module(sown):
+def _by_module(largest):
   """{'encoder/layers/mlp/largest/0': x} -> {'encoder/layers/mlp': [x, …]}."""
-  found = {}
-  for path, x in sown.items():
+  modules = {}
+  for path, x in largest.items():
     name = path.rpartition('/largest')[0] or 'embedding'
-    found.setdefault(name, []).append(np.asarray(x))
-  return found
+    modules.setdefault(name, []).append(np.asarray(x))
+  return modules
 
 
-def _forward_order(order, seen):
-  """Yields (name with layer, number) in the order of the forward pass; of several microbatches the
-  worst. Modules below a scan have a number a layer, and all of a layer come before the next."""
+def _in_forward_order(order, outputs):
+  """Yields (module with its layer, max |output|) in the order of the forward pass.
+
+  outputs: _by_module of each microbatch; the largest counts. Modules below a scan have a number per
+  layer, and all modules of a layer come before the next layer.
+  """
   order = list(dict.fromkeys(order))
-  for start, names in _scans(order):
-    values = {name: np.max([np.broadcast_arrays(*part.get(name, [0.])) for part in seen],
-                           axis=(0, 1)) for name in names}
-    if not start:
+  for scan, names in _split_by_scan(order):
+    values = {}
+    for name in names:
+      calls = [np.broadcast_arrays(*modules.get(name, [0.])) for modules in outputs]
+      values[name] = np.max(calls, axis=(0, 1))
+    if not scan:
       yield from ((name, float(values[name])) for name in names)
       continue
-    turns = max(np.size(v) for v in values.values())
-    for turn in range(turns):
+    n_layers = max(np.size(v) for v in values.values())
+    for layer in range(n_layers):
       for name in names:
-        yield f'{name}, layer {turn} of {turns}', float(np.atleast_1d(values[name])[turn])
+        yield f'{name}, layer {layer} of {n_layers}', float(np.atleast_1d(values[name])[layer])
 
 
-def _scans(order):
-  """Runs of neighbours in the same scan: [(its path or '', names)]."""
-  runs = []
+def _split_by_scan(order):
+  """Groups neighbours that are in the same scan: [(path of the scan or '', names)]."""
+  scans = [f'{stack}/{kind}' for stack in ('encoder', 'decoder') for kind in ('layers', 'tail')]
+  groups = []
   for name in order:
-    found = [f'{stack}/{kind}' for stack in ('encoder', 'decoder') for kind in ('layers', 'tail')
-             if f'{name}/'.startswith(f'{stack}/{kind}/')]
-    scan = found[0] if found else ''
-    if not runs or runs[-1][0] != scan:
-      runs.append((scan, []))
-    runs[-1][1].append(name)
-  return runs
+    scan = next((s for s in scans if f'{name}/'.startswith(f'{s}/')), '')
+    if not groups or groups[-1][0] != scan:
+      groups.append((scan, []))
+    groups[-1][1].append(name)
+  return groups
 
 
 # --- weights and gradients ---------------------------------------------------------------------
@@ -183,26 +206,32 @@ def _gradient_norms(params, step, batch, base, *, model, loss, seed, microbatche
   grads, sums = steps.gradients(model, params, batch, loss, key, microbatches, base=base,
                                 lora_scale=lora_scale)
   tokens = jnp.maximum(sums['weight'], 1.)
-  norm = lambda path, x: jnp.sqrt(jnp.sum(jnp.square(x), axis=_inner(path, x.ndim)))
+  norm = lambda path, x: jnp.sqrt(jnp.sum(jnp.square(x), axis=_axes_of_a_layer(path, x.ndim)))
   weights = trees.flatten(params)
   return {path: (norm(path, g / tokens), norm(path, weights[path]))
           for path, g in trees.flatten(grads).items()}
 
 
-def _inner(path, ndim):
-  return tuple(range(min(optim.stacked_axes(path), 1), ndim))
+def _bad_rows(batch):
+  """{feature: bool[B], whether the row has a non-finite number}."""
+  is_finite = {name: jnp.isfinite(x.astype(jnp.float32)) for name, x in batch.items()}
+  return {name: ~x.reshape(x.shape[0], -1).all(axis=1) for name, x in is_finite.items()}
 
 
-def _bad_rows(batch):            # -> {feature: bool[B]}
-  return {name: ~jnp.isfinite(x.astype(jnp.float32)).reshape(x.shape[0], -1).all(axis=1)
-          for name, x in batch.items()}
-
-
-def _bad_layers(params):         # -> {path: bool[] or bool[L]}
-  return {path: ~jnp.isfinite(x).all(axis=_inner(path, x.ndim))
+def _bad_layers(params):
+  """{path: bool[] or, for stacked parameters, bool[L]}."""
+  return {path: ~jnp.isfinite(x).all(axis=_axes_of_a_layer(path, x.ndim))
           for path, x in trees.flatten(params).items()}
 
 
-def _at(path, bad):
-  layers = np.flatnonzero(bad)
-  return path + (f', layer {layers[0]} of {len(bad)}' if bad.ndim else '')
+def _axes_of_a_layer(path, ndim):
+  return tuple(range(min(optim.stacked_axes(path), 1), ndim))
+
+
+def _first_bad_layer(path, bad):
+  return f'{path}, layer {np.flatnonzero(bad)[0]} of {len(bad)}' if bad.ndim else path
+
+
+def _numbered(path, layer, n_layers):
+  """'path, layer 1 of 2'; the path alone if it is not stacked."""
+  return f'{path}, layer {layer} of {n_layers}' if n_layers > 1 else path

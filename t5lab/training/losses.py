@@ -1,6 +1,6 @@
-"""Softmax cross-entropy with z-loss and label smoothing as T5X computes them, whole or in chunks.
+"""Softmax cross-entropy with T5X's z-loss and label smoothing, for all logits at once or in chunks.
 
-Sums, not means: the step divides by whatever its loss is normalised over. float32 throughout.
+All functions return sums, in float32; the train step divides by what it normalises over.
 B batch, T length, D model, V vocabulary.
 """
 
@@ -16,20 +16,22 @@ Sums = dict[str, Array]  # float32 scalars: loss (with the z term), z_loss, weig
 
 
 def _smoothing(vocab: int, label_smoothing: float) -> tuple[float, float, float]:
-  """Target mass on the right token, on each other one, and the entropy of that distribution."""
+  """The smoothed target: mass on the right token, on every other token, and its entropy."""
   on = 1. - label_smoothing
   off = label_smoothing / (vocab - 1)
-  entropy = -on * math.log(on) - (vocab - 1) * off * math.log(off) if label_smoothing else 0.
-  return on, off, entropy
+  if not label_smoothing:
+    return on, off, 0.
+  return on, off, -on * math.log(on) - (vocab - 1) * off * math.log(off)
 
 
 def _is_target(logits, targets):
-  # Compared, not gathered: XLA fuses it into the reduction, forward and backward, so neither a
-  # one-hot nor a scatter exists, and a vocabulary sharded over devices needs only a psum.
+  # A comparison instead of a gather: XLA fuses it into the reduction, forward and backward, so
+  # neither a one-hot nor a scatter exists, and a vocabulary sharded over devices needs only a psum.
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
-# By hand: autodiff would keep a float32 exp(logits) beside the logits until the backward pass.
+# A custom gradient, because autodiff would keep a float32 exp(logits) beside the logits until the
+# backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _token_loss(logits, targets, z_loss, label_smoothing):
   """logits[..., V], int targets[...] -> float32 (loss with the z term, z term), both [...]."""
@@ -73,9 +75,9 @@ def cross_entropy(
   """Weighted sums over tokens: loss (z term included), z_loss, weight, correct.
 
   A token's loss is CE(smoothed target, softmax) - H(smoothed target) + z_loss * log(Z)**2, where
-  the smoothed target has 1 - label_smoothing on the token and the rest spread over the other V - 1,
-  so a perfect prediction costs 0. [T5X losses.py; mesh-tensorflow and optax.smooth_labels differ:
-  they spread over all V and keep the entropy.]
+  the smoothed target puts 1 - label_smoothing on the token and spreads the rest over the other
+  V - 1. A perfect prediction has loss 0. [T5X losses.py; mesh-tensorflow and optax.smooth_labels
+  differ: they spread over all V and keep the entropy.]
   """
   loss, z = _token_loss(logits, targets, z_loss, label_smoothing)
   weights = weights.astype(jnp.float32)
@@ -97,11 +99,11 @@ def chunked_cross_entropy(
     z_loss: float = 0.,
     label_smoothing: float = 0.,
 ) -> Sums:
-  """`cross_entropy` of unembed(hidden) while only [B, ceil(T / chunks), V] logits ever exist.
+  """`cross_entropy` of unembed(hidden) with only [B, ceil(T / chunks), V] logits in memory.
 
   Each chunk's logits are computed again in the backward pass. T is padded with weight 0 to a
-  multiple of chunks, and a chunk takes every chunks-th position: whether B or T is sharded over
-  devices, each has its share of every chunk.
+  multiple of chunks, and a chunk takes every chunks-th position, so that each device has its share
+  of every chunk, whether B or T is sharded.
   """
   length = targets.shape[1]
   size = -(-length // chunks)
@@ -110,12 +112,14 @@ def chunked_cross_entropy(
     x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], size, chunks, *x.shape[2:]), 2, 0)
 
-  @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan body is never merged with its copy
-  def one(sums, chunk):
+  # XLA's CSE never merges a scan body with its recomputed copy, so it need not be prevented.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def add_chunk(sums, chunk):
     hidden, targets, weights = chunk
-    new = cross_entropy(
+    chunk_sums = cross_entropy(
         unembed(hidden), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
-    return jax.tree.map(jnp.add, sums, new), None
+    return jax.tree.map(jnp.add, sums, chunk_sums), None
 
   zeros = {name: jnp.zeros((), jnp.float32) for name in ('loss', 'z_loss', 'weight', 'correct')}
-  return jax.lax.scan(one, zeros, (split(hidden), split(targets), split(weights)))[0]
+  sums, _ = jax.lax.scan(add_chunk, zeros, (split(hidden), split(targets), split(weights)))
+  return sums

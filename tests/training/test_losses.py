@@ -1,4 +1,4 @@
-"""Cross-entropy: T5X's numbers, its gradients, and chunks that equal the whole."""
+"""Cross-entropy: T5X's numbers, gradients, and chunks against all logits at once."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def test_label_smoothing_number_of_t5x():
   logits = np.array([2., .5, -1., .2, -.3], np.float32)
   got = one_token(logits, 0, label_smoothing=.1)['loss']
   np.testing.assert_allclose(got, .182079, atol=1e-6)
-  # The other convention, of mesh-tensorflow and optax, is another number.
+  # The convention of mesh-tensorflow and optax gives another number.
   labels = optax.smooth_labels(jax.nn.one_hot(0, 5), .1)
   np.testing.assert_allclose(optax.softmax_cross_entropy(logits, labels), .602792, atol=1e-6)
 
@@ -53,12 +53,12 @@ def test_label_smoothing_against_optax():
   logits, targets, weights = random_batch(1)
   labels = smoothed(targets, .2)
   entropy = -(labels * np.log(labels)).sum(-1)
-  want = ((optax.softmax_cross_entropy(logits, labels) - entropy) * weights).sum()
+  expected = ((optax.softmax_cross_entropy(logits, labels) - entropy) * weights).sum()
   got = cross_entropy(logits, targets, weights, label_smoothing=.2)
-  np.testing.assert_allclose(got['loss'], want, rtol=1e-5)
+  np.testing.assert_allclose(got['loss'], expected, rtol=1e-5)
 
 
-def test_perfect_prediction_costs_nothing():
+def test_a_perfect_prediction_has_no_loss():
   logits = np.log(np.array([.9, .025, .025, .025, .025]))
   np.testing.assert_allclose(one_token(logits, 0, label_smoothing=.1)['loss'], 0, atol=1e-6)
 
@@ -76,8 +76,8 @@ def test_z_loss_multiplies_the_softmax_of_the_gradient():
   z = 1e-2
   got = jax.grad(lambda x: cross_entropy(x, targets, weights, z_loss=z)['loss'])(logits)
   log_z = np.log(np.exp(logits).sum(-1, keepdims=True))
-  want = np.exp(logits - log_z) * (1 + 2 * z * log_z) - smoothed(targets, 0.)
-  np.testing.assert_allclose(got, want * weights[..., None], rtol=1e-5, atol=1e-6)
+  expected = np.exp(logits - log_z) * (1 + 2 * z * log_z) - smoothed(targets, 0.)
+  np.testing.assert_allclose(got, expected * weights[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_equals_autodiff_of_the_formula():
@@ -101,8 +101,8 @@ def test_bfloat16_logits_are_summed_in_float32():
   logits, targets, weights = random_batch(4)
   low = jnp.asarray(logits, jnp.bfloat16)
   got, grad = jax.value_and_grad(lambda x: cross_entropy(x, targets, weights)['loss'])(low)
-  want = cross_entropy(low.astype(jnp.float32), targets, weights)['loss']
-  assert got.dtype == jnp.float32 and got == want
+  expected = cross_entropy(low.astype(jnp.float32), targets, weights)['loss']
+  assert got.dtype == jnp.float32 and got == expected
   assert grad.dtype == jnp.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""BERT's two losses, from examples to the update: by hand, in parts, on meshes."""
+"""BERT's two losses, from examples to the update: by hand, in microbatches, on meshes."""
 
 import functools
 
@@ -21,14 +21,14 @@ TX = optax.adam(5e-3)
 
 
 def example(r, pair=True):
-  """A pair of random texts: of every four predicted tokens two masked, one random, one kept."""
+  """A pair of random texts. Of four predicted tokens two are masked, one is random, one kept."""
   a, b = (r.randint(4, 48, r.randint(2, 6)) for _ in range(2))
   targets = np.array([CLS, *a, SEP, *b, SEP], np.int32)
   inputs, weights = targets.copy(), np.zeros_like(targets)
-  places = r.permutation(np.flatnonzero(targets > MASK))[:r.randint(1, 5)]
-  weights[places] = 1
-  inputs[places[:2]] = MASK
-  inputs[places[2:3]] = 40
+  predicted = r.permutation(np.flatnonzero(targets > MASK))[:r.randint(1, 5)]
+  weights[predicted] = 1
+  inputs[predicted[:2]] = MASK
+  inputs[predicted[2:3]] = 40
   out = {'inputs': inputs, 'targets': targets, 'weights': weights}
   if pair:
     out['types'] = np.repeat([0, 1], [len(a) + 2, len(b) + 1])
@@ -37,10 +37,10 @@ def example(r, pair=True):
 
 
 def make_batch(form, rows):
-  """Model features of lists of examples, one list a row."""
-  made = [features.build_row(row, {'inputs': LENGTH}, kind='encoder', form=form, eos=SEP)
+  """Model features of lists of examples, one list per row."""
+  built = [features.build_row(row, {'inputs': LENGTH}, kind='encoder', form=form, eos=SEP)
           for row in rows]
-  return {name: np.stack([row[name] for row in made]) for name in made[0]}
+  return {name: np.stack([row[name] for row in built]) for name in built[0]}
 
 
 @pytest.fixture(scope='module')
@@ -87,21 +87,21 @@ def by_hand(logits, targets):
   return -np.take_along_axis(log_p, targets[..., None], -1)[..., 0], x.argmax(-1) == targets
 
 
-def test_both_losses_are_what_the_models_logits_say(state, batch, stepped):
+def test_both_losses_follow_from_the_logits(state, batch, stepped):
   apply = lambda method: jit(functools.partial(MODEL.apply, method=method))(
       {'params': state.params}, batch)
   loss, hit = by_hand(apply('__call__'), batch['encoder_target_tokens'])
   next_loss, next_hit = by_hand(apply('next_sentence'), batch['encoder_next_labels'][:, 0])
   predicted, rows = batch['encoder_loss_weights'] > 0, batch['encoder_next_weights'][:, 0] > 0
-  # tokens that no mask stands for are predicted too
+  # tokens that are not masked are predicted too
   assert predicted.sum() == 15 and (batch['encoder_input_tokens'] == MASK).sum() == 10
   assert rows.sum() == 6 and 0 < batch['encoder_next_labels'].sum() < 6
-  want = {'loss': loss[predicted].mean() + next_loss[rows].mean(),
+  expected = {'loss': loss[predicted].mean() + next_loss[rows].mean(),
           'accuracy': hit[predicted].mean(), 'tokens': 15, 'z_loss': 0,
           'nsp_loss': next_loss[rows].mean(), 'nsp_accuracy': next_hit[rows].mean()}
   got = dict(stepped[1])
   assert got.pop('grad_norm') > 0 and got.pop('param_norm') > 0
-  close(got, want, rtol=1e-5)
+  close(got, expected, rtol=1e-5)
   sums = jit(functools.partial(steps.eval_step, model=MODEL))(state.params, batch)
   close(dict(sums), {
       'loss': loss[predicted].sum(), 'z_loss': 0, 'weight': 15, 'correct': hit[predicted].sum(),
@@ -109,7 +109,7 @@ def test_both_losses_are_what_the_models_logits_say(state, batch, stepped):
         rtol=1e-5)
 
 
-def test_the_gradient_is_that_of_mean_plus_mean(state, batch, stepped):
+def test_the_gradient_is_of_the_sum_of_both_means(state, batch, stepped):
   def loss(params):
     given = {'params': params}
     mean = lambda logits, targets, weights: (optax.softmax_cross_entropy_with_integer_labels(
@@ -118,9 +118,9 @@ def test_the_gradient_is_that_of_mean_plus_mean(state, batch, stepped):
     pairs = MODEL.apply(given, batch, method='next_sentence')
     return (mean(tokens, batch['encoder_target_tokens'], batch['encoder_loss_weights'])
             + mean(pairs, batch['encoder_next_labels'][:, 0], batch['encoder_next_weights'][:, 0]))
-  want = jit(jax.grad(loss))(state.params)
-  assert all(np.abs(want[head]['kernel']).max() > 1e-3 for head in ('nsp', 'pooler', 'mlm_dense'))
-  close(gradient(stepped[0]), want, rtol=1e-4, atol=1e-6)
+  expected = jit(jax.grad(loss))(state.params)
+  assert all(np.abs(expected[head]['kernel']).max() > 1e-3 for head in ('nsp', 'pooler', 'mlm_dense'))
+  close(gradient(stepped[0]), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_four_microbatches_equal_one_batch(state, batch, stepped):
@@ -174,7 +174,8 @@ def test_without_pairs_texts_are_packed_and_only_tokens_count(state):
 def test_targets_that_do_not_fit_the_model_are_an_error(batch):
   params = jax.eval_shape(functools.partial(steps.init_params, MODEL, 0), batch)
   one = dict(batch, encoder_target_tokens=batch['encoder_target_tokens'][:, :1])
-  with pytest.raises(UsageError, match='1 targets a row, the model predicts 14 with model.classes'):
+  message = '1 targets per row, but the model predicts 14 with model.classes=0'
+  with pytest.raises(UsageError, match=message):
     jax.eval_shape(functools.partial(steps.eval_step, model=MODEL), params, one)
 
 

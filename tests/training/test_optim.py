@@ -1,4 +1,4 @@
-"""Schedules, Adafactor against T5X's in numpy (also layer by layer), decay masks, EMA."""
+"""Schedules, Adafactor against T5X's in numpy (also layer by layer), AdamW, decay masks, EMA."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from t5lab.errors import UsageError
 from t5lab.training import optim
 
-# ------------------------------------------------------------------------------- schedules
+# --- schedules ---------------------------------------------------------------------------------
 
 
 def values(name, steps, **kw):
@@ -17,7 +17,7 @@ def values(name, steps, **kw):
   return [float(f(jnp.int32(s))) for s in steps]
 
 
-@pytest.mark.parametrize('name, steps, kw, want', [
+@pytest.mark.parametrize('name, steps, options, expected', [
     ('rsqrt', [0, 1, 10_000, 40_000, 1_000_000], dict(lr=1e-2, warmup=10_000, total=0),
      [.01, .01, .01, .005, .001]),
     ('cosine', [0, 5, 10, 60, 110, 200], dict(lr=2., warmup=10, total=110, end=.4),
@@ -30,26 +30,27 @@ def values(name, steps, **kw):
      dict(lr=1., warmup=10, total=100, end=.1, decay_fraction=.2),
      [0., .5, 1., 1., 1., .55, .1, .1]),
 ])
-def test_schedule_values(name, steps, kw, want):
-  np.testing.assert_allclose(values(name, steps, **kw), want, rtol=1e-6, atol=1e-7)
+def test_schedule_values(name, steps, options, expected):
+  np.testing.assert_allclose(values(name, steps, **options), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_schedule_errors_name_the_value():
-  with pytest.raises(UsageError, match="'cosin'.*Did you mean 'cosine'"):
+  with pytest.raises(UsageError, match="optim.schedule='cosin' is.*Did you mean 'cosine'"):
     optim.schedule('cosin', lr=1., warmup=1, total=2)
-  with pytest.raises(UsageError, match='warmup 30 .* total 20'):
-    optim.schedule('linear', lr=1., warmup=30, total=20)
-  with pytest.raises(UsageError, match=r'decay_fraction 0.9 .* 90 steps; 1 … 80 are left'):
+  for name in ('linear', 'wsd'):
+    with pytest.raises(UsageError, match='warmup must be between 0 and total_steps=20, got 30'):
+      optim.schedule(name, lr=1., warmup=30, total=20)
+  with pytest.raises(UsageError, match=(
+      'decay_fraction must give 1 to 80 steps with optim.warmup=20 and total_steps=100, got 0.9, '
+      'which gives 90')):
     optim.schedule('wsd', lr=1., warmup=20, total=100, decay_fraction=.9)
-  with pytest.raises(UsageError, match="'adamW'.*Did you mean 'adamw'"):
-    optim.optimizer('adamW', 1.)
 
 
-# ------------------------------------------------------------------------------- Adafactor
+# --- Adafactor ---------------------------------------------------------------------------------
 
 
 class T5XAdafactor:
-  """One parameter's Adafactor as T5X computes it, in numpy float64."""
+  """Adafactor of one parameter as T5X computes it, in numpy float64."""
 
   def __init__(self, shape, beta1=None, weight_decay=None):
     self.factored = len(shape) == 2 and min(shape) >= 128
@@ -86,7 +87,7 @@ IS_SHAPE = lambda x: isinstance(x, tuple)
 
 
 def random_tree(rng, spread):
-  """Normals; each layer and leaf with a size of its own, 10**-spread … 10**spread."""
+  """Normal numbers; each layer and leaf has its own size, 10**-spread … 10**spread."""
   def leaf(shape):
     size = 10. ** rng.uniform(-spread, spread, shape[:1] if len(shape) == 3 else ())
     return (rng.randn(*shape) * np.reshape(size, (-1,) + (1,) * (len(shape) - 1))).astype('f')
@@ -94,7 +95,7 @@ def random_tree(rng, spread):
 
 
 def numpy_run(params, grads, lrs, **kw):
-  """The trees after each step, layers taken one by one."""
+  """Yields the parameters after each step; layers are updated one by one."""
   paths = jax.tree_util.tree_leaves_with_path(params)
   stacked = ['layers' in jax.tree_util.keystr(path) for path, _ in paths]
   leaves = [list(x) if s else [x] for s, (_, x) in zip(stacked, paths)]
@@ -134,41 +135,42 @@ def moved(params, before):
   return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, params, before)
 
 
-@pytest.mark.parametrize('kw, theirs', [
+@pytest.mark.parametrize('options, t5x_options', [
     ({}, {}),
     (dict(momentum=.9, weight_decay=.01, decay_exclude=()), dict(beta1=.9, weight_decay=.01)),
 ])
-def test_adafactor_is_t5x_step_for_step(kw, theirs):
+def test_adafactor_equals_t5x_step_for_step(options, t5x_options):
   params, grads = problem()
   schedule = optim.schedule('rsqrt', lr=.1, warmup=4, total=10)
   lrs = [.1 * np.sqrt(4 / max(t, 4)) for t in range(10)]
-  ours = run(optim.optimizer('adafactor', schedule, **kw), params, grads)
-  for got, want in zip(ours, numpy_run(params, grads, lrs, **theirs), strict=True):
-    for path, b in jax.tree_util.tree_leaves_with_path(want):
-      a, at = get(got, path), 1 if 'layers' in jax.tree_util.keystr(path) else 0
-      largest = np.abs(b).max(tuple(range(at, b.ndim)), keepdims=True)  # of each layer
+  ours = run(optim.optimizer('adafactor', schedule, **options), params, grads)
+  t5x = numpy_run(params, grads, lrs, **t5x_options)
+  for got, expected in zip(ours, t5x, strict=True):
+    for path, b in jax.tree_util.tree_leaves_with_path(expected):
+      a, first_axis = get(got, path), 1 if 'layers' in jax.tree_util.keystr(path) else 0
+      largest = np.abs(b).max(tuple(range(first_axis, b.ndim)), keepdims=True)  # of each layer
       assert (np.abs(a - b) <= 1e-5 * np.abs(b) + 1e-6 * largest).all(), path
 
 
 def test_one_step_moves_each_layer_by_its_own_scale():
-  # The step itself, not the parameter it hides in.
+  # Compares the change: in the parameter itself a wrong one could hide.
   params, grads = problem(1)
   got, = run(optim.optimizer('adafactor', 1.), params, grads)
-  want, = numpy_run(params, grads, [1.])
-  got, want = moved(got, params), moved(want, params)
-  for a, b in zip(got['encoder']['layers']['wi'], want['encoder']['layers']['wi']):
+  expected, = numpy_run(params, grads, [1.])
+  got, expected = moved(got, params), moved(expected, params)
+  for a, b in zip(got['encoder']['layers']['wi'], expected['encoder']['layers']['wi']):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
 def test_plain_optax_adafactor_is_wrong_for_stacked_layers():
   params, grads = problem(1)
   got, = run(optax.adafactor(1., min_dim_size_to_factor=128), params, grads)
-  want, = numpy_run(params, grads, [1.])
-  got, want = moved(got, params), moved(want, params)
+  expected, = numpy_run(params, grads, [1.])
+  got, expected = moved(got, params), moved(expected, params)
   size = lambda x: np.sqrt(np.mean(np.square(x), (-1, -2)))
-  np.testing.assert_allclose(got['embedding'], want['embedding'],
-                             rtol=1e-4, atol=1e-5 * np.abs(want['embedding']).max())
-  off = size(got['encoder']['layers']['wi']) / size(want['encoder']['layers']['wi'])
+  np.testing.assert_allclose(got['embedding'], expected['embedding'],
+                             rtol=1e-4, atol=1e-5 * np.abs(expected['embedding']).max())
+  off = size(got['encoder']['layers']['wi']) / size(expected['encoder']['layers']['wi'])
   assert np.abs(np.log(off)).max() > np.log(2)
 
 
@@ -182,20 +184,20 @@ def test_adafactor_state_is_small_and_by_layer():
   assert state.count.shape == ()
 
 
-def test_stacked_may_count_leading_axes():
+def test_experts_of_layers_are_two_stacked_axes():
   rng = np.random.RandomState(1)
-  params = {'experts': rng.randn(2, 3, 128, 130).astype('f')}
-  grads = {'experts': rng.randn(2, 3, 128, 130).astype('f')}
-  tx = optim.scale_by_adafactor(stacked=lambda path: 2 * path.startswith('experts'))
+  draw = lambda: rng.randn(2, 3, 128, 130).astype('f')
+  params, grads = ({'layers': {'experts': {'wi': draw()}}} for _ in range(2))
+  wi = lambda tree: tree['layers']['experts']['wi']
+  tx = optim.scale_by_adafactor()
   u, state = tx.update(grads, tx.init(params), params)
-  assert state.v_row['experts'].shape == (2, 3, 128)
-  param, grad = (np.float64(x['experts'][1, 2]) for x in (params, grads))
-  want = T5XAdafactor((128, 130)).step(param, grad, 1.)
-  np.testing.assert_allclose(params['experts'][1, 2] - u['experts'][1, 2], want,
-                             rtol=1e-5, atol=1e-5)
+  assert wi(state.v_row).shape == (2, 3, 128)
+  param, grad = (np.float64(wi(x)[1, 2]) for x in (params, grads))
+  expected = T5XAdafactor((128, 130)).step(param, grad, 1.)
+  np.testing.assert_allclose(wi(params)[1, 2] - wi(u)[1, 2], expected, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- AdamW, chains
+# --- AdamW and what all optimizers share -------------------------------------------------------
 
 PARAMS = {
     'embedding': np.ones((4, 3), 'f'),
@@ -208,7 +210,7 @@ PARAMS = {
 }
 
 
-def test_decay_mask_goes_by_path():
+def test_decay_mask_depends_on_the_path():
   assert optim.decay_mask(PARAMS) == {
       'embedding': True,
       'encoder': {
@@ -221,35 +223,53 @@ def test_decay_mask_goes_by_path():
 
 
 @pytest.mark.parametrize('name, shrunk', [('adamw', 1 - .1 * .5), ('adafactor', 1 - .5)])
-def test_weight_decay_shrinks_only_what_the_mask_allows(name, shrunk):
+def test_weight_decay_shrinks_only_where_the_mask_allows(name, shrunk):
   tx = optim.optimizer(name, .1, weight_decay=.5)
   updates, _ = tx.update(jax.tree.map(np.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
   new = optax.apply_updates(PARAMS, updates)
   np.testing.assert_allclose(new['embedding'], shrunk, rtol=1e-6)
   np.testing.assert_allclose(new['encoder']['layers']['attn']['q']['kernel'], shrunk, rtol=1e-6)
-  for kept in (new['encoder']['layers']['mlp_norm']['scale'], new['encoder']['norm']['scale'],
-               new['encoder']['layers']['attn']['q']['bias'], new['encoder']['relpos']['table']):
-    np.testing.assert_array_equal(kept, 1.)
+  for unchanged in (new['encoder']['layers']['mlp_norm']['scale'], new['encoder']['norm']['scale'],
+                    new['encoder']['layers']['attn']['q']['bias'],
+                    new['encoder']['relpos']['table']):
+    np.testing.assert_array_equal(unchanged, 1.)
 
 
-def test_adamw_is_optax_adamw():
+def test_an_unknown_optimizer_is_an_error():
+  with pytest.raises(UsageError, match="optim.name='adamW' is unknown. Did you mean 'adamw'"):
+    optim.optimizer('adamW', 1.)
+  with pytest.raises(UsageError, match="optim.name='muon' is unknown. Known: adafactor, adamw."):
+    optim.optimizer('muon', 1.)
+
+
+def test_an_optimizer_is_one_entry_of_the_table(monkeypatch):
+  def sgd(schedule, weight_decay, mask, **_):
+    return [optax.scale_by_learning_rate(schedule)]
+  monkeypatch.setitem(optim.OPTIMIZERS, 'sgd', sgd)
+  grads = jax.tree.map(np.ones_like, PARAMS)
+  new, = run(optim.optimizer('sgd', .1), PARAMS, [grads])
+  jax.tree.map(lambda x: np.testing.assert_allclose(x, .9, rtol=1e-6), new)
+
+
+def test_adamw_equals_optax_adamw():
   params, grads = problem(3)
   schedule = optim.schedule('constant', lr=1e-2, warmup=2, total=3)
   ours = optim.optimizer('adamw', schedule, b1=.8, b2=.95, eps=1e-6, weight_decay=.1)
-  theirs = optax.adamw(schedule, b1=.8, b2=.95, eps=1e-6, weight_decay=.1, mask=optim.decay_mask)
-  for got, want in zip(run(ours, params, grads), run(theirs, params, grads), strict=True):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+  optax_adamw = optax.adamw(schedule, b1=.8, b2=.95, eps=1e-6, weight_decay=.1,
+                            mask=optim.decay_mask)
+  for pair in zip(run(ours, params, grads), run(optax_adamw, params, grads), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
-def test_clip_is_of_the_global_norm_and_comes_first(name):
+def test_the_global_norm_is_clipped_first(name):
   grads = [jax.tree.map(lambda p: np.full_like(p, 7.), PARAMS)] * 3
   norm = 7. * np.sqrt(sum(p.size for p in jax.tree.leaves(PARAMS)))
   small = [jax.tree.map(lambda g: g * np.float32(2. / norm), g) for g in grads]
-  kw = dict(eps=1.)  # so that adamw feels the size of a gradient
-  clipped = list(run(optim.optimizer(name, .1, clip=2., **kw), PARAMS, grads))[-1]
-  by_hand = list(run(optim.optimizer(name, .1, **kw), PARAMS, small))[-1]
-  free = list(run(optim.optimizer(name, .1, **kw), PARAMS, grads))[-1]
+  eps = 1.  # with it, adamw's update depends on the size of the gradient
+  *_, clipped = run(optim.optimizer(name, .1, clip=2., eps=eps), PARAMS, grads)
+  *_, by_hand = run(optim.optimizer(name, .1, eps=eps), PARAMS, small)
+  *_, free = run(optim.optimizer(name, .1, eps=eps), PARAMS, grads)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, by_hand)
   if name == 'adamw':
     assert np.abs(free['embedding'] - clipped['embedding']).max() > .01
@@ -275,7 +295,7 @@ def test_state_is_arrays_and_can_be_donated(name):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-# ------------------------------------------------------------------------------- EMA
+# --- EMA ---------------------------------------------------------------------------------------
 
 
 def test_ema_values_and_ramp():
@@ -294,7 +314,7 @@ def test_ema_of_bfloat16_parameters_moves_in_float32():
     stuck = (stuck + (1 - .9999) * (target - stuck)).astype(jnp.bfloat16)
   assert ema.dtype == jnp.float32
   np.testing.assert_allclose(ema, 1.5 - .5 * .9999 ** 10, rtol=1e-6)
-  np.testing.assert_array_equal(stuck, start)  # the trap
+  np.testing.assert_array_equal(stuck, start)  # what bfloat16 would do
 
 
 def test_ema_and_parameters_can_both_be_donated():

@@ -1,4 +1,4 @@
-"""The update: microbatches, averaging, dropout keys, donation."""
+"""The train step: microbatches, chunks, the average, dropout keys, donation."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def test_memory_stays_flat_in_the_number_of_microbatches(state, batch):
   assert eight < 1.1 * two < 1.5 * one
 
 
-def test_loss_falls_and_the_step_counts(state, batch):
+def test_the_loss_falls_and_the_step_number_rises(state, batch):
   s, losses = state, []
   for _ in range(8):
     s, m = stepper()(s, batch)
@@ -87,9 +87,9 @@ def test_loss_is_a_mean_over_loss_tokens(state, batch):
 
 def test_average_follows_the_parameters_in_float32(state, batch):
   s, _ = stepper()(state, batch)
-  d = min(0.9, 1 / 10)                                   # the ramp's first decay
-  want = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state.ema, s.params)
-  close(s.ema, want, rtol=1e-5, atol=1e-7)
+  d = min(0.9, 1 / 10)                                   # the first decay of the ramp
+  expected = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state.ema, s.params)
+  close(s.ema, expected, rtol=1e-5, atol=1e-7)
   off, _ = stepper(ema=0.)(dataclasses.replace(state, ema={}), batch)
   assert off.ema == {}
 
@@ -104,7 +104,7 @@ def test_dropout_is_a_function_of_seed_and_step(state, batch):
   assert len({float(m['loss']) for m in (a, later, other)}) == 3
 
 
-def test_a_donated_state_is_reused_whole(state, batch):
+def test_the_buffers_of_a_donated_state_are_all_reused(state, batch):
   model = Transformer(CONFIG, train=True)
   f = jax.jit(functools.partial(steps.train_step, model=model, tx=TX, loss=steps.Loss(), ema=0.9),
               donate_argnums=0)
