@@ -9,8 +9,6 @@ import re
 import string
 
 import numpy as np
-from rouge_score import rouge_scorer
-import sacrebleu
 
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -36,6 +34,7 @@ def bleu(targets, predictions) -> dict[str, float]:
 
   targets: str, or a list of references, an example.
   """
+  import sacrebleu
   _check(targets, predictions)
   score = sacrebleu.corpus_bleu(
       list(predictions), _references(targets), smooth_method='exp', smooth_value=0.0, force=False,
@@ -45,6 +44,7 @@ def bleu(targets, predictions) -> dict[str, float]:
 
 def chrf(targets, predictions) -> dict[str, float]:
   """Corpus chrF2: character 1..6-grams, no words. [Popović 2015; sacrebleu's default]"""
+  import sacrebleu
   _check(targets, predictions)
   return {'chrf': sacrebleu.corpus_chrf(list(predictions), _references(targets)).score}
 
@@ -54,6 +54,7 @@ def rouge(targets, predictions) -> dict[str, float]:
 
   T5 reports the median of 1000 bootstrap means, which is random; this is the mean itself.
   """
+  from rouge_score import rouge_scorer
   _check(targets, predictions)
   keys = ('rouge1', 'rouge2', 'rougeLsum')
   scorer = rouge_scorer.RougeScorer(list(keys), use_stemmer=False)
@@ -253,3 +254,9 @@ def token_accuracy(targets, predictions) -> dict[str, float]:
   _check(targets, predictions)
   same = sum(int(t == p) for ts, ps in zip(targets, predictions) for t, p in zip(ts, ps))
   return {'token_accuracy': 100 * same / max(1, sum(map(len, targets)))}
+
+
+# Metrics for a user's files, by name (data.metrics). Those of the first group accept a list of
+# references as a target; the others score against its first entry.
+SEVERAL_REFERENCES = {fn.__name__: fn for fn in (bleu, chrf, squad, trivia_qa)}
+FOR_FILES = {**SEVERAL_REFERENCES, **{fn.__name__: fn for fn in (rouge, exact_match)}}

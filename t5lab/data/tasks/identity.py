@@ -1,7 +1,7 @@
-"""What the stored examples of a task depend on, as text: a cache of anything else is refused.
+"""What the stored examples of a task depend on, as text: a cache with another identity is refused.
 
-Code is told by its source, so a changed preprocessor is another one: its own source, that of the
-functions it calls by name in its module, and what it closes over.
+Code is identified by its source: that of a preprocessor, of the functions it calls by name in its
+module, and the values it closes over.
 """
 import functools
 import hashlib
@@ -12,22 +12,22 @@ from t5lab.data import vocab
 from t5lab.data.batches import cache
 from t5lab.data.sources.base import RecordSource
 from t5lab.data.tasks.parts import trims
-from t5lab.data.tasks.seqio_tf import NumpyObjective
+from t5lab.data.tasks.seqio_tf import NumpyObjective, seqio
 
 PLAIN = (str, bytes, int, float, bool, type(None))
-# Raise it when our own preprocessors give other tokens for the same rows: what a task's functions
-# import from other modules of ours is not looked into.
-TASKS = 1
+# Raise it when our own preprocessors return other tokens for the same records: functions that a
+# task's functions import from other modules of ours are not followed.
+CODE_VERSION = 1
 
 
 def identity(task, split: str, lengths: dict[str, int], vocab_spec: str) -> dict:
-  """{what: text}. lengths count only where a preprocessor cuts text to them."""
+  """{what: text}. lengths count only if a preprocessor cuts text to them."""
   preprocessors = [p for p in task.preprocessors if not isinstance(p, NumpyObjective)]
   cuts = any('sequence_length' in _parameters(p) and not trims(p) for p in preprocessors)
   return {
-      'format': cache.FORMAT, 'code': TASKS, 'task': task.name, 'split': split,
+      'format': cache.FORMAT, 'code': CODE_VERSION, 'task': task.name, 'split': split,
       'vocabulary': vocab.load(vocab_spec).sha256,
-      'source': _source(task.source, split),
+      'source': _source_identity(task.source, split),
       'preprocessors': _digest([describe(p) for p in preprocessors]),
       'lengths': ', '.join(f'{k} {v}' for k, v in sorted(lengths.items())) if cuts else 'whole',
   }
@@ -44,17 +44,18 @@ def _digest(value) -> str:
   return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _source(source, split) -> str:
+def _source_identity(source, split) -> str:
   if isinstance(source, RecordSource):
     return source.fingerprint(split)
-  if hasattr(source, 'tfds_dataset'):
+  if isinstance(source, seqio.TfdsDataSource):
     return repr([source.tfds_dataset.name, source.tfds_dataset._split_map])
+  # seqio's other sources have a function or file patterns, as private attributes.
   return _digest([type(source).__name__, describe(getattr(source, '_dataset_fn', None)),
                   repr(getattr(source, '_split_to_filepattern', ''))])
 
 
 def describe(value, depth: int = 6):
-  """A nested tuple that changes when the code or the settings of a preprocessor do."""
+  """A nested tuple that changes when the code or the settings of a preprocessor change."""
   if isinstance(value, PLAIN):
     return repr(value)
   if depth == 0:
@@ -64,33 +65,36 @@ def describe(value, depth: int = 6):
     return tuple(map(inner, value))
   if isinstance(value, (set, frozenset)):
     return tuple(sorted(map(repr, map(inner, value))))
-  if isinstance(value, dict) or isinstance(value, types.MappingProxyType):
+  if isinstance(value, (dict, types.MappingProxyType)):
     return tuple((repr(k), inner(v)) for k, v in value.items())
   if isinstance(value, functools.partial):
     return 'partial', inner(value.func), inner(value.args), inner(value.keywords)
   if isinstance(value, types.MethodType):
     return 'method', inner(value.__func__)
   if isinstance(value, types.FunctionType):
-    return _function(value, inner)
+    return _describe_function(value, inner)
   return f'{type(value).__module__}.{type(value).__qualname__}'
 
 
-def _function(fn, inner):
-  closed = tuple((name, inner(cell.cell_contents)) for name, cell in zip(
-      fn.__code__.co_freevars, fn.__closure__ or ()) if _filled(cell))
+def _describe_function(fn, inner):
   module, codes = fn.__module__ or '', list(_codes(fn.__code__))
-  used = {name: fn.__globals__[name] for code in codes for name in code.co_names
-          if name in fn.__globals__}
-  called = tuple((name, inner(value)) for name, value in used.items()
-                 if isinstance(value, (*PLAIN, types.FunctionType, tuple, dict))
-                 and getattr(value, '__module__', module) == module)
+  cells = zip(fn.__code__.co_freevars, fn.__closure__ or ())
+  closure = tuple((name, inner(cell.cell_contents)) for name, cell in cells if _is_filled(cell))
+
+  # Plain globals that the code names, and functions of the same module.
+  names = [name for code in codes for name in code.co_names if name in fn.__globals__]
+  used = {name: fn.__globals__[name] for name in names}
+  followed = tuple((name, inner(value)) for name, value in used.items()
+                   if isinstance(value, (*PLAIN, types.FunctionType, tuple, dict))
+                   and getattr(value, '__module__', module) == module)
+
   try:
     text = inspect.getsource(fn)
-  except (OSError, TypeError):                      # made in an interpreter
+  except (OSError, TypeError):          # defined in an interactive session
     text = fn.__code__.co_code.hex()
-  # Two lambdas of one line have the same source.
+  # Two lambdas in one line have the same source; their constants tell them apart.
   constants = tuple(repr(x) for code in codes for x in code.co_consts if isinstance(x, PLAIN))
-  return (f'{module}.{fn.__qualname__}', _digest(text), constants, closed, called,
+  return (f'{module}.{fn.__qualname__}', _digest(text), constants, closure, followed,
           inner(fn.__defaults__))
 
 
@@ -102,8 +106,8 @@ def _codes(code):
       yield from _codes(constant)
 
 
-def _filled(cell) -> bool:
-  """A cell is empty while the function that fills it has not come so far."""
+def _is_filled(cell) -> bool:
+  """A cell is empty until the enclosing function has assigned its variable."""
   try:
     return cell.cell_contents is not cell
   except ValueError:

@@ -1,8 +1,7 @@
-"""The tasks of the papers over TFDS, under T5's names, and the objectives over its large texts.
+"""The papers' tasks over TFDS, under T5's names, as plain data; builtin.py registers them.
 
-A row of TABLE is a supervised task, its text is made by t5_text.py; a row of TEXT is unsupervised.
-Nothing here opens a data set: what is not on this machine is an error when a task is opened, which
-says how to get it. A source is read-only, so that plain seqio starts no download either.
+A row of SUPERVISED is a supervised task, whose text t5_text.py makes; a row of TEXT is an objective
+on unlabelled text.
 [Raffel et al. 2020; Roberts et al. 2020 for closed-book QA; Xue et al. 2021 for mC4]
 """
 from collections.abc import Callable
@@ -10,29 +9,28 @@ import dataclasses
 import itertools
 from types import MappingProxyType
 
-from t5lab.data.tasks import parts, t5_text
-from t5lab.data.tasks import text as text_tasks
-from t5lab.data.tasks.seqio_tf import seqio
+from t5lab.data.tasks import t5_text
 from t5lab.evaluation import metrics
 
-# Supervised tasks
+Splits = tuple[str, ...] | dict[str, str] | None     # dict: to slices of TFDS's; None: all of them
+
+# --- supervised tasks ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-  """tfds: 'data_set/config:version'. splits: all that TFDS has where None; or a list, or a mapping
-  to parts of TFDS's."""
+  """tfds: 'data_set/config:version'."""
   tfds: str
   text: t5_text.Text
   metric_fns: tuple[Callable, ...] = ()
   postprocess_fn: Callable | None = None
-  splits: tuple[str, ...] | dict[str, str] | None = None
+  splits: Splits = None
 
 
 _F1 = (metrics.f1_score_with_invalid, metrics.accuracy)
 _CORRELATION = (metrics.pearson_corrcoef, metrics.spearman_corrcoef)
 _LABELLED = ('train', 'validation')  # the test sets of GLUE and SuperGLUE have no labels
-_GLUE = (  # name, benchmark, metrics, splits; ax has no labels at all
+_GLUE = (  # name, benchmark, metrics, splits; ax has no labels
     ('cola', 'cola', (metrics.matthews_corrcoef,), _LABELLED),
     ('sst2', 'sst2', (metrics.accuracy,), _LABELLED),
     ('mrpc', 'mrpc', _F1, _LABELLED),
@@ -80,8 +78,8 @@ def _super_glue():
       t5_text.multirc_value, _LABELLED)
   yield 'super_glue_record_v102', row(
       'record', (metrics.record,), t5_text.record_value, _LABELLED)
-  # WSC names the noun, which SuperGLUE's labels give only where they are True. T5 trains on those
-  # and on DPR, and scores all.
+  # The target of WSC is the noun, which SuperGLUE gives only in examples labelled True. T5 trains
+  # on those and on DPR, and scores all.
   yield 'super_glue_wsc_v102_simple_train', Supervised(
       'super_glue/wsc.fixed:1.0.2', t5_text.TEXTS['super_glue/wsc.fixed/train'], splits=('train',))
   yield 'super_glue_wsc_v102_simple_eval', row(
@@ -108,10 +106,10 @@ def _summaries():
 
 def _answers():
   row = lambda tfds_name, text, metric, splits=None: Supervised(
-      tfds_name, t5_text.TEXTS[text], (metric,), parts.answers, splits)
-  # A tenth of the training rows is for validation, and TFDS's validation is the test set.
-  held_out = lambda rows, test: {
-      'train': f'train[:{rows}]', 'validation': f'train[{rows}:]', 'test': test}
+      tfds_name, t5_text.TEXTS[text], (metric,), t5_text.answers, splits)
+  # A tenth of the training examples validates, and TFDS's validation split is the test set.
+  held_out = lambda count, test: {
+      'train': f'train[:{count}]', 'validation': f'train[{count}:]', 'test': test}
   yield 'squad_v010_allanswers', row('squad/v1.1:3.0.0', 'squad', metrics.squad)
   yield 'squad_v010_context_free', row('squad/v1.1:3.0.0', 'squad/context_free', metrics.squad)
   yield 'squad_v2', row('squad/v2.0:3.0.0', 'squad', metrics.squad_v2)
@@ -124,10 +122,19 @@ def _answers():
                                   held_out(3417, 'test'))
 
 
-TABLE = MappingProxyType(dict([*_glue(), *_super_glue(), *_wmt(), *_summaries(), *_answers()]))
+SUPERVISED = MappingProxyType(
+    dict([*_glue(), *_super_glue(), *_wmt(), *_summaries(), *_answers()]))
 
 
-# Text without supervision
+# --- unlabelled text -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """tfds: 'data_set/config:version'. objective: a row of objectives/table.py."""
+  tfds: str
+  objective: str
+  splits: Splits = None
 
 
 # The languages of mC4 in TFDS.
@@ -142,30 +149,19 @@ def mc4_task(language: str) -> str:
   return f'mc4.{language.replace("-", "_")}'
 
 
-# T5's C4 is 2.2.0, which today's TFDS reads and does not make; what it makes is 3.1.0.
+def _mc4(language: str) -> Text:
+  splits = {'train': language, 'validation': f'{language}-validation'}
+  return Text('c4/multilingual:3.1.0', 'span_corruption', splits)
+
+
+# T5's C4 is 2.2.0, which today's TFDS can read but not build; it builds 3.1.0.
 _LARGE = (('c4_v220', 'c4/en:2.2.0', 'full_lm'), ('c4_v310', 'c4/en:3.1.0', 'full_lm'),
           ('wikipedia_20230601.en', 'wikipedia/20230601.en:1.0.0', 'lm'))
-TEXT = MappingProxyType({  # name: (TFDS, splits or None for all, objective)
-    **{f'{name}_{objective}': (tfds, None, objective) for name, tfds, _ in _LARGE
+TEXT = MappingProxyType({
+    **{f'{name}_{objective}': Text(tfds, objective) for name, tfds, _ in _LARGE
        for objective in ('span_corruption', 'iid_denoising', 'prefix_lm')},
-    **{f'{name}_{lm}': (tfds, None, 'lm') for name, tfds, lm in _LARGE},
-    'lm1b_lm': ('lm1b:1.1.0', None, 'lm'),
-    **{mc4_task(language): ('c4/multilingual:3.1.0',
-                            {'train': language, 'validation': f'{language}-validation'},
-                            'span_corruption') for language in MC4},
+    **{f'{name}_{lm}': Text(tfds, 'lm') for name, tfds, lm in _LARGE},
+    'lm1b_lm': Text('lm1b:1.1.0', 'lm'),
+    **{mc4_task(language): _mc4(language) for language in MC4},
 })
-NAMES = (*TABLE, *TEXT)
-
-
-# Registration
-
-
-def register(spec: str) -> None:
-  """Adds the tasks on the vocabulary `spec`; no data set is opened."""
-  for name, task in TABLE.items():
-    parts.add(name, spec, seqio.TfdsDataSource(task.tfds, splits=task.splits, read_only=True),
-              [parts.from_rows(task.text.columns, task.text.fn, task.text.extra),
-               seqio.preprocessors.append_eos_after_trim],
-              metric_fns=list(task.metric_fns), postprocess_fn=task.postprocess_fn)
-  for name, (tfds, splits, objective) in TEXT.items():
-    text_tasks.add(name, spec, seqio.TfdsDataSource(tfds, splits=splits, read_only=True), objective)
+NAMES = (*SUPERVISED, *TEXT)

@@ -1,8 +1,8 @@
-"""The seqio registry, and reading it: importing this module registers t5lab's Tasks and Mixtures.
+"""The seqio registry and its reader: importing this module registers t5lab's tasks and mixtures.
 
 The vocabulary is an option of a run, so `register(spec)` puts the same names on another vocabulary.
-`open_components(name, …)` is how the pipeline reads a Task or Mixture, ours or any other: as numpy
-examples, made by the task's own source and preprocessors, in memory or in a cache on disk.
+`open_components(name, …)` is how the pipeline reads any seqio Task or Mixture: as numpy examples,
+from the task's own source and preprocessors, in memory or in a cache on disk.
 """
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -16,43 +16,39 @@ from t5lab.data import vocab
 from t5lab.data.batches import cache
 from t5lab.data.sources.base import RecordSource
 from t5lab.data.sources.tfds import splits
-from t5lab.data.tasks import embedded as embedded_tasks
-from t5lab.data.tasks import files as file_tasks
-from t5lab.data.tasks import hub as hub_files
-from t5lab.data.tasks import identity as task_identity
-from t5lab.data.tasks import own_files, paper_mixtures
-from t5lab.data.tasks import papers as paper_tasks
-from t5lab.data.tasks.parts import ROWS_A_CALL, trims
+from t5lab.data.tasks import builtin, identity, names, own_files, paper_mixtures
+from t5lab.data.tasks.parts import EXAMPLES_PER_CALL, trims
 from t5lab.data.tasks.seqio_tf import NumpyObjective, seqio, tf
 from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 
-OURS = (*embedded_tasks.NAMES, *paper_tasks.NAMES, *hub_files.NAMES)
-_registered: tuple = ()
+# --- registration --------------------------------------------------------------------------------
+
+_OURS = (*names.TASKS, own_files.NAME)
+_registered: tuple = ()      # the arguments of the last `register`
 
 
 def register(spec: str = vocab.DEFAULT, files: own_files.OwnFiles | None = None,
              modules: Sequence[str] = ()) -> None:
   """Puts the tasks on the vocabulary `spec`, replacing those on another one. Idempotent.
 
-  files: a person's own files, as the task 'files'. modules: names of modules of theirs that
-  register seqio Tasks, imported with the current folder on the path.
+  files: the user's own files, which become the task 'files'.
+  modules: the user's modules that register seqio Tasks; the current folder is on their path.
   """
   global _registered
   for module in modules:
     _import(module)
   if (spec, files) == _registered:
     return
-  vocab.load(spec)
-  for name in (*OURS, own_files.NAME):
+
+  vocab.load(spec)      # an unknown vocabulary is reported before anything changes
+  for name in _OURS:
     seqio.TaskRegistry.remove(name)
-  embedded_tasks.register(spec)
-  paper_tasks.register(spec)
-  hub_files.register(spec)
+  builtin.register_tasks(spec)
   if files:
-    file_tasks.add(spec, files)
+    builtin.register_files(spec, files)
+
   if not _registered:
-    embedded_tasks.register_mixtures()
-    paper_mixtures.register_mixtures()
+    builtin.register_mixtures()
   else:
     _rebuild_mixtures()
   _registered = spec, files
@@ -71,140 +67,110 @@ def _import(module: str) -> None:
 
 
 def _rebuild_mixtures():
-  """A seqio Mixture holds the Task objects that it was made with: make those of our tasks anew."""
-  stale = {*OURS, own_files.NAME}
+  """Replaces the mixtures of our tasks: a seqio Mixture holds Task objects, which are stale now."""
   for name in list(seqio.MixtureRegistry.names()):
     mixture = seqio.MixtureRegistry.get(name)
-    if stale & {task.name for task in mixture.tasks}:
+    if any(task.name in _OURS for task in mixture.tasks):
+      rates = list(mixture.rate_per_task_name.items())
       seqio.MixtureRegistry.remove(name)
-      seqio.MixtureRegistry.add(name, list(mixture.rate_per_task_name.items()),
-                                sample_fn=mixture._sample_fn)
+      seqio.MixtureRegistry.add(name, rates, sample_fn=mixture._sample_fn)
 
 
-# Reading
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-  """One task of a mixture. examples: dicts of int32[length], untrimmed; rate: relative weight;
-  note: what is to be said of how they were read."""
-  name: str
-  rate: float
-  examples: Sequence[dict[str, np.ndarray]]
-  objective: NumpyObjective | None
-  note: str = ''
+# --- tasks by name -------------------------------------------------------------------------------
 
 
 def get(name: str):
-  """The seqio Task or Mixture of this name; UsageError with the nearest names if there is none."""
+  """Returns the seqio Task or Mixture; UsageError with the nearest names for an unknown one."""
   known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if name not in known:
     raise UsageError(f'no task or mixture {name!r}.{did_you_mean(name, known)}')
   return seqio.get_mixture_or_task(name)
 
 
-def _arrays(column) -> list[np.ndarray]:
-  """A batch of a feature -> int[length] of each row; one of a fixed length is not ragged."""
-  if not isinstance(column, tf.RaggedTensor):
-    return list(column.numpy())
-  return np.split(column.flat_values.numpy(), column.row_splits.numpy()[1:-1])
+def select(name: str, split: str) -> list[tuple]:
+  """[(Task, rate)] behind a name, or comma-separated names, restricted to tasks with the split."""
+  selected, known_splits = [], set()
+  for part in name.split(','):
+    provider = get(part.strip())
+    is_mixture = isinstance(provider, seqio.Mixture)
+    for task in provider.tasks if is_mixture else [provider]:
+      available = splits(task)
+      known_splits |= set(available)
+      if split.split('[')[0] in available:     # like seqio, which omits tasks without the split
+        rate = float(provider.get_rate(task)) if is_mixture else 1.
+        selected.append((task, rate))
+  if not selected:
+    raise DataError(f'{name!r} has no split {split!r}.{did_you_mean(split, sorted(known_splits))}')
+
+  selected_names = [task.name for task, _ in selected]
+  repeated = {n for n in selected_names if selected_names.count(n) > 1}
+  if repeated:
+    raise UsageError(f'data.mixture={name!r} names {", ".join(sorted(repeated))} twice')
+  return selected
 
 
 def check(task, vocabulary) -> None:
   """UsageError for a task that the pipeline cannot read, or that is on another vocabulary."""
   for name, feature in task.output_features.items():
     if feature.rank != 1:
-      raise UsageError(f'task {task.name!r}: feature {name!r} has rank {feature.rank}, not 1')
-    if (not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
-        and feature.vocabulary.vocab_size > vocabulary.size):
+      raise UsageError(
+          f'task {task.name!r}: feature {name!r} must have rank 1, got {feature.rank}')
+    is_tokens = not isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
+    if is_tokens and feature.vocabulary.vocab_size > vocabulary.size:
       raise UsageError(
           f'task {task.name!r} has its own vocabulary of {feature.vocabulary.vocab_size} ids for '
           f'{name!r}, data.vocab={vocabulary.spec!r} has {vocabulary.size}: use the same one')
-  at = [i for i, p in enumerate(task.preprocessors) if isinstance(p, NumpyObjective)]
-  if at and at != [len(task.preprocessors) - 1]:
+  objectives = [isinstance(p, NumpyObjective) for p in task.preprocessors]
+  if any(objectives[:-1]):
     raise UsageError(f'task {task.name!r}: a NumpyObjective must be the last preprocessor, once')
 
 
-def objective(task) -> NumpyObjective | None:
-  last = task.preprocessors[-1:]
-  return last[0] if last and isinstance(last[0], NumpyObjective) else None
+def objective_of(task) -> NumpyObjective | None:
+  last = task.preprocessors[-1] if task.preprocessors else None
+  return last if isinstance(last, NumpyObjective) else None
 
 
 def stored_features(task) -> tuple[str, ...]:
-  """Features of an example before the objective, which draws anew each epoch."""
-  found = objective(task)
-  return found.wants if found else tuple(task.output_features)
+  """Features of an example before the objective, which draws again each epoch."""
+  objective = objective_of(task)
+  return objective.wants if objective else tuple(task.output_features)
 
 
-def stream(task, split: str, lengths: dict[str, int], ids: int, shard: tuple[int, int] = (0, 1),
-           by_seqio: str = '') -> Iterator[dict[str, np.ndarray]]:
-  """The task's examples, {feature: int32[length]}, untrimmed and before its objective.
+# --- reading one task ----------------------------------------------------------------------------
 
-  ids: as many as the vocabulary has. shard: (k, n): of the source's rows the k-th, the k+n-th, ….
-  by_seqio: a folder with what seqio's own caching made of the source. Holds ROWS_A_CALL rows at a
-  time. DataError for an id that is none, which an embedding would clamp without a word.
+
+def stream(task, split: str, lengths: dict[str, int], num_ids: int,
+           shard: tuple[int, int] = (0, 1), by_seqio: str = '') -> Iterator[dict[str, np.ndarray]]:
+  """Yields the task's examples, {feature: int32[length]}, untrimmed and before its objective.
+
+  lengths: tokens per feature. num_ids: the size of the vocabulary.
+  shard: for (k, n), the records k, k + n, k + 2n, … of the source.
+  by_seqio: a folder that seqio's own caching filled from the source.
+  Only EXAMPLES_PER_CALL examples are in memory at a time.
+  Errors: DataError, also for an id outside the vocabulary, which an embedding would clamp silently.
   """
-  preprocessors = [p for p in task.preprocessors if not isinstance(p, NumpyObjective)]
-  at = [i for i, p in enumerate(preprocessors) if isinstance(p, seqio.CacheDatasetPlaceholder)]
-  if by_seqio and not at:
-    raise UsageError(f'task {task.name!r} has no CacheDatasetPlaceholder, so {by_seqio} is not of '
-                     'this task')
   wanted = stored_features(task)
-  with seqio.utils.map_seed_manager(0):  # a user's random preprocessor draws once, the same always
+  # A random preprocessor of the user draws only here, and the same numbers every time.
+  with seqio.utils.map_seed_manager(0):
     if by_seqio:
-      dataset = seqio.dataset_providers._CachedDataSource(by_seqio, split).get_dataset(
-          split=split, shuffle=False)
-      preprocessors = preprocessors[at[0]:]
+      dataset, preprocessors = _open_seqio_cache(task, split, by_seqio)
     else:
-      dataset = _rows(task, split, shard)
+      dataset, preprocessors = _open_source(task, split, shard), task.preprocessors
     for preprocessor in preprocessors:
-      if isinstance(preprocessor, seqio.CacheDatasetPlaceholder):
-        continue
-      dataset = seqio.utils.add_kwargs_to_transform(
-          preprocessor, sequence_length=None if trims(preprocessor) else lengths,
-          output_features=task.output_features)(dataset)
-    dataset = dataset.map(lambda row: {name: row[name] for name in wanted if name in row})
-    count = 0
+      dataset = _apply(preprocessor, dataset, task, lengths)
+    dataset = dataset.map(
+        lambda example: {name: example[name] for name in wanted if name in example})
+
     try:
-      # Ragged batches, since crossing from TensorFlow to numpy costs 0.2 ms each time.
-      for rows in dataset.ragged_batch(ROWS_A_CALL):
-        columns = {name: _arrays(column) for name, column in rows.items()}
-        for name, feature in task.output_features.items():
-          if name in columns:
-            _check_ids(task, name, columns[name], min(ids, feature.vocabulary.vocab_size), count)
-        yield from ({name: x.astype(np.int32, copy=False) for name, x in zip(columns, row)}
-                    for row in zip(*columns.values()))
-        count += len(next(iter(columns.values())))
+      yield from _numpy_examples(task, dataset, num_ids)
     except tf.errors.OpError as e:
       if isinstance(task.source, RecordSource) and task.source.failure:
         raise task.source.failure from e
-      raise DataError(
-          f'task {task.name!r}, split {split!r}: {str(e).strip().splitlines()[-1][:300]}') from e
+      reason = str(e).strip().splitlines()[-1][:300]
+      raise DataError(f'task {task.name!r}, split {split!r}: {reason}') from e
 
 
-def _check_ids(task, name, column, size, first):
-  found = np.concatenate(column)
-  if len(found) and not 0 <= found.min() <= found.max() < size:
-    i = next(i for i, x in enumerate(column) if len(x) and not 0 <= x.min() <= x.max() < size)
-    wrong = column[i][(column[i] < 0) | (column[i] >= size)][0]
-    raise DataError(f'task {task.name!r}, example {first + i}: {name} holds the id {wrong}; the '
-                    f'ids of its vocabulary are 0 to {size - 1}')
-
-
-def reader(task, split: str):
-  """The records.RecordReader that read a person's own files last; None for other tasks."""
-  return task.source.readers.get(split) if isinstance(task.source, RecordSource) else None
-
-
-def note(task, split: str, read=None) -> str:
-  """What is to be said of the rows that `read`, or else the last reader, read: those that were bad.
-  """
-  read = read or reader(task, split)
-  reported = read and read.bad and task.source.reports_bad_records
-  return f'{task.name}, {split}: {read.summary()}' if reported else ''
-
-
-def _rows(task, split, shard):
+def _open_source(task, split, shard):
   k, n = shard
   if isinstance(task.source, RecordSource):        # parses only the records of this shard
     return task.source.shard(split, k, n)
@@ -212,66 +178,93 @@ def _rows(task, split, shard):
   return dataset.shard(n, k) if n > 1 else dataset
 
 
-def open_components(name: str, split: str, lengths: dict[str, int],
-                    vocab_spec: str = vocab.DEFAULT, *, files: own_files.OwnFiles | None = None,
-                    modules: Sequence[str] = (), cached: str = '',
-                    mixing: 'Mixing | None' = None) -> list[Component]:
-  """The tasks behind a Task or Mixture name, or several names with commas between them.
+def _open_seqio_cache(task, split, folder):
+  """Returns the cached dataset and the preprocessors that follow it."""
+  cached_before = [i for i, preprocessor in enumerate(task.preprocessors)
+                   if isinstance(preprocessor, seqio.CacheDatasetPlaceholder)]
+  if not cached_before:
+    raise UsageError(f'task {task.name!r} has no CacheDatasetPlaceholder, so {folder} cannot be '
+                     'its cache')
+  source = seqio.dataset_providers._CachedDataSource(folder, split)
+  dataset = source.get_dataset(split=split, shuffle=False)
+  return dataset, task.preprocessors[cached_before[0]:]
 
-  lengths: tokens of each feature; text is cut into segments to fill them, all else is left whole.
-  files, modules: as register's. cached: a folder that holds their examples, which `t5lab cache` or
-  seqio wrote; '': they are tokenized now and held in memory. mixing: rates of several names.
-  Errors: UsageError for an unknown name or a length that cannot be; DataError for a split that does
-  not exist, data that is not on this machine, a cache of other data, or no examples.
+
+def _apply(preprocessor, dataset, task, lengths):
+  if isinstance(preprocessor, (NumpyObjective, seqio.CacheDatasetPlaceholder)):
+    return dataset
+  transform = seqio.utils.add_kwargs_to_transform(
+      preprocessor, sequence_length=None if trims(preprocessor) else lengths,
+      output_features=task.output_features)
+  return transform(dataset)
+
+
+def _numpy_examples(task, dataset, num_ids):
+  """Reads ragged batches: each crossing from TensorFlow to numpy costs 0.2 ms."""
+  count = 0
+  for batch in dataset.ragged_batch(EXAMPLES_PER_CALL):
+    columns = {name: _arrays(column) for name, column in batch.items()}
+    for name, feature in task.output_features.items():
+      if name in columns:
+        limit = min(num_ids, feature.vocabulary.vocab_size)
+        _check_ids(task, name, columns[name], limit, count)
+    for arrays in zip(*columns.values()):
+      count += 1
+      yield {name: x.astype(np.int32, copy=False) for name, x in zip(columns, arrays)}
+
+
+def _arrays(column) -> list[np.ndarray]:
+  """A feature of a batch as int[length] per example. One of a fixed length is not ragged."""
+  if not isinstance(column, tf.RaggedTensor):
+    return list(column.numpy())
+  return np.split(column.flat_values.numpy(), column.row_splits.numpy()[1:-1])
+
+
+def _check_ids(task, name, column, size, first):
+  ids = np.concatenate(column)
+  if not ((ids < 0) | (ids >= size)).any():
+    return
+  for i, example in enumerate(column):
+    outside = example[(example < 0) | (example >= size)]
+    if len(outside):
+      raise DataError(f'task {task.name!r}, example {first + i}: {name} holds the id {outside[0]}; '
+                      f'the ids of its vocabulary are 0 to {size - 1}')
+
+
+def report(task, split: str, reader=None) -> str:
+  """One line about bad records that were skipped, or ''.
+
+  reader: the RecordReader to report on; by default the last one that read the split.
   """
-  register(vocab_spec, files, modules)
-  lengths = {feature: length for feature, length in lengths.items() if length}
-  components, size = [], vocab.load(vocab_spec).size
-  for task, rate in select(name, split):
-    check(task, vocab.load(vocab_spec))
-    where = cache.folder(cached, task.name, split) if cached else None
-    if where is None:
-      examples = list(stream(task, split, lengths, size))
-    elif by_seqio := _by_seqio(cached, task, split):
-      examples = list(stream(task, split, lengths, size, by_seqio=by_seqio))
-    else:
-      examples = cache.Cached(where, task_identity.identity(task, split, lengths, vocab_spec),
-                              't5lab cache --config …')
-    said = examples.note if isinstance(examples, cache.Cached) else note(task, split)
-    if not examples:
-      raise DataError(f'task {task.name!r} has no examples in split {split!r} '
-                      f'(lengths {lengths}) {said}')
-    components.append(Component(task.name, rate, examples, objective(task), said))
-  if mixing:
-    components = [dataclasses.replace(c, rate=mixing.rate(len(c.examples))) for c in components]
-  return components
+  if not isinstance(task.source, RecordSource) or not task.source.reports_bad_records:
+    return ''
+  reader = reader or task.source.readers.get(split)
+  return f'{task.name}, {split}: {reader.summary()}' if reader and reader.bad else ''
 
 
-def select(name: str, split: str) -> list[tuple]:
-  """[(Task, rate)] behind a name, or names with commas between them, that have the split."""
-  found, known = [], set()
-  for part in name.split(','):
-    provider = get(part.strip())
-    is_mixture = isinstance(provider, seqio.Mixture)
-    for task in provider.tasks if is_mixture else [provider]:
-      available = splits(task)
-      known |= set(available)
-      if split.split('[')[0] in available:   # seqio too leaves out tasks that lack the split
-        found.append((task, float(provider.get_rate(task)) if is_mixture else 1.))
-  if not found:
-    raise DataError(f'{name!r} has no split {split!r}.{did_you_mean(split, sorted(known))}')
-  twice = {task.name for task, _ in found if [t.name for t, _ in found].count(task.name) > 1}
-  if twice:
-    raise UsageError(f'data.mixture={name!r} names {", ".join(sorted(twice))} twice')
-  return found
+# --- opening what a run trains on ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+  """One task of a mixture.
+
+  rate: its relative weight. examples: dicts of int32[length], untrimmed.
+  note: one line about skipped records, or ''.
+  """
+  name: str
+  rate: float
+  examples: Sequence[dict[str, np.ndarray]]
+  objective: NumpyObjective | None
+  note: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
   """Rates by the number of examples n: min(n, limit) ** (1 / temperature).
 
-  Temperature 1 is examples-proportional, a large one mixes equally. limit 0: none.
-  [Raffel et al. 2020, 3.5.2]
+  Temperature 1 is proportional to the examples, a large one approaches equal rates; limit 0 is no
+  limit. [Raffel et al. 2020, 3.5.2]
   """
   temperature: float = 1.
   limit: int = 0
@@ -280,11 +273,52 @@ class Mixing:
     return paper_mixtures.rate(examples, self.limit or None, self.temperature)
 
 
-def _by_seqio(root, task, split) -> str:
-  """The folder where seqio's own caching put this split; '' if it did not."""
-  where = os.path.join(root, seqio.utils.get_task_dir_from_name(task.name))
-  done = (os.path.join(where, 'COMPLETED'), seqio.utils.get_cached_info_path(where, split))
-  return where if all(map(os.path.exists, done)) else ''
+def open_components(name: str, split: str, lengths: dict[str, int],
+                    vocab_spec: str = vocab.DEFAULT, *, files: own_files.OwnFiles | None = None,
+                    modules: Sequence[str] = (), cached: str = '',
+                    mixing: Mixing | None = None) -> list[Component]:
+  """Opens the tasks behind the name of a Task or Mixture, or behind comma-separated names.
+
+  lengths: tokens of each feature. Text is cut into segments of these; other examples stay whole.
+  files, modules: see `register`.
+  cached: a folder with the examples, written by `t5lab cache` or seqio; '': they are tokenized now
+    and held in memory.
+  mixing: rates of several names.
+  Errors: UsageError for an unknown name or an impossible length; DataError for an unknown split,
+    data that is not on this machine, a cache of other data, or no examples.
+  """
+  register(vocab_spec, files, modules)
+  vocabulary = vocab.load(vocab_spec)
+  lengths = {feature: length for feature, length in lengths.items() if length}
+  components = []
+  for task, rate in select(name, split):
+    check(task, vocabulary)
+    by_seqio = _cached_by_seqio(cached, task, split)
+    if cached and not by_seqio:
+      examples = cache.Cached(cache.folder(cached, task.name, split),
+                              identity.identity(task, split, lengths, vocab_spec),
+                              't5lab cache --config …')
+      note = examples.note
+    else:
+      examples = list(stream(task, split, lengths, vocabulary.size, by_seqio=by_seqio))
+      note = report(task, split)
+    if not examples:
+      raise DataError(f'task {task.name!r} has no examples in split {split!r} '
+                      f'(lengths {lengths}) {note}')
+    components.append(Component(task.name, rate, examples, objective_of(task), note))
+  if mixing:
+    components = [dataclasses.replace(c, rate=mixing.rate(len(c.examples))) for c in components]
+  return components
+
+
+def _cached_by_seqio(root: str, task, split: str) -> str:
+  """The folder under `root` where seqio's own caching stored this split; '' if it did not."""
+  if not root:
+    return ''
+  folder = os.path.join(root, seqio.utils.get_task_dir_from_name(task.name))
+  complete = os.path.exists(os.path.join(folder, 'COMPLETED'))
+  has_split = os.path.exists(seqio.utils.get_cached_info_path(folder, split))
+  return folder if complete and has_split else ''
 
 
 register()

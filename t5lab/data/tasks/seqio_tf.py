@@ -1,8 +1,7 @@
-"""TensorFlow and seqio for whoever needs them, and what seqio needs of ours: a vocabulary and a way
-to run a numpy objective.
+"""TensorFlow and seqio, and our two seqio parts: a vocabulary and numpy objectives.
 
-The only module that imports TensorFlow: others take `tf` and `seqio` from here. TensorFlow never
-sees an accelerator.
+This is the only module that imports TensorFlow; others take `tf` and `seqio` from here. TensorFlow
+never sees an accelerator.
 """
 from collections.abc import Callable
 import contextlib
@@ -10,25 +9,25 @@ import os
 
 
 @contextlib.contextmanager
-def _greetings_discarded():
-  """TensorFlow's C++ writes lines to file descriptor 2 before any log level takes effect."""
-  kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def _stderr_discarded():
+  """TensorFlow's C++ writes to file descriptor 2 before any log level takes effect."""
+  stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:
     yield
   finally:
-    os.dup2(kept, 2)
-    os.close(kept)
+    os.dup2(stderr, 2)
+    os.close(stderr)
     os.close(null)
 
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')    # what fails in its C++, we say in one line
-with _greetings_discarded():
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')    # we report its failures in one line ourselves
+with _stderr_discarded():
   import tensorflow as tf
-  for _kind in ('GPU', 'TPU'):
+  for _device in ('GPU', 'TPU'):
     try:
-      tf.config.set_visible_devices([], _kind)
-    except RuntimeError:  # the caller has started TensorFlow: its devices are the caller's choice
+      tf.config.set_visible_devices([], _device)
+    except RuntimeError:     # the caller has already started TensorFlow: its devices are theirs
       pass
   import seqio
 
@@ -36,22 +35,47 @@ import numpy as np  # noqa: E402
 
 from t5lab.data import vocab  # noqa: E402
 
+# --- lists of token ids --------------------------------------------------------------------------
+
+
+def flat_lists(lists) -> tuple[np.ndarray, np.ndarray]:
+  """Lists of ids -> (int32 of all ids, int64 of the lengths), which a numpy_function can return."""
+  arrays = [np.asarray(ids, np.int32) for ids in lists]
+  flat = np.concatenate([np.zeros(0, np.int32), *arrays])
+  return flat, np.array([len(ids) for ids in arrays], np.int64)
+
+
+def ragged(flat, lengths) -> tf.RaggedTensor:
+  """The rows that a numpy_function returned as flat values and lengths."""
+  flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
+  return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+
+
+def token_lists(fn, *columns) -> tf.RaggedTensor:
+  """Applies fn(*str) -> ids to string[B] columns: int32[B, ragged]."""
+  def run(*columns):
+    return flat_lists([fn(*map(tf.compat.as_text, row)) for row in zip(*columns)])
+  return ragged(*tf.numpy_function(run, columns, [tf.int32, tf.int64], stateful=False))
+
+
+# --- the vocabulary ------------------------------------------------------------------------------
+
 
 class SeqioVocabulary(seqio.Vocabulary):
-  """A vocab.Vocab as seqio wants it; the ids are the same. The sentinels count as extra ids.
+  """A vocab.Vocab with seqio's interface and the same ids. The sentinels count as extra ids.
 
   feature: 'inputs' and 'targets' put the vocabulary's prefix before every text (BART's <s>, which
-  its decoder writes too), 'targets' encodes as a target; '' is text as it is.
+  its decoder produces too), and 'targets' encodes as a target; '' encodes plain text.
   """
 
   def __init__(self, spec: str, feature: str = ''):
     self.vocab = v = vocab.load(spec)
     super().__init__(extra_ids=v.num_sentinels)
     self._prefix = list(v.prefix) if feature else []
-    self._of_targets = feature == 'targets' and v.target_encoder is not None
-    self._key = (v.sha256, tuple(self._prefix), self._of_targets)
+    self._encodes_targets = feature == 'targets' and v.target_encoder is not None
+    self._key = (v.sha256, tuple(self._prefix), self._encodes_targets)
 
-  # pad_id stays seqio's 0, with which it pads: segment ids, not ids, say what is real.
+  # pad_id stays seqio's 0, with which it pads: segment ids, not token ids, mark padding.
   bos_id = property(lambda self: self.vocab.bos_id)
   eos_id = property(lambda self: self.vocab.eos_id)
   unk_id = property(lambda self: self.vocab.unk_id)
@@ -67,7 +91,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     return hash(self._key)
 
   def _encode(self, s):
-    encode = self.vocab.encode_target if self._of_targets else self.vocab.encode
+    encode = self.vocab.encode_target if self._encodes_targets else self.vocab.encode
     return self._prefix + encode(s)
 
   def _decode(self, ids):
@@ -89,27 +113,19 @@ class SeqioVocabulary(seqio.Vocabulary):
     def decode(ids):
       texts = [self.vocab.decode(row).encode('utf-8') for row in ids.reshape(-1, ids.shape[-1])]
       return np.array(texts, object).reshape(ids.shape[:-1])
-    return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False),
-                           ids.shape[:-1])
+    texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+    return tf.ensure_shape(texts, ids.shape[:-1])
 
 
-def token_lists(fn, *columns):
-  """fn(*str) -> ids over string[B] columns -> ragged int32[B, T]."""
-  def run(*columns):
-    ids = [np.array(fn(*map(tf.compat.as_text, row)), np.int32) for row in zip(*columns)]
-    return np.concatenate([np.zeros(0, np.int32), *ids]), np.array(list(map(len, ids)), np.int64)
-  flat, lengths = tf.numpy_function(run, columns, [tf.int32, tf.int64], stateful=False)
-  return tf.RaggedTensor.from_row_lengths(
-      tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None]), validate=False)
+# --- objectives ----------------------------------------------------------------------------------
 
 
 class NumpyObjective:
-  """A stochastic seqio preprocessor that is a numpy function, and must stand last in its task.
+  """A stochastic seqio preprocessor that runs a numpy function. It must be last in its task.
 
-  fn(tokens int[T], rng, **options) -> features, EOS included; size(T) -> upper bound of each
-  feature. Where `wants` names other features than targets alone, both are given a dict instead of
-  tokens and of T. plain seqio runs it in tf.data with a seed for each example; the pipeline calls
-  `apply`.
+  fn(tokens int[T], rng, **options) -> features, EOS included; size(T) -> an upper bound per
+  feature. If `wants` names other features than targets alone, both get a dict instead of tokens and
+  of T. Plain seqio runs it in tf.data with one seed per example; the pipeline calls `apply`.
   """
 
   def __init__(self, fn: Callable, size: Callable, wants: tuple[str, ...] = ('targets',),
@@ -118,19 +134,20 @@ class NumpyObjective:
     self.wants = wants
 
   def __repr__(self):
+    """Part of the data fingerprint of a run: must not change."""
     options = ', '.join(f'{k}={v!r}' for k, v in sorted(self._options.items()))
     return f'{self._fn.__name__}({options})'
 
-  def _given(self, example):
+  def _argument(self, example):
     return example['targets'] if self.wants == ('targets',) else example
 
   def apply(self, example, rng) -> dict[str, np.ndarray]:
-    """{feature: int[T]} of `wants`, numpy Generator -> the features of one training example."""
-    return self._fn(self._given(example), rng, **self._options)
+    """The features of one training example, from {feature: int[T]} of `wants`."""
+    return self._fn(self._argument(example), rng, **self._options)
 
   def sizes(self, lengths: dict[str, int]) -> dict[str, int]:
-    """Lengths of an example's features -> upper bounds of what apply makes, for packing."""
-    return self._size(self._given(lengths))
+    """Upper bounds of what `apply` returns, for packing, from the lengths of an example."""
+    return self._size(self._argument(lengths))
 
   def __call__(self, dataset, output_features):
     names = sorted(output_features)
@@ -142,7 +159,7 @@ class NumpyObjective:
 
     @seqio.map_over_dataset(num_seeds=1)
     def map_one(example, seed):
-      made = tf.numpy_function(run, [seed, *(example[name] for name in self.wants)],
-                               [tf.int32] * len(names))
-      return {name: tf.ensure_shape(x, [None]) for name, x in zip(names, made)}
+      stored = [example[name] for name in self.wants]
+      features = tf.numpy_function(run, [seed, *stored], [tf.int32] * len(names))
+      return {name: tf.ensure_shape(x, [None]) for name, x in zip(names, features)}
     return map_one(dataset)

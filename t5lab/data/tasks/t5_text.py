@@ -252,6 +252,13 @@ def to_class(benchmark: str):
   return postprocess
 
 
+def answers(decoded, example=None, is_target=False):
+  """The text itself; for a target, the list of its gold answers."""
+  if not is_target:
+    return decoded
+  return [answer.decode('utf-8') for answer in example['answers']]
+
+
 def _grouped(value, example, is_target, *keys):
   group = {'group': tuple(int(example[key]) for key in keys)} if is_target else {}
   return {'value': value, **group}
@@ -264,7 +271,7 @@ def multirc_value(decoded, example=None, is_target=False) -> dict:
 
 def record_value(decoded, example=None, is_target=False) -> dict:
   """{'value': text}, for a target all the answers and 'group': (passage, query)."""
-  value = [a.decode('utf-8') for a in example['answers']] if is_target else decoded
+  value = answers(decoded, example, is_target)
   return _grouped(value, example, is_target, 'idx/passage', 'idx/query')
 
 

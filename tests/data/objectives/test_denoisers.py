@@ -3,8 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from t5lab.data.objectives import denoisers
-from t5lab.data.objectives import spans as objectives
+from t5lab.data.objectives import denoisers, spans
 from t5lab.errors import UsageError
 
 MODES = ((41,), (42, 43), (44,))   # R, S, X
@@ -227,4 +226,4 @@ def test_ul2_sizes_are_reached(rng):
   made = [denoisers.ul2(np.arange(100, 112), rng, **UL2) for _ in range(1000)]
   assert denoisers.ul2_sizes(12, MODES) == {
       f: max(len(m[f]) for m in made) for f in ('inputs', 'targets')}
-  assert objectives.prefix_lm_sizes(12)['inputs'] + 2 == 14
+  assert spans.prefix_lm_sizes(12)['inputs'] + 2 == 14

@@ -1,8 +1,7 @@
 """Mixing rates by hand, and the mixtures that T5 trained on. [Raffel et al. 2020, 3.5.2 and 3.7]"""
 import pytest
 
-from t5lab.data.tasks import paper_mixtures
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import paper_mixtures, registry
 from t5lab.data.tasks.seqio_tf import seqio
 from t5lab.errors import DataError
 
@@ -95,10 +94,10 @@ def test_a_rate_of_data_that_is_not_here(name, task):
 
 def test_mixtures_move_to_another_vocabulary():
   """A seqio Mixture holds the Task objects that it was made with."""
-  tasks.register('t5lab_2048')
+  registry.register('t5lab_2048')
   try:
     for name in paper_mixtures.MIXTURES:
       features = seqio.MixtureRegistry.get(name).output_features
       assert features['targets'].vocabulary.vocab_size == 2048, name
   finally:
-    tasks.register('byte')
+    registry.register('byte')

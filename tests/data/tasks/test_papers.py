@@ -2,9 +2,7 @@
 import numpy as np
 import pytest
 
-from t5lab.data.tasks import paper_mixtures, t5_text
-from t5lab.data.tasks import papers as paper_tasks
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import paper_mixtures, papers, registry, t5_text
 from t5lab.data.tasks.seqio_tf import seqio, tf
 from t5lab.errors import DataError
 from t5lab.evaluation import metrics
@@ -16,20 +14,22 @@ LONG = {'inputs': 512, 'targets': 512}
 
 
 def builder(name):
-  table = paper_tasks.TABLE
-  tfds = table[name].tfds if name in table else paper_tasks.TEXT[name][0]
-  return seqio.TfdsDataSource(tfds).tfds_dataset.builder
+  return seqio.TfdsDataSource(row_of(name).tfds).tfds_dataset.builder
+
+
+def row_of(name):
+  return papers.SUPERVISED.get(name) or papers.TEXT[name]
 
 
 def test_names():
-  assert len(paper_tasks.NAMES) == len(set(paper_tasks.NAMES)) == 181
+  assert len(papers.NAMES) == len(set(papers.NAMES)) == 181
   for name in ('glue_cola_v002', 'glue_mnli_matched_v002', 'super_glue_boolq_v102',
                'super_glue_wsc_v102_simple_train', 'squad_v010_allanswers', 'squad_v2',
                'wmt_t2t_ende_v003', 'wmt14_ende_v003', 'wmt15_enfr_v003', 'wmt16_enro_v003',
                'wmt16_roen_v003', 'wmt19_deen_v003', 'wmt19_defr_v003', 'cnn_dailymail_v002',
                'c4_v220_span_corruption', 'c4_v220_full_lm', 'mc4.zh_Latn',
                'wikipedia_20230601.en_prefix_lm', 'lm1b_lm'):
-    assert name in paper_tasks.NAMES
+    assert name in papers.NAMES
     assert name in seqio.TaskRegistry.names()
 
 
@@ -47,13 +47,11 @@ def test_versions(name, tfds):
 
 
 def test_tfds_has_every_data_set_column_and_class():
-  for name in paper_tasks.NAMES:
+  for name in papers.NAMES:
     info = builder(name).info
-    wanted = (paper_tasks.TABLE[name] if name in paper_tasks.TABLE
-              else paper_tasks.TEXT[name][0])
-    tfds = wanted if isinstance(wanted, str) else wanted.tfds
-    assert info.full_name == tfds.replace(':', '/'), name
-    for column in ('text',) if isinstance(wanted, str) else wanted.text.columns:
+    row = row_of(name)
+    assert info.full_name == row.tfds.replace(':', '/'), name
+    for column in ('text',) if isinstance(row, papers.Text) else row.text.columns:
       spec = info.features
       for key in column.split('/'):
         assert key in spec, (name, column)
@@ -62,7 +60,7 @@ def test_tfds_has_every_data_set_column_and_class():
 
 @pytest.mark.parametrize('benchmark', sorted(t5_text.LABELS))
 def test_class_names_are_in_tfds_order(benchmark):
-  found = [name for name in paper_tasks.TABLE if name.split('_v')[0] in (
+  found = [name for name in papers.SUPERVISED if name.split('_v')[0] in (
       f'glue_{benchmark}', f'super_glue_{benchmark}')]
   for name in found or pytest.fail():
     assert tuple(builder(name).info.features['label'].names) == t5_text.LABELS[benchmark]
@@ -71,7 +69,7 @@ def test_class_names_are_in_tfds_order(benchmark):
 def test_mc4_languages_are_those_of_tfds():
   import sys
   module = sys.modules[type(builder('mc4.de')).__module__]
-  assert sorted(module.MC4_LANGUAGES) == sorted(paper_tasks.MC4)
+  assert sorted(module.MC4_LANGUAGES) == sorted(papers.MC4)
 
 
 @pytest.mark.parametrize('name, inputs, targets', [
@@ -81,7 +79,7 @@ def test_mc4_languages_are_those_of_tfds():
     ('wmt_t2t_ende_v003', 'translate English to German: EN', 'DE')])
 def test_directions(name, inputs, targets):
   row = {language: language.upper() for language in ('en', 'ro', 'fr', 'de')}
-  assert paper_tasks.TABLE[name].text.fn(row) == [{'inputs': inputs, 'targets': targets}]
+  assert papers.SUPERVISED[name].text.fn(row) == [{'inputs': inputs, 'targets': targets}]
 
 
 def test_metric_functions():
@@ -95,39 +93,39 @@ def test_metric_functions():
   assert names('super_glue_record_v102') == ['record']
   assert names('trivia_qa_open') == ['trivia_qa'] and names('squad_v2') == ['squad_v2']
   assert names('wmt_t2t_ende_v003') == ['bleu', 'chrf'] and names('xsum') == ['rouge']
-  for name in paper_tasks.NAMES:
+  for name in papers.NAMES:
     if names(name) == ['accuracy']:
       assert name.startswith(('glue_', 'super_glue_', 'dpr_')), name
-  unscored = [n for n in paper_tasks.TABLE if not names(n)]
+  unscored = [n for n in papers.SUPERVISED if not names(n)]
   assert unscored == ['glue_ax_v002', 'super_glue_axb_v102', 'super_glue_axg_v102',
                       'super_glue_wsc_v102_simple_train']
 
 
 def test_no_test_set_without_labels_is_a_split():
-  splits = lambda name: tuple(paper_tasks.TABLE[name].splits)
+  splits = lambda name: tuple(papers.SUPERVISED[name].splits)
   assert splits('glue_mnli_v002') == ('train', 'validation_matched', 'validation_mismatched')
   assert splits('glue_mnli_mismatched_v002') == ('validation',)
   assert splits('super_glue_wsc_v102_simple_eval') == ('validation',)
-  for name, task in paper_tasks.TABLE.items():
+  for name, task in papers.SUPERVISED.items():
     if 'glue' in name and task.metric_fns:
       assert 'test' not in splits(name), name
-  assert paper_tasks.TABLE['natural_questions_open'].splits == {
+  assert papers.SUPERVISED['natural_questions_open'].splits == {
       'train': 'train[:79168]', 'validation': 'train[79168:]', 'test': 'validation'}
-  assert paper_tasks.TABLE['trivia_qa_open'].splits['validation'] == 'train[78785:]'
-  assert paper_tasks.TABLE['web_questions_open'].splits == {
+  assert papers.SUPERVISED['trivia_qa_open'].splits['validation'] == 'train[78785:]'
+  assert papers.SUPERVISED['web_questions_open'].splits == {
       'train': 'train[:3417]', 'validation': 'train[3417:]', 'test': 'test'}
-  assert paper_tasks.TEXT['mc4.zh_Latn'][1] == {
+  assert papers.TEXT['mc4.zh_Latn'].splits == {
       'train': 'zh-Latn', 'validation': 'zh-Latn-validation'}
 
 
-@pytest.mark.parametrize('name', [*paper_tasks.NAMES, *paper_mixtures.MIXTURES])
+@pytest.mark.parametrize('name', [*papers.NAMES, *paper_mixtures.MIXTURES])
 def test_data_that_is_not_here(name):
   """Nothing is evaluated as if it were there, and what the error says to run can be run."""
   how = (r'copy the folder c4/en/2\.2\.0 ' if name.startswith(('c4_v220', 't5_multitask'))
          else r'run `tfds build \1 --data_dir DIR`')
   with pytest.raises(DataError, match=r"task '\S+': the data of (\S+) is not on this machine .*"
                                       + how + '.*, then set TFDS_DATA_DIR=DIR'):
-    tasks.open_components(name, 'validation', {'inputs': 64, 'targets': 64}, 'byte')
+    registry.open_components(name, 'validation', {'inputs': 64, 'targets': 64}, 'byte')
 
 
 def test_plain_seqio_downloads_nothing(monkeypatch):
@@ -292,7 +290,7 @@ def test_an_evaluation(rows_of):
 def test_text_with_noise(rows_of):
   """10 bytes: the last two are the noise; documents are joined."""
   rows_of('c4_v220_span_corruption', [{'text': 'abcde'}, {'text': 'fghij'}])
-  component, = tasks.open_components('c4_v220_span_corruption', 'train',
+  component, = registry.open_components('c4_v220_span_corruption', 'train',
                                      {'inputs': 10, 'targets': 4}, 'byte')
   made = component.objective.apply(component.examples[0], np.random.default_rng(0))
   assert made['inputs'].tolist() == [3 + b for b in b'abcdefgh'] + [358, 1]
@@ -301,7 +299,7 @@ def test_text_with_noise(rows_of):
 
 def test_text_without_noise(rows_of):
   rows_of('c4_v220_full_lm', [{'text': 'a'}, {'text': 'bcd'}])
-  component, = tasks.open_components('c4_v220_full_lm', 'train', {'targets': 4}, 'byte')
+  component, = registry.open_components('c4_v220_full_lm', 'train', {'targets': 4}, 'byte')
   assert component.objective is None
   assert [x['targets'].tolist() for x in component.examples] == [
       [100, 1, 101, 102], [103, 1]]

@@ -8,14 +8,9 @@ import pytest
 import seqio
 
 from t5lab.data import vocab
-from t5lab.data.objectives import spans as objectives
+from t5lab.data.objectives import spans, table
 from t5lab.data.sources import corpora
-from t5lab.data.tasks import embedded as embedded_tasks
-from t5lab.data.tasks import files as file_tasks
-from t5lab.data.tasks import names as task_names
-from t5lab.data.tasks import paper_mixtures, prompts, seqio_tf
-from t5lab.data.tasks import registry as tasks
-from t5lab.data.tasks.text import OBJECTIVES
+from t5lab.data.tasks import embedded, names, prompts, registry, seqio_tf
 from t5lab.errors import DataError, UsageError
 from t5lab.evaluation import metrics
 
@@ -40,10 +35,10 @@ def tiny(monkeypatch):
       'books': [{'id': 'b1', 'text': 'abcdef'}, {'id': 'b2', 'text': 'ghij'}]}
   monkeypatch.setattr(corpora, 'load', lambda name, split: rows[name])
   monkeypatch.setattr(corpora, 'num_rows', lambda name, split: len(rows[name]))
-  tasks._registered = 'none'  # the sources count their rows when made
-  tasks.register('byte')
+  registry._registered = 'none'  # the sources count their rows when made
+  registry.register('byte')
   yield
-  tasks._registered = 'none'
+  registry._registered = 'none'
 
 
 def bounds(component):
@@ -60,7 +55,7 @@ def both_ways(name, lengths=LONG, **kwargs):
   dataset = seqio.get_mixture_or_task(name).get_dataset(
       lengths, 'train', shuffle=False, **kwargs)
   plain = list(dataset.as_numpy_iterator())
-  component, = tasks.open_components(name, 'train', lengths, 'byte')
+  component, = registry.open_components(name, 'train', lengths, 'byte')
   return plain, component
 
 
@@ -106,13 +101,13 @@ def test_answers_are_padded_lists_for_the_metric(tiny):
 
 
 def test_metric_functions_are_the_tasks_own():
-  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in embedded_tasks.NAMES}
+  fns = {name: seqio.TaskRegistry.get(name).metric_fns for name in embedded.NAMES}
   assert fns == {
       'ha_ende': [metrics.bleu, metrics.chrf], 'ha_enfr': [metrics.bleu, metrics.chrf],
       'ha_enes': [metrics.bleu, metrics.chrf], 'docs_summarize': [metrics.rouge],
       'numpydoc_qa': [metrics.squad], 'docs_match': [],
       'g2p_en_us': [metrics.exact_match, metrics.phoneme_error_rate],
-      **{f'books_{objective}': [] for objective in OBJECTIVES}}
+      **{f'books_{objective}': [] for objective in table.TABLE}}
 
 
 def test_match_is_two_closed_texts_and_a_class(tiny):
@@ -126,7 +121,7 @@ def test_match_is_two_closed_texts_and_a_class(tiny):
 
 
 def test_a_word_alone_is_in_no_mixture(tiny):
-  assert 'g2p_en_us' in embedded_tasks.SUPERVISED and 'g2p_en_us' not in embedded_tasks.MIXED
+  assert 'g2p_en_us' in embedded.SUPERVISED and 'g2p_en_us' not in embedded.MIXED
   assert prompts.prompt('g2p_en_us', 'See') == prompts.prompt('g2p_en_us', {'word': 'See'}) == 'See'
   assert prompts.source('g2p_en_us', 'See') == 'See'
 
@@ -144,15 +139,15 @@ def test_prefix_and_end_of_another_vocabulary(tmp_path):
   assert targets.encode('ab') == [2, 5, 32] and inputs == targets
   plain = seqio_tf.SeqioVocabulary(spec)
   assert plain.encode('ab') == [5, 32] and inputs != plain
-  match, = tasks.open_components('docs_match', 'validation', {'inputs': 64, 'targets': 1}, spec)
+  match, = registry.open_components('docs_match', 'validation', {'inputs': 64, 'targets': 1}, spec)
   row = corpora.load('match', 'validation')[0]
   assert match.examples[0]['inputs'].tolist() == v.frame(row['summary'], row['document'])
-  pairs, = tasks.open_components('ha_ende', 'validation', LONG, spec)
+  pairs, = registry.open_components('ha_ende', 'validation', LONG, spec)
   example = pairs.examples[0]
   assert example['inputs'][0] == example['targets'][0] == 2
   assert example['inputs'][-1] == example['targets'][-1] == 3
   with pytest.raises(UsageError, match='books_span_corruption. needs sentinels'):
-    tasks.open_components('books_span_corruption', 'train', {'inputs': 64, 'targets': 64}, spec)
+    registry.open_components('books_span_corruption', 'train', {'inputs': 64, 'targets': 64}, spec)
 
 
 def test_two_tables_of_characters(tmp_path):
@@ -199,7 +194,7 @@ def test_span_corruption_tokens(tiny):
 
 def test_last_segment_of_one_token_is_dropped(tiny):
   """Nine of the ten tokens make a segment; the tenth alone has nothing to cut or corrupt."""
-  component, = tasks.open_components('books_prefix_lm', 'train', {'inputs': 9, 'targets': 9},
+  component, = registry.open_components('books_prefix_lm', 'train', {'inputs': 9, 'targets': 9},
                                      'byte')
   assert [len(x['targets']) for x in component.examples] == [9]
 
@@ -215,7 +210,7 @@ def test_stochastic_task_in_plain_seqio_follows_the_seed():
 
 
 def test_real_text_fills_t5s_lengths():
-  component, = tasks.open_components('books_span_corruption', 'validation',
+  component, = registry.open_components('books_span_corruption', 'validation',
                                      {'inputs': 512, 'targets': 114})
   lengths = [len(x['targets']) for x in component.examples]
   assert set(lengths[:-1]) == {568} and lengths[-1] <= 568
@@ -239,38 +234,38 @@ def test_objective_has_a_stable_name_for_the_fingerprint(tiny):
 ])
 def test_span_corruption_lengths_that_cannot_be(lengths, message):
   with pytest.raises(UsageError, match=message):
-    tasks.open_components('books_span_corruption', 'train', lengths)
+    registry.open_components('books_span_corruption', 'train', lengths)
 
 
 def test_span_corruption_segments_always_fit():
   for inputs in range(3, 300):
-    targets = max(3, objectives.span_corruption_lengths(inputs)[1])
-    tokens = objectives.span_corruption_segment(
+    targets = max(3, spans.span_corruption_lengths(inputs)[1])
+    tokens = spans.span_corruption_segment(
         'books_span_corruption', {'inputs': inputs, 'targets': targets}, 100)
-    sizes = [objectives.span_corruption_sizes(length) for length in range(2, tokens + 1)]
+    sizes = [spans.span_corruption_sizes(length) for length in range(2, tokens + 1)]
     assert max(x['inputs'] for x in sizes) <= inputs
     assert max(x['targets'] for x in sizes) <= targets
 
 
 def test_mixture_rates_are_train_examples():
-  mixture = tasks.open_components('embedded_supervised', 'validation', LONG, 'byte')
+  mixture = registry.open_components('embedded_supervised', 'validation', LONG, 'byte')
   assert {c.name: (c.rate, len(c.examples)) for c in mixture} == {
       'docs_summarize': (6174, 218), 'ha_ende': (8901, 272), 'ha_enes': (8880, 274),
       'ha_enfr': (3692, 126), 'numpydoc_qa': (8215, 300)}
 
 
 def test_register_moves_names_and_every_mixture_to_a_vocabulary():
-  tasks.register('t5lab_2048')
+  registry.register('t5lab_2048')
   seqio.MixtureRegistry.add('users_mix', [('ha_ende', 3.), ('ha_enfr', 1.)])
   try:
     before = seqio.TaskRegistry.get('ha_ende')
-    tasks.register('t5lab_2048')
+    registry.register('t5lab_2048')
     assert seqio.TaskRegistry.get('ha_ende') is before
-    tasks.register('byte')
+    registry.register('byte')
     for name in ('ha_ende', 'embedded_supervised', 'users_mix'):
       task = seqio.get_mixture_or_task(name)
       assert task.output_features['inputs'].vocabulary.vocab_size == 359
-    opened = tasks.open_components('users_mix', 'validation', LONG, 't5lab_2048')
+    opened = registry.open_components('users_mix', 'validation', LONG, 't5lab_2048')
     assert [(c.name, c.rate) for c in opened] == [('ha_ende', 3.), ('ha_enfr', 1.)]
     v = vocab.load('t5lab_2048')
     row = corpora.load('ende', 'validation')[0]
@@ -323,7 +318,7 @@ def user_task():
 
 def test_a_users_task_opens_whole(user_task):
   user_task()
-  component, = tasks.open_components('users_task', 'train', {'inputs': 2, 'targets': 2}, 'byte')
+  component, = registry.open_components('users_task', 'train', {'inputs': 2, 'targets': 2}, 'byte')
   assert [{k: v.tolist() for k, v in x.items()} for x in component.examples] == [
       {'inputs': ids('ab'), 'targets': ids('d')}, {'inputs': ids('c'), 'targets': ids('ef')}]
 
@@ -331,7 +326,7 @@ def test_a_users_task_opens_whole(user_task):
 def test_an_empty_split(user_task):
   user_task()
   with pytest.raises(DataError, match="task 'users_task' has no examples in split 'empty'"):
-    tasks.open_components('users_task', 'empty', LONG, 'byte')
+    registry.open_components('users_task', 'empty', LONG, 'byte')
 
 
 @pytest.mark.parametrize('wrong', [BYTE.size, -1])
@@ -342,20 +337,20 @@ def test_an_id_that_is_none_is_refused_where_it_stands(user_task, wrong):
   user_task([spoil])
   with pytest.raises(DataError, match=f"'users_task', example 1: targets holds the id {wrong}; the "
                                       f'ids of its vocabulary are 0 to {BYTE.size - 1}'):
-    tasks.open_components('users_task', 'train', LONG, 'byte')
+    registry.open_components('users_task', 'train', LONG, 'byte')
 
 
 def test_a_task_with_a_larger_vocabulary(user_task):
   user_task(vocabulary=seqio_tf.SeqioVocabulary('t5lab_2048'))
   with pytest.raises(UsageError, match="own vocabulary of 2048 ids .* data.vocab='byte' has 359"):
-    tasks.open_components('users_task', 'train', LONG, 'byte')
+    registry.open_components('users_task', 'train', LONG, 'byte')
 
 
 def test_an_objective_that_is_not_last(user_task):
-  objective = seqio_tf.NumpyObjective(objectives.prefix_lm, objectives.prefix_lm_sizes, eos=1)
+  objective = seqio_tf.NumpyObjective(spans.prefix_lm, spans.prefix_lm_sizes, eos=1)
   user_task(preprocessors=[objective, seqio.preprocessors.append_eos])
   with pytest.raises(UsageError, match='NumpyObjective must be the last preprocessor'):
-    tasks.open_components('users_task', 'train', LONG, 'byte')
+    registry.open_components('users_task', 'train', LONG, 'byte')
 
 
 @pytest.mark.parametrize('splits', [None, {'train': 'train[:9]', 'validation': 'validation'}])
@@ -364,31 +359,36 @@ def test_tfds_data_that_is_not_here(user_task, splits, monkeypatch, tmp_path):
   user_task(source=seqio.TfdsDataSource('wmt14_translate/de-en:1.0.0', splits=splits))
   with pytest.raises(DataError, match=r'data of wmt14_translate/de-en:1.0.0 is not on this machine'
                                       r'.*tfds build wmt14_translate/de-en.*TFDS_DATA_DIR=DIR'):
-    tasks.open_components('users_task', 'train', LONG, 'byte')
+    registry.open_components('users_task', 'train', LONG, 'byte')
 
 
-def test_every_name_is_known_without_tensorflow():
-  ours = {*tasks.OURS, *paper_mixtures.MIXTURES, embedded_tasks.MIXTURE}
-  assert sorted(ours) == list(task_names.NAMES)
-  assert set(file_tasks.METRICS) == set(task_names.METRICS)
-
-
-def test_which_names_need_data_that_the_package_lacks():
-  for name in task_names.NAMES:
-    found = seqio.get_mixture_or_task(name)
-    parts = found.tasks if isinstance(found, seqio.Mixture) else [found]
-    carried = all(type(part.source) is seqio.FunctionDataSource for part in parts)
-    assert carried == name.startswith(task_names.EMBEDDED), name
+def test_the_tables_name_everything_that_is_registered():
+  for name in names.NAMES:
+    provider = seqio.get_mixture_or_task(name)
+    tasks = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    from_corpora = all(type(task.source) is seqio.FunctionDataSource for task in tasks)
+    assert from_corpora == (name in names.EMBEDDED), name
+    if name in names.OBJECTIVE_OF:
+      objective = registry.objective_of(provider)
+      function = {'lm': None, 'document_lm': None, 'mlm': '_mask_alone', 'bert': 'mlm',
+                  'fill_in_the_middle': 'fim'}
+      expected = function.get(names.OBJECTIVE_OF[name], names.OBJECTIVE_OF[name])
+      assert (objective and repr(objective).split('(')[0]) == expected, name
+  ours = {name for name in [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+          if not name.startswith('users_')}
+  assert ours == set(names.NAMES)
+  assert len(names.NAMES) == 210 and list(names.NAMES) == sorted(names.NAMES)
+  assert names.METRICS == ('bleu', 'chrf', 'squad', 'trivia_qa', 'rouge', 'exact_match')
 
 
 def test_unknown_names():
   with pytest.raises(UsageError, match="no task or mixture 'ha_endee'. Did you mean 'ha_ende'"):
-    tasks.open_components('ha_endee', 'train', LONG)
+    registry.open_components('ha_endee', 'train', LONG)
   for name in ('ha_ende', 'embedded_supervised'):
     with pytest.raises(DataError, match=f"'{name}' has no split 'test'. Known: train, validation"):
-      tasks.open_components(name, 'test', LONG)
+      registry.open_components(name, 'test', LONG)
   with pytest.raises(UsageError, match="no vocabulary 'bytes'"):
-    tasks.open_components('ha_ende', 'train', LONG, 'bytes')
+    registry.open_components('ha_ende', 'train', LONG, 'bytes')
 
 
 # Prompts
@@ -431,8 +431,8 @@ def test_prompt_errors(task, row, message):
 
 def test_text_modules_do_not_import_tensorflow():
   code = ('import sys; from t5lab.data import vocab; '
-          'from t5lab.data.tasks import prompts; from t5lab.data.sources import corpora; '
-          'from t5lab.data.objectives import spans; '
-          'from t5lab.evaluation import metrics; '
-          'sys.exit("tensorflow" in sys.modules or "jax" in sys.modules)')
+          'from t5lab.data.tasks import names, own_files, prompts; '
+          'from t5lab.data.sources import corpora; '
+          'slow = {"tensorflow", "seqio", "jax", "sacrebleu", "rouge_score", "nltk", "pyarrow"}; '
+          'sys.exit(bool(slow & set(sys.modules)))')
   assert subprocess.run([sys.executable, '-c', code], env=os.environ).returncode == 0

@@ -4,10 +4,9 @@ import pytest
 
 from t5lab.data import vocab
 from t5lab.data.batches import features, pipeline
+from t5lab.data.objectives import table
 from t5lab.data.sources import corpora
-from t5lab.data.tasks import registry as tasks
-from t5lab.data.tasks import seqio_tf
-from t5lab.data.tasks import text as text_tasks
+from t5lab.data.tasks import identity, registry, seqio_tf, text
 from t5lab.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures('plain_registry')
@@ -27,18 +26,18 @@ def small(monkeypatch):
   monkeypatch.setattr(corpora, 'load', lambda name, split: (
       rows if name == 'books' else load(name, split)))
   yield
-  tasks._registered = 'none'
+  registry._registered = 'none'
 
 
 def opened(objective, lengths=LENGTHS, spec='byte'):
-  component, = tasks.open_components(f'books_{objective}', 'train', lengths, spec)
+  component, = registry.open_components(f'books_{objective}', 'train', lengths, spec)
   return component
 
 
-@pytest.mark.parametrize('objective', text_tasks.OBJECTIVES)
+@pytest.mark.parametrize('objective', table.TABLE)
 def test_seqio_and_the_pipeline_make_the_same_features(objective, small):
   component = opened(objective)
-  task = tasks.get(f'books_{objective}')
+  task = registry.get(f'books_{objective}')
   plain = list(task.get_dataset(LENGTHS, 'train', shuffle=False, seed=0).as_numpy_iterator())
   assert len(plain) == len(component.examples) > 0
   for made, stored in zip(plain, component.examples):
@@ -54,7 +53,7 @@ def test_seqio_and_the_pipeline_make_the_same_features(objective, small):
       assert len(made[name]) <= LENGTHS.get(name, LENGTHS['inputs'])
 
 
-@pytest.mark.parametrize('objective', text_tasks.OBJECTIVES)
+@pytest.mark.parametrize('objective', table.TABLE)
 def test_a_row_has_the_features_of_its_kind(objective, small):
   kind = KIND.get(objective, 'encoder_decoder')
   p = pipeline.Pipeline([opened(objective)], LENGTHS, batch_size=2, seed=0, kind=kind)
@@ -83,7 +82,7 @@ def test_modes_of_ul2_open_the_inputs(small):
 
 
 def test_pairs_are_the_same_every_time_and_half_of_them_follow():
-  first, second = (tasks.open_components('books_bert', 'validation', {'inputs': 256})[0].examples
+  first, second = (registry.open_components('books_bert', 'validation', {'inputs': 256})[0].examples
                    for _ in range(2))
   assert all(np.array_equal(a[k], b[k]) for a, b in zip(first, second) for k in a)
   share = np.mean([e['next'][0] for e in first])
@@ -92,9 +91,9 @@ def test_pairs_are_the_same_every_time_and_half_of_them_follow():
 
 def test_marks_are_the_vocabularys_own_or_sentinels():
   def options(objective, spec):
-    found = tasks.get(f'books_{objective}').preprocessors[-1]._options
+    found = registry.get(f'books_{objective}').preprocessors[-1]._options
     return {k: v for k, v in found.items() if k in ('cls', 'sep', 'mask', 'prefix', 'middle')}
-  tasks.register('byte')
+  registry.register('byte')
   assert options('mlm', 'byte') == {
       'cls': None, 'sep': BYTE.eos_id, 'mask': BYTE.sentinel(0)}
   assert options('fill_in_the_middle', 'byte') == {
@@ -104,8 +103,8 @@ def test_marks_are_the_vocabularys_own_or_sentinels():
 def test_a_vocabulary_without_marks_is_told_at_the_start(tmp_path):
   words = tmp_path / 'vocab.txt'
   words.write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'one', '##two']))
-  tasks.register(str(words))
-  bert = tasks.get('books_bert').preprocessors[-1]._options
+  registry.register(str(words))
+  bert = registry.get('books_bert').preprocessors[-1]._options
   assert (bert['cls'], bert['sep'], bert['mask'], bert['vocab_size']) == (2, 3, 4, 7)
   with pytest.raises(UsageError, match="'books_fill_in_the_middle' needs tokens for prefix, suff"):
     opened('fill_in_the_middle', spec=str(words))
@@ -115,34 +114,39 @@ def test_a_vocabulary_without_marks_is_told_at_the_start(tmp_path):
 
 def test_lengths_are_needed(small):
   for objective in ('lm', 'document_lm', 'bert', 'gap_sentences'):
-    task = tasks.get(f'books_{objective}')
+    task = registry.get(f'books_{objective}')
     with pytest.raises(UsageError, match='needs the feature lengths'):
       task.get_dataset(None, 'train', shuffle=False)
 
 
 def test_an_objective_that_is_none():
   with pytest.raises(UsageError, match="no objective 'spam_corruption'"):
-    text_tasks.add('x', 'byte', None, 'spam_corruption')
+    text.add('x', 'byte', None, 'spam_corruption')
 
 
-def test_options_reach_the_objective(small):
-  seqio = seqio_tf.seqio
-  source = tasks.get('books_span_corruption').source
-  text_tasks.add('dense', 'byte', source, 'span_corruption', density=0.5, mean_span=2.)
-  try:
-    objective = seqio.TaskRegistry.get('dense').preprocessors[-1]
-    assert objective.sizes({'targets': 20}) == {'inputs': 16, 'targets': 16}
-    made = objective.apply({'targets': np.arange(5, 25)}, np.random.default_rng(0))
-    assert len(made['inputs']) == len(made['targets']) == 16
-  finally:
-    seqio.TaskRegistry.remove('dense')
+def test_options_reach_the_objective_and_the_identity_of_a_cache(small):
+  source = registry.get('books_span_corruption').source
+
+  def added(**options):
+    """The objective, and what the cache would be identified by."""
+    text.add('dense', 'byte', source, 'span_corruption', **options)
+    task = registry.get('dense')
+    seqio_tf.seqio.TaskRegistry.remove('dense')
+    preprocessors = identity.identity(task, 'train', LENGTHS, 'byte')['preprocessors']
+    return registry.objective_of(task), preprocessors
+
+  objective, dense = added(density=0.5, mean_span=2.)
+  assert objective.sizes({'targets': 20}) == {'inputs': 16, 'targets': 16}
+  example = objective.apply({'targets': np.arange(5, 25)}, np.random.default_rng(0))
+  assert len(example['inputs']) == len(example['targets']) == 16
+  assert dense == added(density=0.5, mean_span=2.)[1] != added(density=0.5, mean_span=3.)[1]
 
 
 @pytest.mark.parametrize('name, lengths, least', [
     ('books_span_corruption', {'inputs': 512, 'targets': 114}, 0.95),
     ('ha_ende', {'inputs': 64, 'targets': 64}, 0.90)])
 def test_rows_are_full(name, lengths, least):
-  rows, = pipeline.Pipeline(tasks.open_components(name, 'train', lengths), lengths, batch_size=8,
+  rows, = pipeline.Pipeline(registry.open_components(name, 'train', lengths), lengths, batch_size=8,
                             seed=0).rows
   real = rows.build([(0, i) for i in range(0, rows.count, 7)])
   used = np.mean([np.mean(np.concatenate([row['encoder_segment_ids'] > 0,
