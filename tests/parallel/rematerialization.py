@@ -1,7 +1,9 @@
-"""Compiles train steps and prints what XLA warned of; run as a process of its own, for XLA's log
-level is fixed when it is loaded: rematerialization.py '[{"rules": …, "mesh": {…}, …}]' prints one
-JSON list: for each case the lines with 'Involuntary', a warning that only the compiler knows to
-raise and that a hit in the compilation cache would swallow."""
+"""rematerialization.py '[{"rules": …, "mesh": {…}, …}, …]': compiles a train step for each case.
+
+Prints a JSON list with the lines of XLA's log that contain 'Involuntary', for each case. It is a
+process of its own because XLA's log level is fixed when XLA is loaded. Only the compiler knows
+whether to warn, so the compilation cache, which would skip it, is off.
+"""
 
 import json
 import os
@@ -17,10 +19,10 @@ import jax  # noqa: E402
 from t5lab import config
 from t5lab.models import layers, moe, transformer  # noqa: E402
 from t5lab.parallel import sharding  # noqa: E402
-from t5lab.programs import build as program
+from t5lab.programs import build
 
 jax.config.update('jax_enable_compilation_cache', False)
-sharding.SMALL = 1             # tiny leaves too are split as large ones would be
+sharding.SMALL = 1             # small leaves are split like large ones
 
 KINDS = {
     'encoder_decoder': {},
@@ -29,15 +31,15 @@ KINDS = {
 }
 
 
-def leave_alone(f, x, w, *axes, dtype=None):
-  """sharding.product without its pins: weights lie as the row says, the rest is the compiler's."""
+def unpinned_product(f, x, w, *axes, dtype=None):
+  """sharding.product without its pins: the compiler decides where weights are gathered."""
   return f(x, w.astype(dtype or w.dtype))
 
 
 def warnings(kind, mesh, rules, tied=False, dtype='float32', remat='none', pins=True, **keys):
-  """The lines of XLA for one step; pins=False: what a first attempt at FSDP looks like."""
+  """XLA's warnings about one step. pins=False: FSDP in the obvious way, without pins."""
   for module in (layers, moe, transformer):
-    module.product = sharding.product if pins else leave_alone
+    module.product = sharding.product if pins else unpinned_product
   c = config.base('t5_1_1/small', **{**dict(
       vocab_size=256, d_model=64, d_ff=128, n_heads=8, d_head=8, enc_layers=2, dec_layers=2,
       tied=tied, dtype=dtype, remat=remat), **KINDS[kind]})
@@ -48,7 +50,7 @@ def warnings(kind, mesh, rules, tied=False, dtype='float32', remat='none', pins=
   c.rules = rules
   for key, value in keys.items():
     config.override(c, key, str(value))
-  lowered = program.build(c).lower()
+  lowered = build.program(c).lower()
   with tempfile.TemporaryFile() as file:
     stderr = os.dup(2)
     os.dup2(file.fileno(), 2)
