@@ -1,9 +1,10 @@
-"""Where a text's sentences end: one plain rule, for objectives that need whole sentences.
+"""Splits text into sentences by one plain rule, for objectives that need whole sentences.
 
 A sentence ends
-- at . ! ? or … (or several, as ?! and ...) and the quotes and brackets that close there, before
-  white space, unless the next word starts in lower case, or a lone dot belongs to an abbreviation
-  of the lists below, to initials (J., U.S., e.g.), or to a number that starts the sentence (1.)
+- at . ! ? or … (or several, e.g. ?! and ...) and the closing quotes and brackets that follow,
+  before white space; but not if the next word starts in lower case, or if a single dot belongs to
+  an abbreviation of the lists below, to initials (J., U.S., e.g.), or to a number that starts the
+  sentence (1.)
 - at an empty line.
 White space belongs to the sentence before it. For languages that put spaces between sentences.
 """
@@ -14,7 +15,7 @@ ABBREVIATIONS = frozenset(
     'vs cf al viz inc ltd co corp dept jan feb mar apr jun jul aug sep sept oct nov dec'.split())
 BEFORE_NUMBERS = frozenset(
     'no nos vol vols p pp fig figs eq sec ch art ca c approx'.split())   # no. 5, but: He said no.
-_LONGEST_WORD = 32   # looked at before a dot
+_LONGEST_WORD = 32   # characters before a dot that are examined
 
 # The lookbehind and the possessive ++ keep a page full of dots linear in time.
 _END = re.compile(r"""(?P<mark>(?<![.!?…])[.!?…]++)["'”’»)\]]*+\s++|\n[^\S\n]*+\n\s*+""")
@@ -25,7 +26,9 @@ _INITIALS = re.compile(r'[^\W\d_](?:\.[^\W\d_])+|[A-HJ-Z]')   # I is rather the 
 
 
 def _abbreviates(before: str, following: str) -> bool:
-  """Does a dot abbreviate? before: the sentence up to the dot, or its end; following: a character.
+  """Whether a dot marks an abbreviation.
+
+  before: the sentence up to the dot, or its last characters. following: the character after it.
   """
   word = _WORD.search(before)[0]
   return (word.lower() in ABBREVIATIONS
@@ -35,7 +38,7 @@ def _abbreviates(before: str, following: str) -> bool:
 
 
 def split(text: str) -> list[str]:
-  """text -> its sentences, which joined are the text again, character by character.
+  """The sentences of a text. Joined, they are the text again, character by character.
 
   Example: 'Dr. A. Lee left. "Why?" No one knew.' -> 'Dr. A. Lee left. ', '"Why?" ', 'No one knew.'
   """

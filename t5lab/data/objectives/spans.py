@@ -1,46 +1,91 @@
-"""T5's objectives over token ids: span corruption, the prefix-LM split, language modeling. Numpy.
+"""T5's objectives over token ids: span corruption, prefix LM and language modeling. In numpy.
 
-What T5 has equals its preprocessors (t5/data/preprocessors.py), which round in float32, half to
-even. [Raffel et al. 2020, 3.1.4 and 3.3] Beside this file: denoisers.py (i.i.d. masks, UL2),
-bert.py, gap_sentences.py (PEGASUS), infilling.py (fill in the middle).
+Results equal those of T5's preprocessors (t5/data/preprocessors.py), which round in float32, half
+to even. [Raffel et al. 2020, 3.1.4 and 3.3]
 """
 import numpy as np
 
 from t5lab.errors import UsageError
 
+# --- span corruption -----------------------------------------------------------------------------
+
 
 def span_noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-  """(noise tokens, noise spans) of a segment of `length` >= 2 tokens; both at least 1."""
+  """(noise tokens, noise spans) of a segment of `length` >= 2 tokens; both are at least 1."""
   length = max(length, 2)
   noise = int(np.round(np.float32(length) * np.float32(density)))
   noise = min(max(noise, 1), length - 1)
-  spans = max(int(np.round(np.float32(noise) / np.float32(mean_span))), 1)
-  return noise, min(spans, length - noise)  # a kept token before each span: T5 breaks without
+  spans = int(np.round(np.float32(noise) / np.float32(mean_span)))
+  spans = max(spans, 1)
+  return noise, min(spans, length - noise)  # a kept token precedes each span; T5 fails without
 
 
 def span_noise_mask(rng, length: int, density: float = 0.15, mean_span: float = 3.) -> np.ndarray:
   """bool[length], True where noise, in round(round(length * density) / mean_span) spans.
 
-  Starts with a kept span and ends with a noise span. A single token is kept. [3.1.4]
+  The mask starts with a kept span and ends with a noise span. A single token is kept. [3.1.4]
   rng: numpy Generator.
   Example: length 20 always gives 17 kept tokens, then 3 of noise.
   """
   noise, spans = span_noise_counts(length, density, mean_span)
 
-  def composition(total):  # int[spans] >= 1 that sum to total, all such equally likely
+  def composition(total):
+    """int[spans] >= 1 that sum to total; all of these are equally likely."""
     cuts = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
   padded = max(length, 2)
-  runs = np.stack([composition(padded - noise), composition(noise)], axis=1).reshape(-1)
-  return np.repeat(np.arange(2 * spans) % 2 == 1, runs)[:length]
+  kept_and_noise = [composition(padded - noise), composition(noise)]
+  runs = np.stack(kept_and_noise, axis=1).reshape(-1)
+  is_noise = np.arange(2 * spans) % 2 == 1
+  return np.repeat(is_noise, runs)[:length]
+
+
+def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
+  """Replaces each run of True by one sentinel: `sentinel`, `sentinel` + step, … from left to right.
+
+  Example: tokens 5 6 7 8, mask 0 1 1 0, sentinel 99 -> 5 99 8
+  """
+  tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
+  previous = np.concatenate([[False], mask[:-1]]) if len(mask) else mask
+  starts = mask & ~previous
+  numbers = np.cumsum(starts) - 1
+  marked = np.where(starts, sentinel + step * numbers, tokens)
+  return marked[~(mask & previous)].astype(np.int32)
+
+
+def nonnoise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
+  """Replaces each run of False by one sentinel. No sentinel follows a last noise span."""
+  return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel, step)
+
+
+def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
+                    mean_span: float = 3., step: int = -1) -> dict[str, np.ndarray]:
+  """int[T] -> int32 {'inputs', 'targets'}, each ending in EOS.
+
+  inputs: the kept text with a sentinel for each dropped span. targets: sentinel, span, sentinel, …
+  sentinel: the first one's id. step: from one sentinel's id to the next.
+  """
+  mask = span_noise_mask(rng, len(tokens), density, mean_span)
+  inputs = noise_span_to_sentinel(tokens, mask, sentinel, step)
+  targets = nonnoise_span_to_sentinel(tokens, mask, sentinel, step)
+  eos = np.int32(eos)
+  return {'inputs': np.append(inputs, eos), 'targets': np.append(targets, eos)}
+
+
+def span_corruption_sizes(length: int, density: float = 0.15,
+                          mean_span: float = 3.) -> dict[str, int]:
+  """Exact sizes of both features, EOS included, for a segment of `length` tokens."""
+  noise, spans = span_noise_counts(length, density, mean_span)
+  return {'inputs': max(length, 2) - noise + spans + 1, 'targets': noise + spans + 1}
 
 
 def span_corruption_lengths(inputs_length: int, density: float = 0.15,
                             mean_span: float = 3.) -> tuple[int, int]:
   """(segment length, targets length) that fill `inputs_length`; both features include their EOS.
 
-  The largest segment that still fits, with one sentinel a span: 512 -> (568, 114).
+  This is T5's rule: the largest segment that still fits, with one sentinel per span.
+  Example: 512 -> (568, 114)
   """
   def sizes(tokens):
     noise = round(tokens * density)
@@ -51,60 +96,25 @@ def span_corruption_lengths(inputs_length: int, density: float = 0.15,
   while sizes(tokens + 1)[0] <= inputs_length:
     tokens += 1
   targets = sizes(tokens)[1]
-  if density == 0.5 and targets > inputs_length:  # T5's: equal lengths rather than one more
+  if density == 0.5 and targets > inputs_length:  # T5 prefers equal lengths to one token more
     return tokens - 1, targets - 1
   return tokens, targets
 
 
-def span_corruption_sizes(length: int, density: float = 0.15,
-                          mean_span: float = 3.) -> dict[str, int]:
-  """Exact sizes of both features, EOS included, for a segment of `length` tokens."""
-  noise, spans = span_noise_counts(length, density, mean_span)
-  return {'inputs': max(length, 2) - noise + spans + 1, 'targets': noise + spans + 1}
-
-
-def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
-  """Each run of True becomes one sentinel: `sentinel`, `sentinel` + step, ... from left to right.
-
-  tokens 5 6 7 8, mask 0 1 1 0, sentinel 99 -> 5 99 8
-  """
-  tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
-  inside = np.concatenate([[False], mask[:-1]]) if len(mask) else mask
-  first = mask & ~inside
-  marked = np.where(first, sentinel + step * (np.cumsum(first) - 1), tokens)
-  return marked[~(mask & inside)].astype(np.int32)
-
-
-def nonnoise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
-  """Each run of False becomes one sentinel; there is no final sentinel after a last noise span."""
-  return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel, step)
-
-
-def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
-                    mean_span: float = 3., step: int = -1) -> dict[str, np.ndarray]:
-  """int[T] -> int32 {'inputs', 'targets'}, each ending in EOS.
-
-  inputs: kept text with a sentinel for each dropped span; targets: sentinel, span, sentinel, span…
-  sentinel: the first one's id; step: from one to the next.
-  """
-  mask = span_noise_mask(rng, len(tokens), density, mean_span)
-  end = np.array([eos], np.int32)
-  return {'inputs': np.concatenate([noise_span_to_sentinel(tokens, mask, sentinel, step), end]),
-          'targets': np.concatenate([nonnoise_span_to_sentinel(tokens, mask, sentinel, step), end])}
+# --- prefix LM and language modeling -------------------------------------------------------------
 
 
 def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
-  """int[T >= 2] -> int32 {'inputs', 'targets'}, EOS on both, cut at a uniform point of [1, T).
+  """int[T >= 2] -> int32 {'inputs', 'targets'}, each ending in EOS.
 
-  [3.2.3]
+  The cut is at a uniform point of [1, T). [3.2.3]
   """
   if len(tokens) < 2:
-    raise ValueError(f'prefix LM cannot cut a segment of {len(tokens)} token(s), needs 2 or more')
+    raise ValueError(f'prefix LM needs segments of 2 tokens or more, got {len(tokens)} token(s)')
   tokens = np.asarray(tokens, np.int32)
   cut = int(rng.integers(1, len(tokens)))
-  end = np.array([eos], np.int32)
-  return {'inputs': np.concatenate([tokens[:cut], end]),
-          'targets': np.concatenate([tokens[cut:], end])}
+  eos = np.int32(eos)
+  return {'inputs': np.append(tokens[:cut], eos), 'targets': np.append(tokens[cut:], eos)}
 
 
 def prefix_lm_sizes(length: int) -> dict[str, int]:
@@ -112,8 +122,8 @@ def prefix_lm_sizes(length: int) -> dict[str, int]:
   return {'inputs': length, 'targets': length}
 
 
-def pieces(tokens, length: int, eos: int) -> list[np.ndarray]:
-  """A document int[T], closed with EOS -> int32[<= length] each, which joined give it back.
+def document_pieces(tokens, length: int, eos: int) -> list[np.ndarray]:
+  """Cuts a document int[T] and its EOS into pieces, int32[<= length] each.
 
   For packing with segment ids: a row then holds whole documents, or whole pieces of long ones, that
   do not see each other, and only the end of a document is an EOS. An empty document has no piece.
@@ -121,43 +131,46 @@ def pieces(tokens, length: int, eos: int) -> list[np.ndarray]:
   if not len(tokens):
     return []
   closed = np.append(np.asarray(tokens, np.int32), np.int32(eos))
-  return [closed[at:at + length] for at in range(0, len(closed), length)]
+  return [closed[start:start + length] for start in range(0, len(closed), length)]
 
 
-# The length of the segments that a task cuts text into, from the lengths of its features.
+# --- the length of the segments that a task cuts text into ---------------------------------------
 
 
-def length_of(task: str, lengths, feature: str) -> int:
+def feature_length(task: str, lengths, feature: str) -> int:
   if not lengths.get(feature):
-    raise UsageError(f'task {task!r} needs a length for {feature!r}; given: {dict(lengths)}')
+    raise UsageError(f'task {task!r} needs a length for {feature!r}, got {dict(lengths)}')
   return lengths[feature]
 
 
-def need_sentinels(task: str, sentinels: int) -> None:
+def check_sentinels(task: str, sentinels: int) -> None:
   if not sentinels:
-    raise UsageError(f'task {task!r} needs sentinels <extra_id_0>, <extra_id_1>, … with ids in a '
-                     'row, and the vocabulary has none: use books_lm or books_prefix_lm')
+    raise UsageError(f'task {task!r} needs sentinels <extra_id_0>, <extra_id_1>, … with '
+                     'consecutive ids, and the vocabulary has none: use books_lm or '
+                     'books_prefix_lm')
 
 
 def span_corruption_segment(task: str, lengths, sentinels: int, density: float = 0.15,
                             mean_span: float = 3.) -> int:
-  """The longest that fits both lengths. UsageError if none does, or for want of sentinels."""
-  need_sentinels(task, sentinels)
+  """The longest segment that fits both lengths. UsageError if none does, or without sentinels."""
+  check_sentinels(task, sentinels)
   if not (0 < density < 1 and mean_span >= 1):
-    raise UsageError(f'task {task!r} corrupts a share of {density} in spans of {mean_span} tokens: '
-                     'the share must lie between 0 and 1, the spans have 1 token or more')
-  inputs, targets = (length_of(task, lengths, f) for f in ('inputs', 'targets'))
+    raise UsageError(f'task {task!r} needs a noise density between 0 and 1 and a mean span of 1 or '
+                     f'more, got a density of {density} in spans of {mean_span} tokens')
+  inputs = feature_length(task, lengths, 'inputs')
+  targets = feature_length(task, lengths, 'targets')
+
   tokens, needed = span_corruption_lengths(inputs, density, mean_span)
   if needed > targets:
     raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
                      f'limit is {targets}: set targets to {needed} or lower inputs')
-  # The rule rounds in float64 and the mask in float32: rarely they differ, and T5 then lost tokens.
-  while any(size > lengths[f]
-            for f, size in span_corruption_sizes(tokens, density, mean_span).items()):
+  # The rule rounds in float64 and the mask in float32. They rarely differ; T5 then loses tokens.
+  while not _fits(span_corruption_sizes(tokens, density, mean_span), lengths):
     tokens -= 1
     if tokens < 2:
       raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
-                       'targets: the least are 3 and 3')
+                       'targets: the minimum is 3 and 3')
+
   spans = span_noise_counts(tokens, density, mean_span)[1]
   if spans > sentinels:
     raise UsageError(f'span corruption with {inputs} inputs makes {spans} spans, the vocabulary '
@@ -165,9 +178,13 @@ def span_corruption_segment(task: str, lengths, sentinels: int, density: float =
   return tokens
 
 
+def _fits(sizes, lengths) -> bool:
+  return all(size <= lengths[feature] for feature, size in sizes.items())
+
+
 def prefix_lm_segment(task: str, lengths) -> int:
-  return min(length_of(task, lengths, f) for f in ('inputs', 'targets'))
+  return min(feature_length(task, lengths, feature) for feature in ('inputs', 'targets'))
 
 
 def lm_segment(task: str, lengths) -> int:
-  return length_of(task, lengths, 'targets')
+  return feature_length(task, lengths, 'targets')

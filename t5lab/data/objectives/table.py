@@ -154,7 +154,7 @@ def _document_lm(v, options):
   def prepare(task, lengths):
     length = spans.lm_segment(task, lengths)
     return lambda documents: [{'targets': piece} for tokens in documents
-                              for piece in spans.pieces(tokens, length, v.eos_id)]
+                              for piece in spans.document_pieces(tokens, length, v.eos_id)]
   return Recipe(Pieces(prepare, tokenized=True))
 
 
@@ -187,7 +187,7 @@ def _mlm(v, options):
 
 def _bert(v, options):
   def prepare(task, lengths):
-    length = spans.length_of(task, lengths, 'inputs')
+    length = spans.feature_length(task, lengths, 'inputs')
 
     def pairs(texts):
       # Seeded by the batch itself, so that the pairs are the same every time.

@@ -63,7 +63,7 @@ def test_the_longer_loses_its_front_or_back():
 
 def test_random_texts_come_from_one_other_document_until_long_enough():
   documents = [[[1]], [[20, 21], [22], [23]]]
-  take = lambda wanted, *draws: bert._elsewhere(documents, 0, Drawn(*draws), wanted).tolist()
+  take = lambda wanted, *draws: bert._other_text(documents, 0, Drawn(*draws), wanted).tolist()
   assert take(3, ((0, 2), 1), ((0, 3), 0)) == [20, 21, 22]
   assert take(9, ((0, 2), 1), ((0, 3), 1)) == [22, 23]
   assert take(-3, ((0, 2), 1), ((0, 3), 1)) == [22]
@@ -76,7 +76,7 @@ def test_pairs_of_few_or_no_sentences(rng):
     assert plain(bert.pairs(documents, rng, 5)) == [([7], [7], [1])]
   (first, second, _), = plain(bert.pairs([[[7, 8, 9]]], rng, 5))
   assert first in ([7], [8], [9]) and second in ([7], [8], [9])
-  with pytest.raises(UsageError, match='does not fit 4 tokens: the least are 5'):
+  with pytest.raises(UsageError, match='needs a length of 5 tokens or more, got 4'):
     bert.pairs([[[7]]], rng, 4)
 
 
@@ -171,7 +171,7 @@ def test_mlm_of_one_text(rng):
 def test_segments():
   assert bert.mlm_segment('x', {'inputs': 128}) == 126
   assert bert.mlm_sizes({'targets': 126})['inputs'] == 128
-  with pytest.raises(UsageError, match="task 'x' cannot mask text in 2 inputs: the least are 3"):
+  with pytest.raises(UsageError, match="task 'x' cannot mask text in 2 inputs: the minimum is 3"):
     bert.mlm_segment('x', {'inputs': 2})
 
 

@@ -66,7 +66,7 @@ def test_strategies_of_a_document():
   assert made(DOCUMENT, None, ratio=.4, strategy='lead') == [
       [3, 3, 10, 13, 10, 14, 15, 10, 12, 1], [10, 11, 12, 1]]
   assert made(DOCUMENT, None, ratio=1.) == [[3, 3, 3, 3, 3, 1], [*DOCUMENT['targets'], 1]]
-  with pytest.raises(UsageError, match="no strategy 'principle' .* Did you mean 'principal'"):
+  with pytest.raises(UsageError, match="unknown strategy 'principle' .* Did you mean 'principal'"):
     made(DOCUMENT, None, strategy='principle')
 
 
@@ -182,5 +182,5 @@ def test_pieces_of_long_sentences():
   one = {'targets': np.array([5, 6]), 'sentences': np.array([0])}
   assert gap_sentences.gap_sentences_pieces('x', one, {'inputs': 9, 'targets': 9}) == []
   assert len(gap_sentences.gap_sentences_pieces('x', one, {'inputs': 3, 'targets': 2})) == 1
-  with pytest.raises(UsageError, match='in 2 inputs and 9 targets: the least are 3 and 2'):
+  with pytest.raises(UsageError, match='in 2 inputs and 9 targets: the minimum is 3 and 2'):
     gap_sentences.gap_sentences_pieces('x', one, {'inputs': 2, 'targets': 9})

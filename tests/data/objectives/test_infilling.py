@@ -22,6 +22,17 @@ class Drawn:
     return drawn
 
 
+def unfim(targets, *, prefix, suffix, middle):
+  """The text int32[T] without its EOS, from either order."""
+  text = np.asarray(targets, np.int32)[:-1]
+  places = [np.flatnonzero(text == special) for special in (prefix, suffix, middle)]
+  once = [len(place) for place in places] == [1, 1, 1]
+  if not once or not 0 == places[0][0] < places[1][0] < places[2][0]:
+    return text
+  s, m = places[1][0], places[2][0]
+  return np.concatenate([text[1:s], text[m + 1:], text[s + 1:m]])   # in SPM, text[1:s] is empty
+
+
 def fim(tokens, *draws):
   rng = Drawn(*draws)
   rng.room = len(tokens) + 1
@@ -43,15 +54,15 @@ def test_orders_of_five_tokens():
 def test_a_text_with_one_of_the_ids_stays():
   for special in (90, 91, 92):
     assert fim([5, special], .0) == [5, special, 1]
-  assert infilling.unfim([5, 91, 92, 1], **IDS).tolist() == [5, 91, 92]
-  assert infilling.unfim([90, 92, 91, 1], **IDS).tolist() == [90, 92, 91]
-  assert infilling.unfim([5, 90, 91, 92, 1], **IDS).tolist() == [5, 90, 91, 92]
+  assert unfim([5, 91, 92, 1], **IDS).tolist() == [5, 91, 92]
+  assert unfim([90, 92, 91, 1], **IDS).tolist() == [90, 92, 91]
+  assert unfim([5, 90, 91, 92, 1], **IDS).tolist() == [5, 90, 91, 92]
 
 
 def test_unfim_of_the_example():
-  assert infilling.unfim([90, 5, 91, 8, 9, 92, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
-  assert infilling.unfim([90, 91, 8, 9, 92, 5, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
-  assert infilling.unfim([90, 90, 91, 92, 1], **IDS).tolist() == [90, 90, 91, 92]
+  assert unfim([90, 5, 91, 8, 9, 92, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
+  assert unfim([90, 91, 8, 9, 92, 5, 6, 7, 1], **IDS).tolist() == [5, 6, 7, 8, 9]
+  assert unfim([90, 90, 91, 92, 1], **IDS).tolist() == [90, 90, 91, 92]
 
 
 @pytest.mark.parametrize('length', [0, 1, 2, 7, 50])
@@ -59,7 +70,7 @@ def test_fim_is_invertible_and_within_its_bound(rng, length):
   tokens = rng.integers(2, 90, length)
   for _ in range(100):
     made = infilling.fim(tokens, rng, eos=1, **IDS)['targets']
-    assert infilling.unfim(made, **IDS).tolist() == tokens.tolist()
+    assert unfim(made, **IDS).tolist() == tokens.tolist()
     assert len(made) in (length + 1, infilling.fim_sizes(length)['targets'])
 
 
@@ -80,5 +91,5 @@ def test_shares_and_cuts(rng):
 def test_segments():
   assert infilling.fim_segment('x', {'targets': 64}) == 60
   assert infilling.fim_segment('x', {'targets': 5}) == 1
-  with pytest.raises(UsageError, match="task 'x' cannot move text in 4 targets: the least are 5"):
+  with pytest.raises(UsageError, match="'x' cannot reorder text in 4 targets: the minimum is 5"):
     infilling.fim_segment('x', {'targets': 4})

@@ -127,7 +127,7 @@ def test_prefix_lm_of_two_tokens_and_of_one(rng):
   made = spans.prefix_lm([7, 8], rng, eos=1)
   assert (made['inputs'].tolist(), made['targets'].tolist()) == ([7, 1], [8, 1])
   assert {k: len(v) for k, v in made.items()} == spans.prefix_lm_sizes(2)
-  with pytest.raises(ValueError, match='1 token'):
+  with pytest.raises(ValueError, match=r'2 tokens or more, got 1 token\(s\)'):
     spans.prefix_lm([7], rng, eos=1)
 
 
@@ -144,7 +144,7 @@ def test_sentinels_that_count_upwards():
 
 
 def test_segments_want_sentinels():
-  with pytest.raises(UsageError, match="task 'x' needs sentinels .* use books_lm"):
+  with pytest.raises(UsageError, match="'x' needs sentinels .* use books_lm or books_prefix_lm"):
     spans.span_corruption_segment('x', {'inputs': 64, 'targets': 64}, 0)
   with pytest.raises(UsageError, match='makes 14 spans, the vocabulary has 13 sentinels'):
     spans.span_corruption_segment('x', {'inputs': 256, 'targets': 64}, 13)
@@ -165,7 +165,8 @@ def test_segments_of_other_spans_fill_their_lengths():
   with pytest.raises(UsageError, match='makes 128 spans, the vocabulary has 100 sentinels'):
     segment(0.5, 3.)
   for noise in (0., 3.), (1., 3.), (1.5, 3.), (0.15, 0.5):
-    with pytest.raises(UsageError, match=f'share of {noise[0]} in spans of {noise[1]} tokens'):
+    message = f'between 0 and 1 .* 1 or more, got a density of {noise[0]} in spans of {noise[1]} '
+    with pytest.raises(UsageError, match=message):
       segment(*noise)
 
 
@@ -179,11 +180,11 @@ def test_span_corruption_of_a_token_or_none_keeps_it(rng, length, sizes):
 
 
 def test_pieces_are_the_document_closed():
-  pieces = lambda tokens, length: [p.tolist() for p in spans.pieces(tokens, length, eos=1)]
+  pieces = lambda tokens, length: [p.tolist() for p in spans.document_pieces(tokens, length, eos=1)]
   assert pieces([5, 6, 7, 8, 9], 4) == [[5, 6, 7, 8], [9, 1]]
   assert pieces([5, 6, 7], 4) == [[5, 6, 7, 1]]
   assert pieces([5, 6, 7, 8], 4) == [[5, 6, 7, 8], [1]]
   assert pieces([1, 1], 2) == [[1, 1], [1]]
   assert pieces([5], 1) == [[5], [1]]
   assert pieces([], 4) == []
-  assert spans.pieces(np.array([5], np.int64), 4, eos=1)[0].dtype == np.int32
+  assert spans.document_pieces(np.array([5], np.int64), 4, eos=1)[0].dtype == np.int32
