@@ -75,9 +75,11 @@ def read_bytes(path, limit: int, error=UsageError) -> bytes:
   """
   check_regular(path, error)
   with open(path, 'rb') as f:
-    data = f.read(limit + 1)
-  if len(data) > limit:
-    raise error(f'{path} is larger than {limit:,} bytes, the limit for this kind of file')
+    size = os.fstat(f.fileno()).st_size
+    data = f.read(limit + 1) if size <= limit else b''
+  if max(size, len(data)) > limit:           # the file may have grown since
+    raise error(f'{path} has {max(size, len(data)):,} bytes; the limit for this kind of file is '
+                f'{limit:,}')
   return data
 
 

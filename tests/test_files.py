@@ -85,9 +85,9 @@ def test_the_size_limit(tmp_path):
   path = tmp_path / 'f'
   path.write_bytes(b'x' * 1000)
   assert files.read_bytes(path, 1000) == b'x' * 1000
-  with pytest.raises(DataError, match=f'^{path} is larger than 999 bytes, the limit for this kind'):
+  with pytest.raises(DataError, match=f'^{path} has 1,000 bytes; the limit .* is 999$'):
     files.read_bytes(path, 999, DataError)
-  with pytest.raises(UsageError, match='larger than 1,048,576 bytes'):
+  with pytest.raises(UsageError, match='has 1,048,577 bytes; .* is 1,048,576$'):
     path.write_bytes(b' ' * ((1 << 20) + 1))
     files.read_json(path)
 

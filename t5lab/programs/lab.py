@@ -45,7 +45,7 @@ class Lab:
       raise UsageError('these weights came without a vocabulary: give token ids to generate_tokens '
                        'and logits, or set data.vocab in config.json')
     vocabulary = vocab.load(self.config.data.vocab)
-    vocab.check_rows(vocabulary, self.model.vocab_size, 'this model')
+    vocab.check_embedding_size(vocabulary, self.model.vocab_size, 'this model')
     return vocabulary
 
   # -- text out ---------------------------------------------------------------------------------

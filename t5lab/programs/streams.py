@@ -35,7 +35,7 @@ def open_stream(c, rows=None) -> Stream:
   from t5lab.data.batches import pipeline
   from t5lab.data.tasks import registry
   vocabulary = vocab.load(settle_vocabulary(c))
-  vocab.check_rows(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
+  vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
 
   lengths = c.data.lengths.to_dict()
   components = registry.open_components(
@@ -56,7 +56,8 @@ def open_evaluation(c):
   """Opens the evaluation that a config describes, an evaluators.Evaluation."""
   from t5lab.data import vocab
   from t5lab.programs.evaluators import Evaluation
-  vocab.check_rows(vocab.load(c.data.vocab), c.model.vocab_size, 'this config (model.vocab_size)')
+  vocab.check_embedding_size(vocab.load(c.data.vocab), c.model.vocab_size,
+                             'this config (model.vocab_size)')
   return Evaluation(
       c.eval.mixture or c.data.mixture, c.eval.split, vocab_spec=c.data.vocab,
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,

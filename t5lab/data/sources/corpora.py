@@ -1,9 +1,10 @@
-"""The corpora inside the package: real text that trains and evaluates with no network.
+"""The corpora in the package: real text that trains and evaluates without a network.
 
-Each file is gzipped JSON lines, one row a line, `split` train or validation. Splits are by group
-(integration, function, document); no validation target stands in train. Origins, licences: NOTICE.
+Each file is gzipped JSON lines with one record per line; `split` is train or validation. Splits are
+by group (integration, function, document), and no validation target occurs in train. Origins and
+licences: NOTICE.
 
-Two are subsets, made again from the full files by
+Two are subsets, made from the full files by
 
   python -m t5lab.data.sources.corpora FULL.jsonl.gz t5lab/data/files/lm_public_domain.jsonl.gz
   python -m t5lab.data.sources.corpora us_gold.json t5lab/data/files/g2p_en_us.jsonl.gz
@@ -30,7 +31,7 @@ FILES = {
     'g2p': 'g2p_en_us.jsonl.gz',  # word, phonemes: American English, misaki's dictionary
 }
 BOOKS_TRAIN_SHARE = 0.33  # of the train documents of the full file; keeps the wheel under 6 MB
-G2P_ROWS = {'train': 6000, 'validation': 300}
+G2P_RECORDS = {'train': 6000, 'validation': 300}
 # misaki's phonemes that the characters of PeterReid/graphemes_to_phonemes_en_us cover. That model
 # was trained on the whole dictionary: its scores on our validation split are not on unseen words.
 G2P_PHONEMES = frozenset('AIOWYbdfhijklmnpstuvwzæðŋɑɔəɛɜɡɪɹɾʃʊʌʒʔʤʧˈˌθᵊᵻ')
@@ -41,31 +42,33 @@ def names() -> list[str]:
 
 
 @functools.cache
-def _rows(name: str) -> dict[str, tuple]:
+def _splits(name: str) -> dict[str, tuple]:
+  """{split: records} of a corpus."""
   if name == 'match':
-    return {s: tuple(match_pairs(load('summarize', s))) for s in ('train', 'validation')}
+    return {split: tuple(match_pairs(load('summarize', split)))
+            for split in ('train', 'validation')}
   if name not in FILES:
     raise UsageError(f'no embedded corpus {name!r}.{did_you_mean(name, FILES)}')
   packed = resources.files('t5lab.data').joinpath('files', FILES[name]).read_bytes()
   splits = {'train': [], 'validation': []}
   for line in gzip.decompress(packed).decode('utf-8').split('\n')[:-1]:
-    row = json.loads(line)
-    splits[row.pop('split')].append(MappingProxyType(row))
-  return {split: tuple(rows) for split, rows in splits.items()}
+    record = json.loads(line)
+    splits[record.pop('split')].append(MappingProxyType(record))
+  return {split: tuple(records) for split, records in splits.items()}
 
 
 def load(name: str, split: str) -> list:
-  """Rows of one split, in file order: read-only mappings, shared between callers.
+  """Records of one split, in file order: read-only mappings, shared between callers.
 
-  name: one of names(), or 'match', which match_pairs makes of 'summarize'.
+  name: one of names(), or 'match', which match_pairs makes from 'summarize'.
   """
-  rows = _rows(name)
-  if split not in rows:
-    raise DataError(f'corpus {name!r} has no split {split!r}.{did_you_mean(split, rows)}')
-  return list(rows[split])
+  splits = _splits(name)
+  if split not in splits:
+    raise DataError(f'corpus {name!r} has no split {split!r}.{did_you_mean(split, splits)}')
+  return list(splits[split])
 
 
-def num_rows(name: str, split: str) -> int:
+def num_records(name: str, split: str) -> int:
   return len(load(name, split))
 
 
@@ -74,65 +77,76 @@ def _draw(text: str) -> float:
   return int.from_bytes(hashlib.sha256(text.encode('utf-8')).digest()[:8], 'big') / 2**64
 
 
-def match_pairs(rows: list) -> list:
-  """Rows {document, summary} -> {document, summary, match}: does the summary belong to it?
+def match_pairs(records: list) -> list:
+  """Records {document, summary} -> {document, summary, match}: does the summary fit the document?
 
-  Half keep their own summary (match 1). The other half pass theirs on among themselves (match 0),
-  so every summary stands once and says nothing by itself. Who is in which half, and who gets
-  whose, is a draw from the row's index.
+  Half of the documents keep their own summary (match 1). The other half exchange theirs (match 0),
+  so every summary occurs once and is no evidence by itself. The halves and the exchange are drawn
+  from the record's index.
   """
-  order = sorted(range(len(rows)), key=lambda i: _draw(f'match {i}'))
+  order = sorted(range(len(records)), key=lambda i: _draw(f'match {i}'))
   others = order[:len(order) // 2]
-  summaries = [row['summary'] for row in rows]
-  given = dict(zip(others, others[1:] + others[:1]))
-  for k, i in enumerate(others):          # two documents may have one summary: trade with another
+  summaries = [record['summary'] for record in records]
+
+  # Each of the other half receives the next one's summary.
+  source = dict(zip(others, others[1:] + others[:1]))
+
+  # Two documents may have the same summary: a document that received its own words swaps.
+  for k, i in enumerate(others):
     for j in others[k + 1:] + others[:k]:
-      if summaries[given[i]] != summaries[i]:
+      if summaries[source[i]] != summaries[i]:
         break
-      if summaries[given[j]] != summaries[i] and summaries[given[i]] != summaries[j]:
-        given[i], given[j] = given[j], given[i]
-  return [MappingProxyType({'document': row['document'],
-                            'summary': summaries[given.get(i, i)], 'match': int(i not in given)})
-          for i, row in enumerate(rows)]
+      if summaries[source[j]] != summaries[i] and summaries[source[i]] != summaries[j]:
+        source[i], source[j] = source[j], source[i]
+
+  return [MappingProxyType({'document': record['document'],
+                            'summary': summaries[source.get(i, i)],
+                            'match': int(i not in source)})
+          for i, record in enumerate(records)]
 
 
 def sample_g2p(entries: dict) -> list[dict]:
-  """misaki's us_gold.json {word: phonemes, or a dict by part of speech} -> rows of G2P_ROWS.
+  """Samples G2P_RECORDS from misaki's us_gold.json: {word: phonemes, or a dict by part of speech}.
 
-  Plain letters, one pronunciation, known phonemes; no word twice in another case, and no
-  pronunciation of validation stands in train. Drawn by the SHA-256 of the word.
+  The words have plain letters, one pronunciation, known phonemes, and one spelling up to case. No
+  pronunciation of validation occurs in train. Drawn by the SHA-256 of the word.
   """
   spellings = collections.Counter(word.lower() for word in entries)
-  words = [word for word, phonemes in entries.items()
-           if isinstance(phonemes, str) and re.fullmatch('[A-Za-z]+', word)
-           and spellings[word.lower()] == 1 and phonemes and set(phonemes) <= G2P_PHONEMES]
-  words.sort(key=_draw)
-  held_out = words[:G2P_ROWS['validation']]
-  heard = {entries[word] for word in held_out}
-  rest = [word for word in words[len(held_out):] if entries[word] not in heard]
+
+  def is_usable(word, phonemes):
+    return (isinstance(phonemes, str) and phonemes and set(phonemes) <= G2P_PHONEMES
+            and re.fullmatch('[A-Za-z]+', word) and spellings[word.lower()] == 1)
+
+  words = sorted((word for word, phonemes in entries.items() if is_usable(word, phonemes)),
+                 key=_draw)
+  held_out = words[:G2P_RECORDS['validation']]
+  pronunciations = {entries[word] for word in held_out}
+  rest = [word for word in words[len(held_out):] if entries[word] not in pronunciations]
   return [{'split': split, 'word': word, 'phonemes': entries[word]}
-          for split, chosen in (('train', rest[:G2P_ROWS['train']]), ('validation', held_out))
+          for split, chosen in (('train', rest[:G2P_RECORDS['train']]), ('validation', held_out))
           for word in sorted(chosen)]
 
 
 def subset_books(lines: list[str]) -> list[str]:
-  """Whole documents: every validation row, and train rows by a draw from the SHA-256 of the id."""
-  keep = lambda row: row['split'] == 'validation' or _draw(row['id']) < BOOKS_TRAIN_SHARE
-  return [line for line in lines if keep(json.loads(line))]
+  """Keeps whole documents: all of validation; of train, a draw from the SHA-256 of the id."""
+  def is_kept(record):
+    return record['split'] == 'validation' or _draw(record['id']) < BOOKS_TRAIN_SHARE
+
+  return [line for line in lines if is_kept(json.loads(line))]
 
 
 def main(argv):
   source, target = argv
   if source.endswith('.json'):
     with open(source, encoding='utf-8') as f:
-      kept = [json.dumps(row, ensure_ascii=False) for row in sample_g2p(json.load(f))]
+      lines = [json.dumps(record, ensure_ascii=False) for record in sample_g2p(json.load(f))]
   else:
     with gzip.open(source, 'rt', encoding='utf-8', newline='\n') as f:
-      kept = subset_books(f.read().split('\n')[:-1])
-  text = ''.join(line + '\n' for line in kept)
+      lines = subset_books(f.read().split('\n')[:-1])
+  text = ''.join(line + '\n' for line in lines)
   with open(target, 'wb') as f:
     f.write(gzip.compress(text.encode('utf-8'), compresslevel=9, mtime=0))
-  print(f'{target}: {len(kept)} rows, {len(text)} characters')
+  print(f'{target}: {len(lines)} records, {len(text)} characters')
 
 
 if __name__ == '__main__':

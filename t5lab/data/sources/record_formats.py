@@ -1,11 +1,11 @@
-"""File formats of rows.py: `read` streams (line, fields) or (line, why the row is bad).
+"""File formats of records.py: `read` streams (line, fields) or (line, reason why it is bad).
 
 CSV   as the csv module reads it, strictly: quoted fields may hold newlines (CRLF becomes one \\n).
-      A quote that never closes makes every line that it swallowed a bad row.
-TSV   nothing is quoted or escaped: a field ends at a tab, a row at a newline.
-Text  UTF-8; a byte order mark, CRLF and blank lines are passed over.
+      A quote that never closes makes every line up to the end of the file a bad record.
+TSV   without quoting or escaping: a field ends at a tab, a record at a newline.
+Text  UTF-8; a byte order mark, CRLF and blank lines are skipped.
 
-Nothing holds more than a line, a CSV record or BATCH records of Parquet or Arrow.
+Memory holds at most a line, a CSV record or BATCH records of Parquet or Arrow.
 """
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -15,34 +15,33 @@ import gzip
 import io
 import json
 import os
-import pathlib
 import zlib
 
-from t5lab.data.vocab import tokenizer_config
+from t5lab import files
 from t5lab.errors import DataError, UsageError, did_you_mean
 
-BATCH = 256              # records of Parquet and Arrow that become Python objects at once
+BATCH = 256              # records of Parquet and Arrow converted to Python objects at once
 BUFFER = 1 << 18         # bytes
 EXTENSIONS = {'jsonl': 'jsonl', 'json': 'jsonl', 'csv': 'csv', 'tsv': 'tsv', 'txt': 'txt',
               'parquet': 'parquet', 'arrow': 'arrow'}
 PACKED = ('gz', 'zst')
-ARROW_END = b'\xff\xff\xff\xff\0\0\0\0'     # of a stream that was closed, as save_to_disk does
+ARROW_END = b'\xff\xff\xff\xff\0\0\0\0'     # of a closed stream; save_to_disk closes it
 
 
 def format_of(file: str) -> tuple[str, str]:
-  """(format, 'gz', 'zst' or '') by the name; UsageError for a name that says nothing."""
+  """(format, 'gz', 'zst' or '') by the name; UsageError for an unknown extension."""
   stem, _, last = file.lower().rpartition('.')
   packing = last if last in PACKED else ''
   format = EXTENSIONS.get(stem.rpartition('.')[2] if packing else last)
   if format is None or packing and format in ('parquet', 'arrow'):
     raise UsageError(
-        f'{file}: rows are read from .jsonl, .json (one object a line), .csv, .tsv and .txt, each '
-        'also with .gz or .zst behind it, from .parquet and .arrow')
+        f'{file}: records are read from .jsonl, .json (one object per line), .csv, .tsv and .txt, '
+        'each also with .gz or .zst after it, from .parquet and .arrow')
   return format, packing
 
 
 def is_table(file: str) -> bool:
-  """Do its rows have named fields, by the name of the file? Text of other names has lines."""
+  """Whether the name is of a format with named fields; all others are text with lines."""
   try:
     return format_of(file)[0] != 'txt'
   except UsageError:
@@ -50,23 +49,23 @@ def is_table(file: str) -> bool:
 
 
 class Turns:
-  """Which rows are those of shard k of n, by their running number over all files."""
+  """Selects the records of shard k of n, by their number over all files."""
 
   def __init__(self, k: int, n: int):
     self.k, self.n, self.seen = k, n, 0
 
   def take(self, count: int = 1) -> range:
-    """Of the next `count` rows, the positions of those that are ours."""
-    mine = range((self.k - self.seen) % self.n, count, self.n)
+    """The positions of the shard's records among the next `count`."""
+    positions = range((self.k - self.seen) % self.n, count, self.n)
     self.seen += count
-    return mine
+    return positions
 
 
 def read(file: str, turns: Turns, max_line: int, required: Sequence[str] = ()) -> Iterator[tuple]:
-  """(line, fields dict or the reason why the row is bad) of the rows that are this shard's turn.
+  """Yields (line, fields dict or the reason why it is bad) of the records of one shard.
 
   required: columns that a file with a header or a schema must have.
-  Raises DataError for a file that is broken, cut short or unreadable.
+  Raises DataError for a file that is damaged, truncated or unreadable.
   """
   format, packing = format_of(file)
   try:
@@ -74,37 +73,43 @@ def read(file: str, turns: Turns, max_line: int, required: Sequence[str] = ()) -
       yield from _records(file, format, turns, required)
       return
     with _open_text(file, packing) as stream:
+      # raw: (line, bytes, values, or a reason) of every record; parse: raw -> fields or a reason.
+      # Records of other shards are not parsed.
       lines = _lines(stream, max_line)
       if format == 'csv':
-        rows, parse = _csv(lines, max_line), list
+        raw, parse = _csv(lines, max_line), list
       else:
-        rows = ((line, text) for line, text in lines if text is None or text.strip())
+        raw = ((line, text) for line, text in lines if text is None or text.strip())
         parse = functools.partial(_text, parse=TEXT[format], max_line=max_line)
       if format in ('csv', 'tsv'):
-        rows, parse = _table(file, rows, parse, required)
-      for line, raw in rows:
+        raw, parse = _table(file, raw, parse, required)
+      for line, value in raw:
         if turns.take():
-          yield line, raw if isinstance(raw, str) else parse(raw)
+          yield line, value if isinstance(value, str) else parse(value)
   except (OSError, EOFError, zlib.error) as e:
-    if getattr(e, 'errno', None):
+    if isinstance(e, OSError) and e.errno:
       raise DataError(f'{file} cannot be read: {e.strerror}') from e
-    raise DataError(f'{file} is broken or cut short: {" ".join(str(e).split())[:200]}') from e
+    raise _damaged(file, e) from e
+
+
+def _damaged(file: str, error) -> DataError:
+  return DataError(f'{file} is damaged or truncated: {" ".join(str(error).split())[:200]}')
 
 
 def _lines(stream, max_line: int) -> Iterator[tuple[int, bytes | None]]:
-  """(1-based number, line without its end); None for a line over max_line, which is not held."""
+  """Yields (1-based number, line without its end); None for a line of over max_line bytes."""
   number = 0
   while line := stream.readline(max_line + 2):
     number += 1
     rest = line
-    while rest and not rest.endswith(b'\n'):
+    while rest and not rest.endswith(b'\n'):     # skip the rest of a long line
       rest = stream.readline(BUFFER)
     line = line.removesuffix(b'\n').removesuffix(b'\r')
     yield number, line if len(line) <= max_line else None
 
 
 def _text(line: bytes | None, parse, max_line: int):
-  """parse(text of the line), or the reason why there is no text."""
+  """parse(text of the line), or the reason why the line is not text."""
   if line is None:
     return _too_long(max_line)
   try:
@@ -125,34 +130,35 @@ def _json(text: str):
   try:
     value = json.loads(text)
   except RecursionError:
-    return 'not JSON that can be read: nested too deeply'
+    return 'not valid JSON: nested too deeply'
   except ValueError as e:
-    return f'not JSON: {" ".join(str(e).split())[:200]}'
+    return f'not valid JSON: {" ".join(str(e).split())[:200]}'
   return value if isinstance(value, dict) else f'a JSON {type(value).__name__}, not an object'
 
 
 TEXT = {'jsonl': _json, 'tsv': lambda text: text.split('\t'), 'txt': lambda text: {'text': text}}
 
 
-def _table(file: str, rows: Iterator, parse, required: Sequence[str]):
-  """Takes the header from rows. parse: raw -> list of values, or a reason."""
-  line, raw = next(rows, (0, ''))
+def _table(file: str, raw: Iterator, parse, required: Sequence[str]):
+  """Takes the header from raw -> (raw, a parse to fields). parse: to a list of values, or a reason.
+  """
+  line, value = next(raw, (0, ''))
   if line == 0:
-    raise DataError(f'{file} holds no rows')
-  names = raw if isinstance(raw, str) else parse(raw)
+    raise DataError(f'{file} holds no records')
+  names = value if isinstance(value, str) else parse(value)
   if isinstance(names, str):
     raise DataError(f'{file}:{line}: the header is bad: {names}')
   _check_columns(f'{file}:{line}: the header', names, required)
 
-  def row(raw):
-    values = parse(raw)
+  def parse_fields(value):
+    values = parse(value)
     if isinstance(values, str):
       return values
     if len(values) != len(names):
-      return f'expected {len(names)} fields, found {len(values)}'
+      return f'expected {len(names)} fields, got {len(values)}'
     return dict(zip(names, values))
 
-  return rows, row
+  return raw, parse_fields
 
 
 def _check_columns(what: str, names: Sequence[str], required: Sequence[str]):
@@ -167,7 +173,7 @@ def _check_columns(what: str, names: Sequence[str], required: Sequence[str]):
 
 
 class _CsvSource:
-  """Text lines for csv.reader, which remember what was wrong with one since the record began."""
+  """Text lines for csv.reader, with the first problem since the current record started."""
 
   def __init__(self, lines: Iterator, max_line: int):
     self.lines, self.max_line, self.number, self.problem = lines, max_line, 0, ''
@@ -182,14 +188,14 @@ class _CsvSource:
       return '\n'
     try:
       return line.decode('utf-8') + '\n'
-    except UnicodeDecodeError as e:         # its quotes still count
+    except UnicodeDecodeError as e:         # the quotes of the line still count
       self.problem = self.problem or _not_utf8(e)
       return line.decode('utf-8', 'replace') + '\n'
 
 
 def _csv(lines: Iterator, max_line: int) -> Iterator[tuple]:
-  """(first line, values or a reason) of each record."""
-  # The module's one limit, 131,072 characters a field, is for all its readers: only ever raised.
+  """Yields (first line, values or a reason) of each record."""
+  # The module has one limit for all its readers (131,072 characters per field): it is only raised.
   csv.field_size_limit(max(csv.field_size_limit(), max_line))
   source = _CsvSource(lines, max_line)
   records = csv.reader(source, strict=True)
@@ -198,11 +204,11 @@ def _csv(lines: Iterator, max_line: int) -> Iterator[tuple]:
     try:
       values = next(records, None)
     except csv.Error as e:
-      reason = source.problem or f'not CSV: {e}'
-      reason = reason.replace('not CSV: unexpected end of data', 'unclosed quote')
+      reason = source.problem or f'not valid CSV: {e}'
+      reason = reason.replace('not valid CSV: unexpected end of data', 'unclosed quote')
       yield start, reason
       for line in range(start + 1, source.number + 1):
-        yield line, f'lost to line {start}: {reason}'
+        yield line, f'part of the record at line {start}: {reason}'
       continue
     if source.problem:
       yield start, source.problem
@@ -213,7 +219,7 @@ def _csv(lines: Iterator, max_line: int) -> Iterator[tuple]:
 
 
 def _records(file: str, format: str, turns: Turns, required: Sequence[str]) -> Iterator[tuple]:
-  """(record number, fields) of Parquet or Arrow."""
+  """Yields (record number, fields) of Parquet or Arrow."""
   import pyarrow as pa
   try:
     with open_binary(file) as f:
@@ -223,61 +229,63 @@ def _records(file: str, format: str, turns: Turns, required: Sequence[str]) -> I
         _check_columns(f'{file}:', schema.names, required)
         start = 0
         for batch in batches:
-          mine = turns.take(batch.num_rows)
-          if mine:
-            rows = batch if turns.n == 1 else batch.take(pa.array(mine, pa.int64()))
-            yield from zip((start + i + 1 for i in mine), _python(rows))
+          positions = turns.take(batch.num_rows)
+          if positions:
+            own = batch if turns.n == 1 else batch.take(pa.array(positions, pa.int64()))
+            yield from zip((start + i + 1 for i in positions), _to_python(own))
           start += batch.num_rows
   except pa.lib.ArrowException as e:
-    raise DataError(f'{file} is broken or cut short: {" ".join(str(e).split())[:200]}') from e
+    raise _damaged(file, e) from e
 
 
 def _parquet(file: str, source):
   import pyarrow.parquet as pq
   # pre_buffer, the default, would read whole column chunks of a remote file and ignore the buffer
-  whole = pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
-  return whole.schema_arrow, (batch for group in range(whole.num_row_groups)
-                              for batch in whole.iter_batches(BATCH, row_groups=[group]))
+  parquet = pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
+  batches = (batch for group in range(parquet.num_row_groups)
+             for batch in parquet.iter_batches(BATCH, row_groups=[group]))
+  return parquet.schema_arrow, batches
 
 
 def _arrow(file: str, source):
-  """A stream, as `datasets` writes it, or a file of Arrow's IPC."""
+  """Arrow's IPC: a stream, which `datasets` writes, or a file."""
   import pyarrow as pa
   if source.read(6) == b'ARROW1':
     source.seek(0)
-    whole = pa.ipc.open_file(source)
-    batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
+    arrow = pa.ipc.open_file(source)
+    batches = (arrow.get_batch(i) for i in range(arrow.num_record_batches))
   else:
     source.seek(max(0, source.seek(0, os.SEEK_END) - len(ARROW_END)))
     if source.read(len(ARROW_END)) != ARROW_END:
-      raise DataError(f'{file} is broken or cut short: its last bytes do not end an Arrow stream')
+      raise _damaged(file, 'its last bytes do not end an Arrow stream')
     source.seek(0)
-    whole = pa.ipc.open_stream(source)
-    batches = iter(whole)
-  return whole.schema, (batch.slice(start, BATCH) for batch in map(_checked, batches)
-                        for start in range(0, batch.num_rows, BATCH))
+    arrow = pa.ipc.open_stream(source)
+    batches = iter(arrow)
+  small = (batch.slice(start, BATCH) for batch in map(_checked, batches)
+           for start in range(0, batch.num_rows, BATCH))
+  return arrow.schema, small
 
 
 def _checked(batch):
-  """Raises ArrowException for offsets that lead out of the data: Arrow would follow them."""
+  """Raises ArrowException for offsets outside the data, which Arrow would follow."""
   import pyarrow as pa
   for column in batch.columns:
     try:
       column.validate(full=True)
     except pa.ArrowInvalid as e:
-      if 'UTF8' not in str(e):          # that is a bad row, not a broken file
+      if 'UTF8' not in str(e):          # that is a bad record, not a damaged file
         raise
   return batch
 
 
-def _python(batch) -> list:
+def _to_python(batch) -> list:
   try:
     return batch.to_pylist()
   except UnicodeDecodeError:
-    return [_one(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    return [_one_to_python(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
-def _one(batch):
+def _one_to_python(batch):
   try:
     return batch.to_pylist()[0]
   except UnicodeDecodeError as e:
@@ -286,23 +294,23 @@ def _one(batch):
 
 @contextlib.contextmanager
 def _open_text(file: str, packing: str):
-  """A buffered binary stream of what the file holds, unpacked, behind its byte order mark."""
+  """A buffered binary stream of the file's content, unpacked, after its byte order mark."""
   with open_binary(file) as stream:
     if packing == 'gz':
       stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
-    elif packing == 'zst':     # python-zstandard reads a stream that is cut short without a word
+    elif packing == 'zst':     # python-zstandard reads a truncated stream without an error
       import pyarrow as pa
       stream = io.BufferedReader(pa.CompressedInputStream(stream, 'zstd'), BUFFER)
     head = stream.peek(3)[:3]
     if head[:2] in (b'\xff\xfe', b'\xfe\xff'):
-      raise DataError(f'{file} is UTF-16; rows are read as UTF-8: iconv -f UTF-16 -t UTF-8')
+      raise DataError(f'{file} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8')
     if head == b'\xef\xbb\xbf':
       stream.read(3)
     yield stream
 
 
 def filesystem(url: str):
-  """(fsspec file system, path in it) of a URL such as gs://bucket/name."""
+  """(fsspec file system, path in it) of a URL, e.g. gs://bucket/name."""
   import fsspec
   try:
     return fsspec.core.url_to_fs(url)
@@ -318,7 +326,7 @@ def filesystem(url: str):
 def open_binary(file: str):
   """A buffered binary file, local or by URL."""
   if '://' not in file:
-    tokenizer_config.check_regular(pathlib.Path(file))
+    files.check_regular(file, DataError)
     return open(file, 'rb', buffering=BUFFER)
   fs, path = filesystem(file)
   return io.BufferedReader(fs.open(path, 'rb'), BUFFER)
@@ -339,7 +347,7 @@ def is_folder(path: str) -> bool:
 
 
 def names(folder: str) -> list[str]:
-  """What a folder holds, sorted."""
+  """The names in a folder, sorted."""
   if '://' not in folder:
     return sorted(os.listdir(folder))
   fs, path = filesystem(folder)

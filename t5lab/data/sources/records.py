@@ -1,13 +1,13 @@
-"""Rows of a person's own files: streamed, bounded in memory, exact about what is wrong with them.
+"""Records of a user's files: streamed in bounded memory, with the reason why a record is bad.
 
-Formats go by name (`t5lab/data/sources/record_formats.py` says what each one takes):
+The name decides the format (record_formats.py states what each one accepts):
 
-  .jsonl .json   one JSON object a line
-  .csv .tsv      a header line, then a row a line
-  .txt           field 'text', a row a line
-  .parquet       and .arrow, and a folder that Hugging Face's `save_to_disk` wrote
+  .jsonl .json   one JSON object per line
+  .csv .tsv      a header line, then one record per line
+  .txt           field 'text', one record per line
+  .parquet       also .arrow, and a folder that Hugging Face's `save_to_disk` wrote
 
-The text formats also as .gz and .zst. Every text of a Row is valid Unicode without NUL.
+Text formats may also end in .gz and .zst. Every text of a Record is valid Unicode without NUL.
 """
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -16,68 +16,70 @@ import glob
 import gzip
 import json
 import os
-import pathlib
 
+from t5lab import files
 from t5lab.data.sources import record_formats
-from t5lab.data.vocab import tokenizer_config
 from t5lab.errors import DataError, UsageError, did_you_mean
 
-SHOWN = 20         # bad rows that a Reader remembers
-PATIENCE = 100     # bad rows before a share over the limit ends the reading early
+SHOWN = 20         # bad records that a RecordReader remembers
+PATIENCE = 100     # bad records before a fraction over the limit ends the reading early
+STATE_BYTES = 16 << 20     # the limit of a saved folder's state.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """line: 1-based, where the row starts; of Parquet and Arrow the number of the record."""
+  """line: 1-based, where the record starts; its number in Parquet and Arrow."""
   file: str
   line: int
   fields: dict[str, object]
 
 
+# --- names -------------------------------------------------------------------------------------
+
+
 def split_patterns(patterns: str | Sequence[str]) -> list[str]:
-  """Comma-separated text, or a list (whose elements may hold commas), as a list."""
+  """Splits a comma-separated text; a list, whose elements may hold commas, is kept."""
   if isinstance(patterns, str):
     patterns = [pattern.strip() for pattern in patterns.split(',')]
   return [pattern for pattern in patterns if pattern]
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-  """The files that patterns name: in the order of the patterns, sorted within one, none twice.
+  """The files that match: in the order of the patterns, sorted within one, without duplicates.
 
-  patterns: as `split_patterns` takes them. A pattern is a path, local or such as gs://bucket/name, or a
-  glob; a name that exists is not read as a glob. A folder of `save_to_disk` stands for its .arrow
+  patterns: as `split_patterns` takes them. A pattern is a path, local or e.g. gs://bucket/name, or
+  a glob; a name that exists is not read as a glob. A folder of `save_to_disk` stands for its .arrow
   files.
-  Raises DataError for a pattern that finds nothing, UsageError for any other folder.
+  Raises DataError for a pattern without a match, UsageError for any other folder.
   """
   patterns = [os.path.expanduser(pattern) for pattern in split_patterns(patterns)]
   if not patterns:
-    raise UsageError('no file is named; give paths or globs, comma-separated, as data/*.jsonl')
-  files = []
+    raise UsageError('no file is named; give comma-separated paths or globs, e.g. data/*.jsonl')
+  result = []
   for pattern in patterns:
-    if record_formats.exists(pattern):
-      found = [pattern]
-    else:         # a glob may cross folders of other things, as ** does; a plain name may not
-      found = [file for file in _glob(pattern)
-               if not record_formats.is_folder(file) or 'state.json' in record_formats.names(file)]
-    if not found:
+    matches = [pattern] if record_formats.exists(pattern) else _glob(pattern)
+    if not matches:
       raise DataError(f'no file matches {pattern!r}.{_nearest(pattern)}')
-    for file in found:
-      if record_formats.is_folder(file):
-        files.extend(_saved(file))
-      else:
-        files.append(file)
-  return list(dict.fromkeys(files))
+    for path in matches:
+      result += _saved_files(path) if record_formats.is_folder(path) else [path]
+  return list(dict.fromkeys(result))
 
 
 def _glob(pattern: str) -> list[str]:
+  """The files and saved folders that match; other folders are skipped, which ** also matches."""
   if '://' not in pattern:
-    return sorted(glob.glob(pattern, recursive=True))
-  fs, path = record_formats.filesystem(pattern)
-  return sorted(fs.unstrip_protocol(file) for file in fs.glob(path)) if glob.has_magic(path) else []
+    paths = sorted(glob.glob(pattern, recursive=True))
+  elif glob.has_magic(pattern):
+    fs, path = record_formats.filesystem(pattern)
+    paths = sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+  else:
+    paths = []
+  return [path for path in paths if not record_formats.is_folder(path)
+          or 'state.json' in record_formats.names(path)]
 
 
 def _nearest(pattern: str) -> str:
-  """What stands where the pattern looks, as a sentence; '' where nothing does."""
+  """A sentence about the names in the pattern's folder; '' if the folder is a pattern too."""
   folder, _, name = pattern.rpartition('/')
   folder = folder or ('/' if pattern.startswith('/') else '.')
   if glob.has_magic(folder) or folder.endswith(':/'):
@@ -88,47 +90,51 @@ def _nearest(pattern: str) -> str:
   return did_you_mean(name, known) if known else f' The folder {folder!r} is empty.'
 
 
-def _saved(folder: str) -> list[str]:
+def _saved_files(folder: str) -> list[str]:
   """The .arrow files of a folder that `datasets.save_to_disk` wrote, in its order."""
   folder = folder.rstrip('/')
   names = record_formats.names(folder)
   if 'dataset_dict.json' in names:
-    splits = [name for name in names if record_formats.is_folder(f'{folder}/{name}')]
-    raise UsageError(f'{folder} holds several splits; name one: '
-                     + ', '.join(f'{folder}/{split}' for split in splits))
+    splits = [f'{folder}/{name}' for name in names if record_formats.is_folder(f'{folder}/{name}')]
+    raise UsageError(f'{folder} holds several splits; name one: {", ".join(splits)}')
   if 'state.json' not in names:
-    raise UsageError(f'{folder} is a folder; name its files, as {folder}/*.jsonl')
-  state = f'{folder}/state.json'
-  with record_formats.open_binary(state) as f:
-    described = tokenizer_config.parse_json(f.read(tokenizer_config.LARGEST_SIBLING), state)
-  if described.get('_indices_data_files'):
+    raise UsageError(f'{folder} is a folder; name its files, e.g. {folder}/*.jsonl')
+
+  path = f'{folder}/state.json'
+  with record_formats.open_binary(path) as f:
+    state = files.parse_json(f.read(STATE_BYTES), path, DataError)
+  if state.get('_indices_data_files'):
     raise DataError(f'{folder} was saved with an index of rows; save it again after '
                     'dataset.flatten_indices()')
   try:
-    files = [entry['filename'] for entry in described['_data_files']]
+    arrow_files = [entry['filename'] for entry in state['_data_files']]
   except (KeyError, TypeError) as e:
-    raise DataError(f'{state} names no _data_files, as save_to_disk writes them') from e
-  if missing := [file for file in files if file not in names]:
+    raise DataError(f'{path} names no _data_files, which save_to_disk writes') from e
+  missing = [file for file in arrow_files if file not in names]
+  if missing:
     raise DataError(f'{folder} lacks {missing[0]!r}, which its state.json names')
-  return [f'{folder}/{file}' for file in files]
+  return [f'{folder}/{file}' for file in arrow_files]
+
+
+# --- reading -----------------------------------------------------------------------------------
 
 
 class RecordReader:
-  """Iterating yields the good Rows of files, in order; the bad ones are counted and skipped.
+  """Iterating yields the good Records of files, in order; bad ones are counted and skipped.
 
-  Bad are: a line that is no JSON object, wrong UTF-8, NUL or half a surrogate pair in a text, a
-  wrong number of fields, a line over `max_line` bytes, and a `required` field that is missing,
-  null, empty (or white space) or no text. Each iteration starts again, and its counts with it.
-  A blank line is no row.
+  A record is bad if its line is not a JSON object, is not UTF-8, or has over `max_line` bytes; if a
+  text holds NUL or half of a surrogate pair; if the number of fields is wrong; and if a `required`
+  field is missing, null, empty (or white space) or not text. Each iteration starts from the first
+  record, with new counts. A blank line is not a record.
 
-  bad_rows: the share of bad rows from which reading fails: at the end, or once PATIENCE of them
-    are found. 0 fails at the first.
-  shard (k, n): only rows whose running number over all files (bad ones included) is k modulo n,
-    so that n shards share the rows out exactly. Counts are of the shard; the share at the end is
-    for the Reader that `add`s the counts of all to judge.
-  required: fields that must hold text; those that `lists` names too may hold a list of texts.
-  flag: of the command line, that messages name as the way to another limit; '': there is none.
-  Raises DataError for files with nothing in them, broken files and too many bad rows.
+  bad_rows: the fraction of bad records above which reading fails: at the end, or after PATIENCE
+    bad records. 0 fails at the first.
+  shard (k, n): only records whose number over all files (bad ones included) is k modulo n, so that
+    n shards hold every record exactly once. Counts are of the shard; a RecordReader that `add`s the
+    counts of all shards checks the fraction.
+  required: fields that must hold text; those that are also in `lists` may hold a list of texts.
+  flag: the command line flag that messages give for raising bad_rows; '' if there is none.
+  Raises DataError for files without records, broken files and too many bad records.
   """
 
   def __init__(self, patterns: str | Sequence[str], *, bad_rows: float = 0.01,
@@ -136,11 +142,11 @@ class RecordReader:
                lists: Sequence[str] = (), max_line: int = 8 * 2**20,
                flag: str = '--config.data.bad_rows'):
     if not 0 <= bad_rows <= 1:
-      raise UsageError(f'bad_rows = {bad_rows} is no share of the rows; it lies in 0 to 1')
+      raise UsageError(f'bad_rows must be a fraction between 0 and 1, got {bad_rows}')
     if not 0 <= shard[0] < shard[1]:
-      raise UsageError(f'shard {shard[0]} of {shard[1]} does not exist; they count from 0')
+      raise UsageError(f'the shard must be 0 to {shard[1] - 1}, got shard {shard[0]} of {shard[1]}')
     if max_line < 1:
-      raise UsageError(f'max_line = {max_line} bytes; a line has at least 1')
+      raise UsageError(f'max_line must be at least 1 byte, got {max_line}')
     self.files = expand(patterns)
     for file in self.files:
       record_formats.format_of(file)
@@ -158,84 +164,92 @@ class RecordReader:
     for file in self.files:
       before = turns.seen
       for line, fields in record_formats.read(file, turns, self.max_line, self.required):
-        reason = fields if isinstance(fields, str) else self._fault(fields)
+        reason = fields if isinstance(fields, str) else self._problem(fields)
         if reason:
-          self._refuse(file, line, reason)
+          self._skip(file, line, reason)
         else:
           self.good += 1
           yield Record(file, line, fields)
       if turns.seen == before:
-        raise DataError(f'{file} holds no rows')
+        raise DataError(f'{file} holds no records')
     if self.shard[1] == 1:
-      self.check_share()
+      self.check_fraction()
 
-  def _fault(self, fields: dict) -> str:
-    """Why a row is bad, or ''."""
+  def _problem(self, fields: dict) -> str:
+    """The reason why a record is bad, or ''."""
     for name, value in fields.items():
-      if reason := _unclean(name, self.max_line) or _unclean(value, self.max_line):
+      reason = _text_problem(name, self.max_line) or _text_problem(value, self.max_line)
+      if reason:
         return f'field {name!r} {reason}'
     for name in self.required:
       if name not in fields:
         return f'no field {name!r}.' + (did_you_mean(name, fields) if fields else '')
-      value = fields[name]
-      if isinstance(value, list) and name in self.lists:
-        texts = value
-        if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
-          return f'field {name!r} is a list that holds {wrong[0]}, not only text'
-      else:
-        texts = [value]
-        if value is not None and not isinstance(value, str):
-          return f'field {name!r} is {type(value).__name__}, not text'
-      if value is None:
-        return f'field {name!r} is null'
-      if not texts or not all(text.strip() for text in texts):
-        return f'field {name!r} is empty'
+      reason = self._required_problem(fields[name], name in self.lists)
+      if reason:
+        return f'field {name!r} {reason}'
     return ''
 
-  def _refuse(self, file: str, line: int, reason: str):
+  def _required_problem(self, value, may_be_list: bool) -> str:
+    if value is None:
+      return 'is null'
+    texts = [value]
+    if isinstance(value, list) and may_be_list:
+      texts = value
+      wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+      if wrong:
+        return f'is a list that holds {wrong[0]}, not only text'
+    elif not isinstance(value, str):
+      return f'is {type(value).__name__}, not text'
+    return '' if texts and all(text.strip() for text in texts) else 'is empty'
+
+  def _skip(self, file: str, line: int, reason: str):
     self.bad += 1
     if len(self.problems) < SHOWN:
       self.problems.append((file, line, reason))
     if self.bad_rows == 0:
-      how = f' (no bad row is allowed; {self._flag}=0.01 skips up to 1 %)' if self._flag else ''
+      how = f' (no bad record is allowed; {self._flag}=0.01 skips up to 1 %)' if self._flag else ''
       raise DataError(f'{file}:{line}: {reason}{how}')
     if self.bad > PATIENCE:
-      self.check_share()
+      self.check_fraction()
 
   def counts(self) -> dict:
-    """What was read so far, as plain JSON."""
+    """The counts of the reading so far, as plain JSON."""
     return {'good': self.good, 'bad': self.bad, 'problems': self.problems}
 
   def add(self, counts: dict) -> None:
-    """Takes in what a Reader of another shard counted."""
+    """Adds the `counts` of another shard's RecordReader."""
     self.good, self.bad = self.good + counts['good'], self.bad + counts['bad']
     problems = self.problems + [tuple(problem) for problem in counts['problems']]
-    place = {file: i for i, file in enumerate(self.files)}
-    self.problems = sorted(problems, key=lambda p: (place[p[0]], p[1]))[:SHOWN]
+    order = {file: i for i, file in enumerate(self.files)}
+    self.problems = sorted(problems, key=lambda p: (order[p[0]], p[1]))[:SHOWN]
 
-  def check_share(self) -> None:
-    """DataError if more of the rows read are bad than may be."""
+  def check_fraction(self) -> None:
+    """DataError if the fraction of bad records is over the limit."""
     total = self.good + self.bad
     if self.bad > self.bad_rows * total:
+      percent, limit = 100 * self.bad / total, 100 * self.bad_rows
       raise DataError(
-          f'{self.bad:,} of {total:,} rows are bad, {100 * self.bad / total:.3g} %; the limit is '
-          f'{100 * self.bad_rows:.3g} % (raise it by {self._flag}=…): {self._first(5)}')
+          f'{self.bad:,} of {total:,} records are bad, {percent:.3g} %; the limit is {limit:.3g} % '
+          f'(raise it by {self._flag}=…): {self._first(5)}')
 
   def _first(self, count: int) -> str:
-    more = self.bad - min(count, len(self.problems))
-    return '; '.join([f'{file}:{line}: {reason}' for file, line, reason in self.problems[:count]]
-                     + ([f'and {more:,} more'] if more else []))
+    """The first bad records, in one line."""
+    shown = [f'{file}:{line}: {reason}' for file, line, reason in self.problems[:count]]
+    if self.bad > len(shown):
+      shown.append(f'and {self.bad - len(shown):,} more')
+    return '; '.join(shown)
 
   def summary(self) -> str:
-    """One line: what was read so far."""
+    """One line about the records read so far."""
     if not self.bad:
-      return f'{self.good:,} rows'
-    share = 100 * self.bad / (self.good + self.bad)
-    return f'{self.good:,} rows; {self.bad:,} bad ones skipped, {share:.3g} %: {self._first(3)}'
+      return f'{self.good:,} records'
+    percent = 100 * self.bad / (self.good + self.bad)
+    return (f'{self.good:,} records; {self.bad:,} bad ones skipped, {percent:.3g} %: '
+            f'{self._first(3)}')
 
 
-def _unclean(value, longest: int) -> str:
-  """Why the texts in a value, however deep, are of no use; '' where they are."""
+def _text_problem(value, longest: int) -> str:
+  """The reason why the texts in a value, however deep, are unusable, or ''."""
   stack = [value]
   while stack:
     value = stack.pop()
@@ -257,56 +271,49 @@ def _unclean(value, longest: int) -> str:
   return ''
 
 
+# --- writing -----------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def write(path: str | os.PathLike):
   """write(fields: dict) -> one JSON line; .gz and .zst by name. Times are written in ISO 8601.
 
-  The file appears whole when the block ends, or not at all: until then it is PATH.part. Same rows,
-  same bytes. Raises UsageError for another format, DataError for what cannot be written.
+  The file appears whole when the block ends, or not at all. Equal records give equal bytes.
+  Raises UsageError for another format, DataError for records and files that cannot be written.
 
     with records.write('clean.jsonl.gz') as write:
       write({'text': 'one'})
   """
-  path = pathlib.Path(path)
-  format, packing = record_formats.format_of(str(path))
+  path = os.fspath(path)
+  format, packing = record_formats.format_of(path)
   if format != 'jsonl':
-    raise UsageError(f'{path}: rows are written as JSON lines: .jsonl, .jsonl.gz or .jsonl.zst')
-  part = path.with_name(path.name + '.part')
-  cannot = lambda e: DataError(f'{path} cannot be written: {e.strerror or e}')
-  try:
-    file = open(part, 'wb')
-  except OSError as e:
-    raise cannot(e) from e
+    raise UsageError(f'{path}: records are written as .jsonl, .jsonl.gz or .jsonl.zst')
 
   def put(fields: dict):
     try:
-      line = json.dumps(fields, ensure_ascii=False, default=_plain).encode('utf-8')
+      line = json.dumps(fields, ensure_ascii=False, default=_iso_format).encode('utf-8')
     except (TypeError, ValueError, RecursionError) as e:
-      raise DataError(f'a row cannot be written as JSON: {e}') from e
-    try:
+      raise DataError(f'a record cannot be written as JSON: {e}') from e
+    with _file_errors(path):
       out.write(line + b'\n')
-    except OSError as e:
-      raise cannot(e) from e
 
+  with contextlib.ExitStack() as stack:
+    with _file_errors(path):
+      file = stack.enter_context(files.replacing(path))
+    out = _packer(file, packing)
+    yield put
+    with _file_errors(path):
+      if out is not file:
+        out.close()
+      stack.close()                  # flushes, syncs and renames
+
+
+@contextlib.contextmanager
+def _file_errors(path):
   try:
-    with file:
-      out = _packer(file, packing)
-      yield put
-      try:
-        if out is not file:
-          out.close()
-        file.flush()
-        os.fsync(file.fileno())
-      except OSError as e:
-        raise cannot(e) from e
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-      os.fsync(folder)        # the new name too
-    finally:
-      os.close(folder)
-  finally:
-    part.unlink(missing_ok=True)
+    yield
+  except OSError as e:
+    raise DataError(f'{path} cannot be written: {e.strerror or e}') from e
 
 
 def _packer(file, packing: str):
@@ -314,12 +321,12 @@ def _packer(file, packing: str):
     return gzip.GzipFile(filename='', fileobj=file, mode='wb', compresslevel=6, mtime=0)
   if packing == 'zst':
     import pyarrow as pa
-    return pa.CompressedOutputStream(_Kept(file), 'zstd')
+    return pa.CompressedOutputStream(_Unclosed(file), 'zstd')
   return file
 
 
-class _Kept:
-  """A file that pyarrow may write but not close: it is to be synced after its last byte."""
+class _Unclosed:
+  """A file that pyarrow can write but not close: it is synced after its last byte."""
   closed = False
 
   def __init__(self, file):
@@ -329,8 +336,8 @@ class _Kept:
     pass
 
 
-def _plain(value) -> str:
-  """Parquet's dates and times as text; TypeError for anything else that JSON has not."""
+def _iso_format(value) -> str:
+  """Parquet's dates and times as text; TypeError for other values that JSON cannot hold."""
   if hasattr(value, 'isoformat'):
     return value.isoformat()
   raise TypeError(f'a value is {type(value).__name__}')

@@ -69,7 +69,7 @@ def _reader_of_all_shards(task, split, entries):
   reader = task.source.reader(split)
   for shard_counts in counts:
     reader.add(shard_counts)
-  reader.check_share()
+  reader.check_fraction()
   return reader
 
 

@@ -1,16 +1,16 @@
 r"""Text to ids and back. `load(spec)` opens every kind of vocabulary; all have one interface.
 
   load('byte')            3 + UTF-8 byte and 100 sentinels, no file; 'byte:125' has 125 (ByT5's 384)
-  load('t5lab_2048')      sentencepiece, embedded; 2048 ids in all (embedded_vocabs.py made it)
-  load('…/spiece.model')  any sentencepiece model; T5's takes 100 sentinels on top
-  load('…/tokenizer.json')   of the tokenizers library, as Hugging Face keeps it
+  load('t5lab_2048')      sentencepiece, embedded; 2048 ids in total
+  load('…/spiece.model')  any sentencepiece model; T5's gets 100 sentinels after its pieces
+  load('…/tokenizer.json')   of the tokenizers library, as Hugging Face stores it
   load('…/vocab.txt')     BERT's WordPiece
   load('…/model.gguf')    the tokenizer inside (byte-level BPE or LLaMA's sentencepiece)
-  load('…/characters.json')  one id a character, of two tables
+  load('…/characters.json')  one id per character, from two tables
 
-The embedded ones have pad 0, end of sequence 1, unknown 2, then bytes and pieces, and on top the
+The embedded ones have pad 0, end of sequence 1, unknown 2, then bytes and pieces, and last the
 sentinels: size-1 is <extra_id_0>, size-2 is <extra_id_1>, … [Raffel et al. 2020, 3.1.4] They are
-lossless: decode(encode(text)) == text for any Unicode text. Elsewhere ids are the model's own.
+lossless: decode(encode(text)) == text for any Unicode text. Files keep the ids of their own model.
 """
 import functools
 from importlib import resources
@@ -18,17 +18,15 @@ import pathlib
 import re
 import shutil
 
-from t5lab.data.vocab import gguf as vocab_gguf
-from t5lab.data.vocab import hf_tokenizers as vocab_tokenizers
-from t5lab.data.vocab import tables as vocab_tables
-from t5lab.data.vocab import tokenizer_config
+from t5lab import files
+from t5lab.data.vocab import gguf, hf_tokenizers, tables, tokenizer_config
 from t5lab.data.vocab.base import Vocab
 from t5lab.data.vocab.gguf import export_gguf
 from t5lab.data.vocab.tables import EOS, NUM_SENTINELS, PAD, UNK, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
 
-__all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_rows', 'embedded', 'export',
-           'export_gguf', 'files', 'load', 'padded_size', 'sentencepiece_model']
+__all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_embedding_size', 'embedded',
+           'export', 'export_gguf', 'load', 'padded_size', 'sentencepiece_model', 'source_files']
 
 DEFAULT = 't5lab_2048'
 KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
@@ -41,45 +39,50 @@ def embedded_model(spec: str) -> bytes:
 
 
 def embedded() -> list[str]:
-  """Specs of the vocabularies inside the package, 'byte' first."""
-  inside = resources.files('t5lab.data').joinpath('files')
-  models = [f.name.removesuffix('.model') for f in inside.iterdir() if f.name.endswith('.model')]
+  """The specs of the vocabularies in the package, 'byte' first."""
+  folder = resources.files('t5lab.data').joinpath('files')
+  models = [f.name.removesuffix('.model') for f in folder.iterdir() if f.name.endswith('.model')]
   return ['byte'] + sorted(models, key=lambda name: (len(name), name))
 
 
 @functools.cache
 def load(spec: str = DEFAULT) -> Vocab:
-  """The vocabulary that `spec` names: 'byte', 'byte:N', an embedded name, or a path.
+  """Loads the vocabulary of a spec: 'byte', 'byte:N', an embedded name, or a path.
 
-  Errors: UsageError for a name or a kind of file that is none, DataError for a file that cannot be
-  read as what its name says.
+  Errors: UsageError for an unknown name or kind of file, DataError for a file that cannot be read
+  as the kind that its name ends in.
   """
+  # Vocabularies without a file.
   if spec == 'byte':
-    return vocab_tables.byte()
+    return tables.byte()
   if match := re.fullmatch(r'byte:(\d{1,6})', spec):
     if int(match[1]) > MOST_SENTINELS:
       raise UsageError(f'vocabulary {spec!r}: at most {MOST_SENTINELS:,} sentinels')
-    return vocab_tables.byte(spec, int(match[1]))
+    return tables.byte(spec, int(match[1]))
   if spec in embedded():
     return sentencepiece_model(spec, embedded_model(spec))
+
+  # A .gguf file is converted to the files of one of the other kinds.
   path = _path(spec)
   try:
     if spec.endswith('.gguf'):
-      inside = vocab_gguf.tokenizer_files(vocab_gguf.metadata(path), spec)
-      (name, data), (_, config) = inside.items()
-      config = tokenizer_config.config(tokenizer_config.parse_json(config, spec))
+      contents = gguf.tokenizer_files(gguf.metadata(path), spec)
+      (name, data), (_, settings) = contents.items()
+      config = tokenizer_config.config(files.parse_json(settings, spec, DataError))
     else:
-      name, data, config = spec, tokenizer_config.read(path), tokenizer_config.read_config(path)
+      name, data = spec, files.read_bytes(path, tokenizer_config.MODEL_BYTES, DataError)
+      config = tokenizer_config.read_config(path)
   except OSError as e:
     raise DataError(f'cannot read vocabulary {spec!r}: {e.strerror}. '
                     f'Embedded: {", ".join(embedded())}.') from e
+
   if name.endswith('characters.json'):
-    return vocab_tables.characters(spec, data)
+    return tables.characters(spec, data)
   if name.endswith('.model'):
     return sentencepiece_model(spec, data, config)
   if name.endswith('vocab.txt'):
-    return vocab_tokenizers.vocab_txt(spec, data, config)
-  return vocab_tokenizers.tokenizer_json(spec, data, config)
+    return hf_tokenizers.vocab_txt(spec, data, config)
+  return hf_tokenizers.tokenizer_json(spec, data, config)
 
 
 def _path(spec: str) -> pathlib.Path:
@@ -89,8 +92,8 @@ def _path(spec: str) -> pathlib.Path:
   return pathlib.Path(spec)
 
 
-def files(spec: str) -> list[pathlib.Path]:
-  """The files that a vocabulary consists of, its own first; none for 'byte' and embedded ones."""
+def source_files(spec: str) -> list[pathlib.Path]:
+  """The files of a vocabulary, its model first; none for 'byte' and embedded ones."""
   if spec in embedded() or re.fullmatch(r'byte:\d+', spec):
     return []
   path = _path(spec)
@@ -100,36 +103,36 @@ def files(spec: str) -> list[pathlib.Path]:
 
 
 def export(spec: str, folder) -> str:
-  """Copies a vocabulary's files into `folder` -> the spec that loads it there.
+  """Copies a vocabulary's files into `folder` -> the spec that loads it from there.
 
-  A .gguf file's tokenizer goes there as ordinary files, without the model; 'byte' and embedded
-  vocabularies need none and keep their spec.
+  The tokenizer of a .gguf file is written as ordinary files, without the model. 'byte' and embedded
+  vocabularies have no files and keep their spec.
   """
   if spec.endswith('.gguf'):
     return export_gguf(spec, folder)
-  found = files(spec)
+  sources = source_files(spec)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  for path in found:
+  for path in sources:
     if path.resolve() != (folder / path.name).resolve():
       shutil.copyfile(path, folder / path.name)
-  return str(folder / found[0].name) if found else spec
+  return str(folder / sources[0].name) if sources else spec
 
 
 def padded_size(vocab: Vocab, multiple: int = 128) -> int:
-  """Rows of an embedding for this vocabulary: its ids, padded so that axes divide well.
+  """The size of an embedding for this vocabulary, padded so that mesh axes divide it.
 
   Example: 32,100 -> 32,128 (T5), 250,100 -> 250,112 (mT5).
   """
   return -(-vocab.size // multiple) * multiple
 
 
-def check_rows(vocab: Vocab, rows: int, what: str) -> None:
-  """UsageError unless an embedding of `rows` rows has one for every id. what: whose it is."""
-  if rows >= vocab.size:
+def check_embedding_size(vocab: Vocab, size: int, what: str) -> None:
+  """UsageError unless an embedding of `size` rows has one for every id. what: whose it is."""
+  if size >= vocab.size:
     return
   own = vocab.size - vocab.num_sentinels
   raise UsageError(
       f'vocabulary {vocab.spec!r}: {own:,} ids + {vocab.num_sentinels:,} sentinels = '
-      f'{vocab.size:,}; the embedding of {what} has {rows:,} rows; rows must be at least '
+      f'{vocab.size:,}; the embedding of {what} has {size:,} rows and needs at least '
       f'{vocab.size:,} (padded to a multiple of 128: {padded_size(vocab):,})')

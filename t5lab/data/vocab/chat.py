@@ -1,7 +1,7 @@
-"""A conversation -> a prompt, by the template that a model's tokenizer files carry.
+"""Renders a conversation as a prompt, with the template of a model's tokenizer files.
 
-The template is text from elsewhere: it runs in jinja2's immutable sandbox, with Hugging Face's
-settings and names (transformers' chat templates), without a clock, so it renders the same each day.
+The template is untrusted text: it runs in jinja2's immutable sandbox, with Hugging Face's settings
+and names (transformers' chat templates). There is no clock, so it renders the same every day.
 """
 import json
 
@@ -11,7 +11,7 @@ import jinja2.ext
 
 from t5lab.errors import DataError
 
-LONGEST = 1_000_000       # characters of a template, and of what it may add to the messages
+MAX_CHARACTERS = 1_000_000     # of a template, and of what it may add to the messages
 
 
 def _raise_exception(message):
@@ -19,39 +19,50 @@ def _raise_exception(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-  # jinja2's own escapes < > & ' for HTML, which a model has not seen
+  # jinja2's own filter escapes < > & ' for HTML, which a model has not seen.
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                     sort_keys=sort_keys)
 
 
 def render(template: str, messages: list[dict[str, str]], tokens: dict[str, str],
            add_generation_prompt: bool, what: str) -> str:
-  """The prompt. tokens: text of special tokens by role, as {'eos': '</s>'}. what: for errors."""
-  if not isinstance(messages, list) or not messages or not all(
-      isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str)
-      for m in messages):
-    raise DataError("a chat is a list of {'role': …, 'content': …} with text values, at least one; "
-                    f'got {str(messages)[:80]}')
-  if len(template) > LONGEST:
+  """Returns the prompt.
+
+  tokens: special tokens by role, e.g. {'eos': '</s>'}. what: whose template it is, for messages.
+  Errors: DataError for malformed messages, and for a template that is too long or fails.
+  """
+  if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    raise DataError("a chat must be a list of {'role': …, 'content': …} with text values, at least "
+                    f'one; got {str(messages)[:80]}')
+  if len(template) > MAX_CHARACTERS:
     raise DataError(f'the chat template of {what} has {len(template):,} characters; the limit is '
-                    f'{LONGEST:,}')
+                    f'{MAX_CHARACTERS:,}')
+
   environment = sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
   environment.globals['raise_exception'] = _raise_exception
   environment.filters['tojson'] = _to_json
   names = {f'{role}_token': text for role, text in tokens.items() if text is not None}
-  most = LONGEST + 100 * sum(len(m['role']) + len(m['content']) for m in messages)
-  made, length = [], 0
+
+  # The output is generated in pieces, so that an endless template is stopped.
+  characters = sum(len(message['role']) + len(message['content']) for message in messages)
+  limit = MAX_CHARACTERS + 100 * characters
+  pieces, length = [], 0
   try:
-    for part in environment.from_string(template).generate(
+    for piece in environment.from_string(template).generate(
         messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
         documents=None, **names):
-      made.append(part)
-      length += len(part)
-      if length > most:
-        raise jinja2.TemplateError(f'it makes over {most:,} characters')
+      pieces.append(piece)
+      length += len(piece)
+      if length > limit:
+        raise jinja2.TemplateError(f'it generates more than {limit:,} characters')
   except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
           RecursionError, TypeError, ValueError) as e:
     reason = ' '.join(str(e).split())[:300] or type(e).__name__
     raise DataError(f'the chat template of {what} failed: {reason}') from e
-  return ''.join(made)
+  return ''.join(pieces)
+
+
+def _is_message(message) -> bool:
+  return (isinstance(message, dict) and isinstance(message.get('role'), str)
+          and isinstance(message.get('content'), str))

@@ -1,7 +1,7 @@
 """Vocabularies of the `tokenizers` library: tokenizer.json, and BERT's vocab.txt.
 
-Special ids are those that the files beside it name; where none of them names any (openai's gpt2),
-the conventional names. How texts are framed is asked of the tokenizer's own post-processor.
+The files beside the tokenizer name the special tokens; if they name none (openai's gpt2), the
+conventional names are used. The tokenizer's own post-processor decides how texts are framed.
 """
 import hashlib
 import itertools
@@ -31,28 +31,30 @@ def tokenizer_json(spec: str, data: bytes, config: tokenizer_config.Config) -> V
 
 
 def vocab_txt(spec: str, data: bytes, config: tokenizer_config.Config) -> Vocab:
-  """BERT's WordPiece, one token a line. Lower case unless the config says do_lower_case false.
+  """BERT's WordPiece, one token per line. Lower-cases unless the config has do_lower_case false.
 
   [Devlin et al. 2019]
   """
   try:
     # str.splitlines would also split at U+2028 and the like, which are tokens of some vocabularies.
-    tokens = [t.rstrip('\r') for t in data.decode('utf-8').removesuffix('\n').split('\n')]
+    lines = data.decode('utf-8').removesuffix('\n').split('\n')
   except UnicodeDecodeError as e:
     raise DataError(f'{spec} is not UTF-8 text: byte {e.start}') from e
-  ids = {token: i for i, token in enumerate(tokens)}
+  ids = {line.rstrip('\r'): i for i, line in enumerate(lines)}
   names = {role: config.names.get(role, CONVENTIONAL[role][-1])
            for role in ('pad', 'unk', 'cls', 'sep', 'mask')}
   missing = [names[role] for role in ('unk', 'cls', 'sep') if names[role] not in ids]
   if missing:
-    raise DataError(f'{spec} has no {", ".join(missing)} among its {len(tokens):,} lines: not a '
-                    'WordPiece vocabulary of BERT')
-  said = config.settings
+    raise DataError(f'{spec} has no {", ".join(missing)} among its {len(lines):,} lines: it is not '
+                    'a WordPiece vocabulary of BERT')
+
+  settings = config.settings
   tokenizer = tokenizers.Tokenizer(models.WordPiece(
       ids, unk_token=names['unk'], max_input_chars_per_word=100))
   tokenizer.normalizer = normalizers.BertNormalizer(
-      clean_text=True, handle_chinese_chars=said.get('tokenize_chinese_chars') is not False,
-      strip_accents=said.get('strip_accents'), lowercase=said.get('do_lower_case') is not False)
+      clean_text=True, handle_chinese_chars=settings.get('tokenize_chinese_chars') is not False,
+      strip_accents=settings.get('strip_accents'),
+      lowercase=settings.get('do_lower_case') is not False)
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.post_processor = processors.BertProcessing(
       (names['sep'], ids[names['sep']]), (names['cls'], ids[names['cls']]))
@@ -60,22 +62,24 @@ def vocab_txt(spec: str, data: bytes, config: tokenizer_config.Config) -> Vocab:
   tokenizer.add_special_tokens([
       tokenizers.AddedToken(text, special=True, normalized=False)
       for text in names.values() if text in ids])
-  rules = json.dumps([said.get(k) for k in ('do_lower_case', 'strip_accents',
-                                            'tokenize_chinese_chars')])
-  config = tokenizer_config.Config(said, {**names, **config.names}, config.chat_template)
+
+  rules = json.dumps([settings.get(key) for key in ('do_lower_case', 'strip_accents',
+                                                    'tokenize_chinese_chars')])
+  config = tokenizer_config.Config(settings, {**names, **config.names}, config.chat_template)
   return _vocab(spec, tokenizer, data + rules.encode(), config)
 
 
 def _vocab(spec, tokenizer, data, config) -> Vocab:
-  """data: the bytes that, with the special ids, make the fingerprint."""
-  tokenizer.no_truncation()       # some files ask for 128 tokens, whatever the text
+  """Builds the Vocab. data: the bytes that, with the special ids, make its sha256."""
+  tokenizer.no_truncation()       # some files truncate every text to 128 tokens
   tokenizer.no_padding()
   known = tokenizer.get_vocab(with_added_tokens=True)
   if not known:
     raise DataError(f'{spec} has no tokens')
   texts = {i: text for text, i in known.items()}
-  size = max(texts) + 1
-  names = config.names or {role: next((t for t in options if t in known), None)
+
+  # Special ids by role; the post-processor has the last word on how a text ends or starts.
+  names = config.names or {role: next((text for text in options if text in known), None)
                            for role, options in CONVENTIONAL.items()}
   ids = {role: known[text] for role, text in names.items() if text in known}
   prefix, suffix = _framing(spec, tokenizer, texts)
@@ -86,53 +90,55 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
   if 'eos' not in ids:
     raise DataError(f'{spec} does not say which token ends a text: give eos_token in a '
                     'tokenizer_config.json beside it')
+  add_bos = config.settings.get('add_bos_token') is True and 'bos' in ids
+
+  # Special ids are not printed, except for sentinels and a model's own unknown token.
   sentinels = numbered_sentinels(known)
   special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
   silent = (special | set(ids.values())) - set(sentinels)
+  unknown = None                  # byte-level models use the role for some other special token
   if _has_unknown(tokenizer.model) and list(ids.values()).count(ids.get('unk')) == 1:
-    silent.discard(ids['unk'])
     unknown = ids['unk']
-  else:                           # byte-level: an 'unknown' token is only one more special one
-    unknown = None
+    silent.discard(unknown)
 
   def decode(ids):
-    said = [i for i in ids if i not in silent]
-    if unknown is not None:       # in one go: decoders join the words on both sides of it
-      known_ids = [i if i in texts else unknown for i in said]
+    printed = [i for i in ids if i not in silent]
+    if unknown is not None:       # in one call: decoders join the words on both sides of it
+      known_ids = [i if i in texts else unknown for i in printed]
       text = tokenizer.decode(known_ids, skip_special_tokens=False)
       return text.replace(texts[unknown], UNKNOWN)
-    runs = itertools.groupby(said, key=lambda i: i in texts)
-    return ''.join(tokenizer.decode(list(run), skip_special_tokens=False) if real
-                   else UNKNOWN * len(list(run)) for real, run in runs)
+    runs = itertools.groupby(printed, key=lambda i: i in texts)
+    return ''.join(tokenizer.decode(list(run), skip_special_tokens=False) if valid
+                   else UNKNOWN * len(list(run)) for valid, run in runs)
 
-  said = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
+  framing = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
   return Vocab(
-      spec, hashlib.sha256(data + said).hexdigest(), size, ids['eos'],
-      lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decode,
-      lambda i: texts.get(i, UNKNOWN), pad_id=ids.get('pad', ids['eos']), unk_id=ids.get('unk'),
-      bos_id=ids.get('bos'), mask_id=ids.get('mask'), cls_id=ids.get('cls'), sep_id=ids.get('sep'),
-      sentinels=tuple(sentinels), prefix=tuple(prefix) if suffix else (),
-      starts_with_bos=bool(prefix) and not suffix or (
-          not suffix and config.settings.get('add_bos_token') is True and 'bos' in ids),
+      spec, hashlib.sha256(data + framing).hexdigest(), size=max(texts) + 1, eos_id=ids['eos'],
+      encoder=lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decoder=decode,
+      piece=lambda i: texts.get(i, UNKNOWN), pad_id=ids.get('pad', ids['eos']),
+      unk_id=ids.get('unk'), bos_id=ids.get('bos'), mask_id=ids.get('mask'), cls_id=ids.get('cls'),
+      sep_id=ids.get('sep'), sentinels=tuple(sentinels), prefix=tuple(prefix) if suffix else (),
+      starts_with_bos=not suffix and (bool(prefix) or add_bos),
       chat_template=config.chat_template,
       names={**names, **{role: texts[i] for role, i in ids.items()}})
 
 
 def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
-  """(ids that the post-processor puts before a text, after it)."""
+  """(ids that the post-processor adds before a text, ids that it adds after it)."""
   for probe in ('a', 'A', *texts.values()):
-    if probe and tokenizer.encode(probe, add_special_tokens=False).ids:
+    bare = tokenizer.encode(probe, add_special_tokens=False).ids if probe else []
+    if bare:
       break
   else:
-    raise DataError(f'{spec} makes no tokens of any text')
+    raise DataError(f'{spec} encodes every text as no tokens')
   whole = tokenizer.encode(probe)
   added = whole.special_tokens_mask
-  bare = len(tokenizer.encode(probe, add_special_tokens=False).ids)
-  first = next((i for i in range(len(added) - bare + 1) if not any(added[i:i + bare])), 0)
-  prefix, suffix = whole.ids[:first], whole.ids[first + bare:]
+  starts = range(len(added) - len(bare) + 1)
+  first = next((i for i in starts if not any(added[i:i + len(bare)])), 0)
+  prefix, suffix = whole.ids[:first], whole.ids[first + len(bare):]
   if len(suffix) > 1 or (len(prefix) > 1 and not suffix):
     raise DataError(f'{spec} puts {len(prefix)} tokens before a text and {len(suffix)} after it; '
-                    'one that closes it, or one that opens it, is what a model here can have')
+                    'supported: one after it, or one before it and none after it')
   return prefix, suffix
 
 

@@ -1,9 +1,10 @@
-"""Vocabularies whose ids stand for bytes: ByT5's, sentencepiece models, tables of characters.
+"""Vocabularies with a table of the bytes of each id: ByT5's, sentencepiece models, characters.
 
 Encoding is lossless for 'byte' and for sentencepiece models with an identity normaliser, byte
 fallback and remove_extra_whitespaces off. U+2581 (sentencepiece's mark for a space) in a text would
-come back as a space, so there it goes in as its bytes.
+be decoded as a space, so it is encoded as bytes there.
 """
+import collections
 from collections.abc import Sequence
 import hashlib
 
@@ -11,6 +12,7 @@ from google.protobuf import message as protobuf_message
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from t5lab import files
 from t5lab.data.vocab import tokenizer_config
 from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels, splitter
 from t5lab.errors import DataError
@@ -23,21 +25,25 @@ _UNKNOWN = UNKNOWN.encode()
 
 
 def _decoder(table: Sequence[bytes], strip_prefix: bytes = b''):
-  """(ids -> text, id -> its own text) of the bytes of every id."""
-  at = lambda i: table[i] if 0 <= i < len(table) else _UNKNOWN
-  return (lambda ids: b''.join(map(at, ids)).removeprefix(strip_prefix).decode('utf-8', 'replace'),
-          lambda i: at(i).decode('utf-8', 'backslashreplace'))
+  """Returns (ids -> text, id -> its own text) for a table of the bytes of each id."""
+  def id_bytes(i):
+    return table[i] if 0 <= i < len(table) else _UNKNOWN
+
+  def decode(ids):
+    return b''.join(map(id_bytes, ids)).removeprefix(strip_prefix).decode('utf-8', 'replace')
+
+  return decode, lambda i: id_bytes(i).decode('utf-8', 'backslashreplace')
 
 
-def _sentinels_on_top(table: list[bytes], count: int) -> dict[str, int]:
-  """{'<extra_id_0>': id, …}: the last id is <extra_id_0>. Their texts are added to the table."""
+def _append_sentinels(table: list[bytes], count: int) -> dict[str, int]:
+  """Adds sentinels to the table -> {'<extra_id_0>': id, …}; <extra_id_0> has the last id."""
   size = len(table) + count
   table += [f'<extra_id_{size - 1 - i}>'.encode() for i in range(len(table), size)]
   return {f'<extra_id_{n}>': size - 1 - n for n in range(count)}
 
 
 def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_prefix: str = ''):
-  """text -> ids; special tokens by their ids, what stands between them by encode_text."""
+  """Returns text -> ids: special tokens have their own ids, encode_text encodes the rest."""
   pattern = splitter(special, marks)
   if pattern is None:
     return encode_text
@@ -54,14 +60,14 @@ def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_pr
 
 
 def byte(spec: str = 'byte', sentinels: int = NUM_SENTINELS) -> Vocab:
-  """3 + UTF-8 byte. ByT5's tasks and its Hugging Face form have 125 sentinels: 384 ids.
+  """3 + UTF-8 byte. ByT5's tasks and its Hugging Face tokenizer have 125 sentinels: 384 ids.
 
   [Xue et al. 2022, ByT5]
   """
   table = [b'', b'', _UNKNOWN] + [bytes([b]) for b in range(256)]
-  said = b'' if sentinels == NUM_SENTINELS else f'{sentinels} sentinels'.encode()
-  sha256 = hashlib.sha256(b''.join(table) + said).hexdigest()
-  special = _sentinels_on_top(table, sentinels)
+  count = b'' if sentinels == NUM_SENTINELS else f'{sentinels} sentinels'.encode()
+  sha256 = hashlib.sha256(b''.join(table) + count).hexdigest()
+  special = _append_sentinels(table, sentinels)
   decode, piece = _decoder(table)
   encode = _split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
   return Vocab(spec, sha256, len(table), EOS, encode, decode, piece, pad_id=PAD, unk_id=UNK,
@@ -72,34 +78,35 @@ def sentencepiece_model(spec: str, model: bytes,
                         config: tokenizer_config.Config = tokenizer_config.config({})) -> Vocab:
   """The vocabulary of a sentencepiece model file's bytes.
 
-  With T5's special ids (pad 0, eos 1, unk 2) it takes 100 sentinels on top, unless <extra_id_N> are
-  pieces of the file (mT5's). With others (LLaMA: unk 0, bos 1, eos 2) it has the sentinels of the
-  file or none, its control pieces are read in a text as such, and it opens texts with its bos
-  unless the config says add_bos_token false.
+  With T5's special ids (pad 0, eos 1, unk 2) it gets 100 sentinels after its pieces, unless the
+  file has <extra_id_N> pieces (mT5's). With others (LLaMA: unk 0, bos 1, eos 2) it has the
+  sentinels of the file or none, control pieces in a text get their ids, and texts start with bos
+  unless the config has add_bos_token false.
   """
   proto = sentencepiece_model_pb2.ModelProto()
   try:
     proto.ParseFromString(model)
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
   except (protobuf_message.DecodeError, RuntimeError) as e:
-    raise DataError(f'{spec} is not a sentencepiece model.') from e
+    raise DataError(f'{spec} is not a sentencepiece model') from e
   if sp.eos_id() < 0:
     raise DataError(f'{spec} has no end-of-sequence piece (pad, eos, unk ids '
                     f'{(sp.pad_id(), sp.eos_id(), sp.unk_id())}): train it with pad_id=0, '
                     'eos_id=1, unk_id=2, bos_id=-1.')
   t5 = (sp.pad_id(), sp.eos_id(), sp.unk_id()) == (PAD, EOS, UNK)
-  # Some trainers mark them as the start of a word.
-  inside = {p.piece.removeprefix(SPACE): i for i, p in enumerate(proto.pieces)
-            if p.piece.removeprefix(SPACE).startswith('<extra_id_')}
-  numbered = numbered_sentinels(inside)
+
+  # Sentinels: of the file, or after its pieces. Some trainers mark them as the start of a word.
+  names = [piece.piece.removeprefix(SPACE) for piece in proto.pieces]
+  numbered = numbered_sentinels({name: i for i, name in enumerate(names)
+                                 if name.startswith('<extra_id_')})
   table, controls, byte_ids = _sentencepiece_table(spec, proto, numbered)
   special = {f'<extra_id_{n}>': i for n, i in enumerate(numbered)}
   if t5 and not numbered:
-    special = _sentinels_on_top(table, NUM_SENTINELS)
+    special = _append_sentinels(table, NUM_SENTINELS)
   sentinels = tuple(special.values())
 
-  # The leading space is put on here rather than by sentencepiece, which would put one on each part
-  # of a text that was cut at a sentinel or a space mark.
+  # We add the leading space: sentencepiece would add one to each part of a text that is split at a
+  # sentinel or a space mark.
   normalizer = proto.normalizer_spec
   strip_prefix = b' ' if normalizer.add_dummy_prefix else b''
   own_prefix = t5 and normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
@@ -129,7 +136,7 @@ def sentencepiece_model(spec: str, model: bytes,
 
 
 def _sentencepiece_table(spec, proto, sentinels):
-  """(bytes of each id, {text: id} of its control pieces, id of each byte or None)."""
+  """(bytes of each id, {text: id} of control pieces, id of each byte or None)."""
   kind = sentencepiece_model_pb2.ModelProto.SentencePiece
   table, controls, byte_ids = [], {}, [None] * 256
   for i, piece in enumerate(proto.pieces):
@@ -138,7 +145,7 @@ def _sentencepiece_table(spec, proto, sentinels):
         value = int(piece.piece[1:-1], 16)  # '<0x0A>'
         byte_ids[value] = i
       except (ValueError, IndexError) as e:
-        raise DataError(f'{spec}: byte piece {piece.piece!r} names no byte') from e
+        raise DataError(f'{spec}: byte piece {piece.piece!r} does not name a byte') from e
       table.append(bytes([value]))
     elif piece.type == kind.CONTROL:
       controls[piece.piece] = i
@@ -153,33 +160,41 @@ def _sentencepiece_table(spec, proto, sentinels):
 
 
 def characters(spec: str, data: bytes) -> Vocab:
-  """One id a character, of one table for inputs and of another for targets.
+  """One id per character, from one table for inputs and another for targets.
 
-  data: JSON {'inputs': 'table', 'targets': 'table', 'pad_id', 'bos_id', 'eos_id', 'unk_id'}: a
-  character's id is its index; what stands at the four special ids are placeholders. Inputs open
+  data: JSON {'inputs': 'table', 'targets': 'table', 'pad_id', 'bos_id', 'eos_id', 'unk_id'}. A
+  character's id is its index; the characters at the four special ids are placeholders. Inputs start
   with bos and end in eos.
   """
-  said = tokenizer_config.parse_json(data, spec)
-  roles = ('pad', 'bos', 'eos', 'unk')
-  tables = [said.get('inputs'), said.get('targets')]
-  special = [said.get(f'{role}_id') for role in roles]
-  if not all(isinstance(t, str) for t in tables) or not all(type(i) is int for i in special):
+  settings = files.parse_json(data, spec, DataError)
+  keys = ('pad_id', 'bos_id', 'eos_id', 'unk_id')
+  tables = {name: settings.get(name) for name in ('inputs', 'targets')}
+  special = [settings.get(key) for key in keys]
+  texts = all(isinstance(table, str) for table in tables.values())
+  if not texts or not all(type(i) is int for i in special):
     raise DataError(f'{spec} must hold the texts inputs and targets and the numbers '
-                    f'{", ".join(f"{role}_id" for role in roles)}; it has: {", ".join(said)}')
-  size = max(map(len, tables))
-  if len(set(special)) < 4 or not all(0 <= i < min(map(len, tables)) for i in special):
-    raise DataError(f'{spec}: the special ids {special} must be four different ones that both '
-                    f'tables have, of {len(tables[0])} and {len(tables[1])} characters')
-  ids = []
-  for name, characters_of in zip(('inputs', 'targets'), tables):
-    real = [c for i, c in enumerate(characters_of) if i not in special]
-    if len(set(real)) < len(real):
-      raise DataError(f'{spec}: {name} has {max(real, key=real.count)!r} more than once')
-    ids.append({c: i for i, c in enumerate(characters_of) if i not in special})
+                    f'{", ".join(keys)}; it has: {", ".join(settings)}')
+  sizes = [len(table) for table in tables.values()]
+  if len(set(special)) < 4 or not all(0 <= i < min(sizes) for i in special):
+    raise DataError(f'{spec}: the special ids {special} must be four different ids of both tables, '
+                    f'which have {sizes[0]} and {sizes[1]} characters')
+
   pad, bos, eos, unk = special
-  table = [b'' if i in (pad, bos, eos) else _UNKNOWN if i == unk or i >= len(tables[1])
-           else tables[1][i].encode('utf-8') for i in range(size)]
+
+  def encoder(name):
+    """Returns text -> ids for one of the tables, whose characters must differ."""
+    pairs = [(c, i) for i, c in enumerate(tables[name]) if i not in special]
+    ids = dict(pairs)
+    if len(ids) < len(pairs):
+      counts = collections.Counter(c for c, _ in pairs)
+      raise DataError(f'{spec}: {name} has {counts.most_common(1)[0][0]!r} more than once')
+    return lambda text: [ids.get(c, unk) for c in text]
+
+  table = [_UNKNOWN] * max(sizes)
+  for i, character in enumerate(tables['targets']):
+    if i != unk:
+      table[i] = b'' if i in (pad, bos, eos) else character.encode('utf-8')
   decode, piece = _decoder(table)
-  encoder = lambda known: lambda text: [known.get(c, unk) for c in text]
-  return Vocab(spec, hashlib.sha256(data).hexdigest(), size, eos, encoder(ids[0]), decode, piece,
-               pad_id=pad, unk_id=unk, bos_id=bos, prefix=(bos,), target_encoder=encoder(ids[1]))
+  return Vocab(
+      spec, hashlib.sha256(data).hexdigest(), len(table), eos, encoder('inputs'), decode, piece,
+      pad_id=pad, unk_id=unk, bos_id=bos, prefix=(bos,), target_encoder=encoder('targets'))

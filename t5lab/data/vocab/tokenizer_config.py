@@ -1,65 +1,45 @@
-"""The files beside a tokenizer: special tokens by role, chat template; read with size limits."""
+"""The files beside a tokenizer: special tokens by role, and the chat template."""
 import dataclasses
-import json
 import pathlib
 
+from t5lab import files
 from t5lab.errors import DataError
 
 SIBLINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
-LARGEST = 256 << 20           # bytes; the largest tokenizer.json of 2025's models has some 35 MB
-LARGEST_SIBLING = 16 << 20
+MODEL_BYTES = 256 << 20       # limit; the largest tokenizer.json of 2025's models has about 35 MB
+SIBLING_BYTES = 16 << 20
 ROLES = ('bos', 'eos', 'pad', 'unk', 'cls', 'sep', 'mask')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """settings: tokenizer_config.json as it is; names: {'eos': '</s>', …} of the roles it names."""
+  """settings: the content of tokenizer_config.json; names: {'eos': '</s>', …}, by role."""
   settings: dict
   names: dict[str, str]
   chat_template: str | None
 
 
-def check_regular(path: pathlib.Path) -> None:
-  """DataError for a folder, a device or a FIFO, which would be opened and waited on."""
-  if path.exists() and not path.is_file():
-    raise DataError(f'{path} is not a regular file')
-
-
-def read(path: pathlib.Path, largest: int = LARGEST) -> bytes:
-  """The bytes of a regular file of at most `largest` bytes; OSError as open raises it."""
-  check_regular(path)
-  size = path.stat().st_size
-  if size > largest:
-    raise DataError(f'{path} has {size:,} bytes; a file of this kind has at most {largest:,}')
-  return path.read_bytes()
-
-
-def parse_json(data: bytes, what) -> dict:
-  try:
-    value = json.loads(data)
-  except (ValueError, RecursionError) as e:
-    raise DataError(f'{what} is not JSON: {" ".join(str(e).split())[:120]}') from e
-  if not isinstance(value, dict):
-    raise DataError(f'{what} holds a {type(value).__name__}, not a JSON object')
-  return value
-
-
 def siblings(path: pathlib.Path) -> list[pathlib.Path]:
-  """The files beside `path` that say something about it, those that exist."""
+  """The configuration files beside a tokenizer's file."""
   return [path.parent / name for name in SIBLINGS if (path.parent / name).is_file()]
 
 
 def read_config(path: pathlib.Path) -> Config:
-  """What the files beside a tokenizer's file say; empty where there are none."""
-  found = {p.name: read(p, LARGEST_SIBLING) for p in siblings(path)}
-  load = lambda name: parse_json(found[name], path.parent / name) if name in found else {}
-  template = found.get('chat_template.jinja')
+  """Reads the files beside a tokenizer's file; without any the Config is empty."""
+  contents = {p.name: files.read_bytes(p, SIBLING_BYTES, DataError) for p in siblings(path)}
+
+  def load(name):
+    if name not in contents:
+      return {}
+    return files.parse_json(contents[name], path.parent / name, DataError)
+
+  template = contents.get('chat_template.jinja')
   return config(load('tokenizer_config.json'), load('special_tokens_map.json'),
                 None if template is None else template.decode('utf-8', 'replace'))
 
 
 def config(settings: dict, tokens: dict | None = None, template: str | None = None) -> Config:
-  """Config of a tokenizer_config.json, of a special_tokens_map.json and of a template file."""
+  """The Config of a tokenizer_config.json, a special_tokens_map.json and a template file."""
   names = {}
   for role in ROLES:
     for source in (settings, tokens or {}):
@@ -67,9 +47,10 @@ def config(settings: dict, tokens: dict | None = None, template: str | None = No
       value = value.get('content') if isinstance(value, dict) else value
       if isinstance(value, str) and value:
         names.setdefault(role, value)
+
   if template is None:
     template = settings.get('chat_template')
-    if isinstance(template, list):          # several by name: the one that serves no special end
-      template = {t.get('name'): t.get('template') for t in template
-                  if isinstance(t, dict)}.get('default')
+    if isinstance(template, list):          # several by name, e.g. one for tools
+      by_name = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
+      template = by_name.get('default')
   return Config(settings, names, template if isinstance(template, str) else None)

@@ -107,7 +107,7 @@ def data_hashes(c) -> dict:
     spec = streams.settle_vocabulary(c)
     vocabulary = vocab.load(spec)
     report['vocabulary'] = vocabulary.sha256[:12]
-    vocab.check_rows(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
+    vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
 
     registry.register(spec, config.files(c), tuple(c.data.modules))
     lengths = {name: n for name, n in c.data.lengths.to_dict().items() if n}

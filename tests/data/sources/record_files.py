@@ -1,4 +1,4 @@
-"""Files of rows for tests, and what a Reader makes of them."""
+"""Writes files of records for tests, and reads them back."""
 import gzip
 import json
 
@@ -46,4 +46,4 @@ def saved(folder, data: pa.Table, cut: int):
 def read(pattern, **options):
   """[(line, fields), …], the reader"""
   reader = records.RecordReader(pattern, **options)
-  return [(row.line, row.fields) for row in reader], reader
+  return [(record.line, record.fields) for record in reader], reader

@@ -9,7 +9,7 @@ from t5lab.errors import DataError, UsageError
 
 
 def test_rows_of_each_corpus():
-  assert {name: (corpora.num_rows(name, 'train'), corpora.num_rows(name, 'validation'))
+  assert {name: (corpora.num_records(name, 'train'), corpora.num_records(name, 'validation'))
           for name in corpora.names()} == {
               'ende': (8901, 272), 'enes': (8880, 274), 'enfr': (3692, 126),
               'summarize': (6174, 218), 'qa': (8215, 300), 'books': (126, 17),
@@ -27,7 +27,7 @@ def test_rows_are_read_only_and_the_list_is_ones_own():
   with pytest.raises(TypeError):
     rows[0]['en'] = 'x'
   rows.clear()
-  assert corpora.num_rows('ende', 'train') == 8901
+  assert corpora.num_records('ende', 'train') == 8901
 
 
 @pytest.mark.parametrize('name, target', [
@@ -71,7 +71,7 @@ def test_match_trades_until_no_one_has_its_own_words():
 
 
 def test_sample_of_a_pronouncing_dictionary(monkeypatch):
-  monkeypatch.setattr(corpora, 'G2P_ROWS', {'train': 3, 'validation': 1})
+  monkeypatch.setattr(corpora, 'G2P_RECORDS', {'train': 3, 'validation': 1})
   good = {'see': 'si', 'sea': 'si', 'bee': 'bi', 'Kay': 'kA', 'oak': 'Ok', 'knee': 'ni'}
   bad = {'read': {'DEFAULT': 'ɹid'}, "it's": 'ɪts', 'Polish': 'pˈOlɪʃ', 'polish': 'pˈɑlɪʃ',
          'x': '', 'loch': 'lɑx', 'naïve': 'nIˈiv'}

@@ -29,7 +29,7 @@ from t5lab.errors import DataError
 def test_text_formats(tmp_path, name, data, expected, packing):
   found, reader = read(put(tmp_path / (name + packing), data), bad_rows=0)
   assert found == expected
-  assert (reader.good, reader.bad, reader.summary()) == (2, 0, '2 rows')
+  assert (reader.good, reader.bad, reader.summary()) == (2, 0, '2 records')
 
 
 def test_packed_members_one_after_the_other(tmp_path):
@@ -52,21 +52,22 @@ def test_parquet_and_arrow(tmp_path):
     out.write_table(data, max_chunksize=1)
   assert read(str(tmp_path / 'b.arrow'))[0] == expected
   folder = saved(tmp_path / 'set', data, 3)
-  found = [(row.file[len(folder):], row.line, row.fields['q']) for row in records.RecordReader(folder)]
+  found = [(record.file[len(folder):], record.line, record.fields['q'])
+           for record in records.RecordReader(folder)]
   assert found == [('/data-00000-of-00002.arrow', 1, 'a'), ('/data-00000-of-00002.arrow', 2,
                    '{b}\n'), ('/data-00000-of-00002.arrow', 3, 'c'),
                    ('/data-00001-of-00002.arrow', 1, 'é')]
 
 
-# ---- bad rows ----
+# ---- bad records ----
 
 @pytest.mark.parametrize('name, data, options, good, problems', [
     ('a.jsonl', b'{"x": 1}\n{"x": \n[1]\n"s"\n{"x": "a\x01"}\n{}\n' + b'[' * 100_000,
      {}, [1, 6],
-     [(2, 'not JSON: Expecting value: line 1 column 7 (char 6)'),
+     [(2, 'not valid JSON: Expecting value: line 1 column 7 (char 6)'),
       (3, 'a JSON list, not an object'), (4, 'a JSON str, not an object'),
-      (5, 'not JSON: Invalid control character at: line 1 column 9 (char 8)'),
-      (7, 'not JSON that can be read: nested too deeply')]),
+      (5, 'not valid JSON: Invalid control character at: line 1 column 9 (char 8)'),
+      (7, 'not valid JSON: nested too deeply')]),
     ('b.jsonl', b'{"x": "a\\u0000"}\n{"x": [{"y\\ud800": 1}]}\n{"x": "\\ud83d\\ude00"}\n'
      b'{"x": "\\udc00 \xc3\xa9"}\n{"x": "\xff"}\n{"x": "\xc3\xa9\xed\xa0\x80"}\n'
      b'{"x": [{"y": [1, {"z": "\\u0000"}]}]}\n{"x\\u0000": 1}\n',
@@ -93,18 +94,20 @@ def test_parquet_and_arrow(tmp_path):
       (7, "field 'a' is int, not text")]),
     ('a.tsv', b'en\tde\na\tb\na\na\tb\tc\n"a\nb"\tc\nd\xff\te\nf\0\tg\n\tempty\n \t \n',
      dict(required=['en']), [2, 6],
-     [(3, 'expected 2 fields, found 1'), (4, 'expected 2 fields, found 3'),
-      (5, 'expected 2 fields, found 1'), (7, 'not UTF-8: byte 0xff at byte 1 of the line'),
+     [(3, 'expected 2 fields, got 1'), (4, 'expected 2 fields, got 3'),
+      (5, 'expected 2 fields, got 1'), (7, 'not UTF-8: byte 0xff at byte 1 of the line'),
       (8, "field 'en' holds NUL at character 1"), (9, "field 'en' is empty")]),
     ('a.csv', b'en,de\na,b\na\n"a\nb"\n"c"d,e\n"f\xff\ng",h\ni,\0\n"k\nl",m\n', {}, [2, 10],
-     [(3, 'expected 2 fields, found 1'), (4, 'expected 2 fields, found 1'),
-      (6, "not CSV: ',' expected after '\"'"), (7, 'not UTF-8: byte 0xff at byte 2 of the line'),
+     [(3, 'expected 2 fields, got 1'), (4, 'expected 2 fields, got 1'),
+      (6, "not valid CSV: ',' expected after '\"'"),
+      (7, 'not UTF-8: byte 0xff at byte 2 of the line'),
       (9, "field 'de' holds NUL at character 0")]),
     ('b.csv', b'en,de\na,b\n"c,d\ne,f\n\ng,h\n', {}, [2],
-     [(3, 'unclosed quote')] + [(n, 'lost to line 3: unclosed quote') for n in (4, 5, 6)]),
+     [(3, 'unclosed quote')] + [(line, 'part of the record at line 3: unclosed quote')
+                                for line in (4, 5, 6)]),
     ('c.csv', b'en,de\n"a,b\nc,"d"\ne,f\n', {}, [4],
-     [(2, "not CSV: ',' expected after '\"'"),
-      (3, "lost to line 2: not CSV: ',' expected after '\"'")]),
+     [(2, "not valid CSV: ',' expected after '\"'"),
+      (3, "part of the record at line 2: not valid CSV: ',' expected after '\"'")]),
     ('a.txt', b'one\ntwo\0\n\xe9\nthree\n', {}, [1, 4],
      [(2, "field 'text' holds NUL at character 3"),
       (3, 'not UTF-8: byte 0xe9 at byte 0 of the line')]),
@@ -187,12 +190,12 @@ def test_parquet_is_streamed(tmp_path, place):
   del big
   tracemalloc.start()
   before = arrow = pa.total_allocated_bytes()
-  for row in records.RecordReader(place + path):
-    if row.line % 100 == 0:
+  for record in records.RecordReader(place + path):
+    if record.line % 100 == 0:
       arrow = max(arrow, pa.total_allocated_bytes())
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert row.fields['x'].startswith('1999 ')
+  assert record.fields['x'].startswith('1999 ')
   assert (peak < 6e6, arrow - before < 10e6) == (True, True), (peak, arrow - before)
 
 
@@ -202,17 +205,17 @@ def test_nothing_in_a_file(tmp_path):
   for name, data in (('a.jsonl', b''), ('b.jsonl', b'\n \r\n'), ('a.txt.gz', b''), ('a.csv', b''),
                      ('b.csv', b'en,de\n'), ('a.tsv', b'\xef\xbb\xbf'), ('b.tsv', b'en\tde')):
     path = put(tmp_path / name, data)
-    with pytest.raises(DataError, match=f'^{path} holds no rows$'):
+    with pytest.raises(DataError, match=f'^{path} holds no records$'):
       read(path)
   (tmp_path / 'c.txt.gz').write_bytes(b'')
-  with pytest.raises(DataError, match='c.txt.gz holds no rows$'):
+  with pytest.raises(DataError, match='c.txt.gz holds no records$'):
     read(str(tmp_path / 'c.txt.gz'))
   pq.write_table(table(x=pa.array([], pa.string())), tmp_path / 'a.parquet')
-  with pytest.raises(DataError, match='a.parquet holds no rows$'):
+  with pytest.raises(DataError, match='a.parquet holds no records$'):
     read(str(tmp_path / 'a.parquet'))
   put(tmp_path / '0.txt', b'one\n')
   put(tmp_path / '1.txt', b'')
-  with pytest.raises(DataError, match='1.txt holds no rows$'):
+  with pytest.raises(DataError, match='1.txt holds no records$'):
     read(str(tmp_path / '[01].txt'))
 
 
@@ -233,14 +236,14 @@ def test_files_cut_short(tmp_path, name, kept):
     put(path, '\n'.join(data).encode())
   whole = path.read_bytes()
   path.write_bytes(whole[:max(5, int(kept * len(whole)))])
-  with pytest.raises(DataError, match=f'^{path} is broken or cut short: '):
+  with pytest.raises(DataError, match=f'^{path} is damaged or truncated: '):
     read(str(path), **ALL_BAD)
 
 
 def test_an_arrow_stream_cut_between_its_batches(tmp_path):
   path = arrow_stream(tmp_path / 'a.arrow', table(x=['one', 'two']), batch=1)
   (tmp_path / 'a.arrow').write_bytes((tmp_path / 'a.arrow').read_bytes()[:-8])
-  with pytest.raises(DataError, match='a.arrow is broken or cut short: its last bytes'):
+  with pytest.raises(DataError, match='a.arrow is damaged or truncated: its last bytes'):
     read(path)
 
 
@@ -256,7 +259,7 @@ def test_broken_files(tmp_path):
   at = stream.index(b'\0\0\0\0\3\0\0\0\6\0\0\0')              # the offsets of the two texts
   (tmp_path / 'b.arrow').write_bytes(stream[:at + 8] + b'\xff\xff\xff\x7f' + stream[at + 12:])
   for name in ('a.txt.gz', 'b.txt.gz', 'c.txt.gz', 'b.txt.zst', 'b.parquet', 'b.arrow'):
-    with pytest.raises(DataError, match=f'{name} is broken or cut short: ') as e:
+    with pytest.raises(DataError, match=f'{name} is damaged or truncated: ') as e:
       read(str(tmp_path / name), **ALL_BAD)
     assert '\n' not in str(e.value)
 
@@ -267,7 +270,7 @@ def test_broken_files(tmp_path):
     ('a.csv', b'"en,de\na,b\n', 'a.csv:1: the header is bad: unclosed quote'),
     ('a.tsv', b'en\tde\xff\na\tb\n', 'a.tsv:1: the header is bad: not UTF-8: byte 0xff at byte 5'),
     ('a.tsv', b'eng\tde\na\tb\n', "a.tsv:1: the header has no column 'en'. Did you mean 'eng'"),
-    ('a.csv', 'en,de\na,b\n'.encode('utf-16'), 'a.csv is UTF-16; rows are read as UTF-8: iconv'),
+    ('a.csv', 'en,de\na,b\n'.encode('utf-16'), 'a.csv is UTF-16; convert it to UTF-8: iconv'),
 ])
 def test_bad_headers(tmp_path, name, data, message):
   with pytest.raises(DataError) as e:

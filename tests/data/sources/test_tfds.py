@@ -30,7 +30,7 @@ def missing(monkeypatch, tmp_path):
 def test_the_exact_command(missing, splits):
   assert missing('glue/rte:2.0.0', splits=splits) == (
       "task 'users_task': the data of glue/rte:2.0.0 is not on this machine (looked in HERE): "
-      'where there is a network run `tfds build glue/rte:2.0.0 --data_dir DIR`, then set '
+      'on a machine with a network run `tfds build glue/rte:2.0.0 --data_dir DIR`, then set '
       'TFDS_DATA_DIR=DIR')
 
 
@@ -55,8 +55,8 @@ def test_nothing_special(missing, tfds):
     ('c4/en:2.2.0', '3.1.0', 'c4/en/2.2.0'), ('glue/rte:1.0.0', '2.0.0', 'glue/rte/1.0.0')])
 def test_a_version_that_tfds_reads_and_does_not_make(missing, tfds, version, folder):
   assert missing(tfds).endswith(
-      f'(looked in HERE): the TFDS here makes only version {version} of it, so copy the folder '
-      f'{folder} from where an older one made it to DIR, then set TFDS_DATA_DIR=DIR')
+      f'(looked in HERE): this TFDS builds only version {version}, so copy the folder '
+      f'{folder} from a machine where an older TFDS built it to DIR, then set TFDS_DATA_DIR=DIR')
 
 
 def test_a_name_that_tfds_does_not_know(missing):
@@ -78,6 +78,6 @@ def test_sizes():
 
 @pytest.mark.parametrize('sizes', [None, {'train': float('inf')}])
 def test_a_size_that_is_not_known(sizes):
-  with pytest.raises(DataError, match="'users_task': the number of examples in split 'train' is not"
-                                      ' known.* give the mixture a number'):
+  with pytest.raises(DataError, match="'users_task': the number of examples in split 'train' is "
+                                      'unknown.* give the mixture a number'):
     tfds_data.num_examples(Task(source(sizes)))

@@ -37,7 +37,7 @@ BAD = [
     (b'{"q": "x", "a": {"b": 1}}', "field 'a' is dict, not text"),
     (b'{"q": "x", "a": ["y", 2]}', "field 'a' is a list that holds int, not only text"),
     (b'["q", "a"]', 'a JSON list, not an object'),
-    (b'{"q": "x", "a": ', 'not JSON'),
+    (b'{"q": "x", "a": ', 'not valid JSON'),
     (b'{"q": "x\\u0000", "a": "y"}', "field 'q' holds NUL at character 1"),
     (b'{"q": "\\ud800", "a": "y"}', "field 'q' holds \\ud800, half of a surrogate pair"),
     (b'{"q": "\xff", "a": "y"}', 'not UTF-8: byte 0xff'),
@@ -60,7 +60,7 @@ def test_each_kind_of_bad_row_is_counted_and_named(planted):
   own = own_files.OwnFiles({'train': str(planted)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=0.5)
   component, = registry.open_components('files', 'train', LENGTHS, 'byte', files=own)
   assert len(component.examples) == 97
-  assert f'97 rows; {len(BAD)} bad ones skipped, 11 %: {planted}:4: ' in component.note
+  assert f'97 records; {len(BAD)} bad ones skipped, 11 %: {planted}:4: ' in component.note
   problems = registry.get('files').source.readers['train'].problems
   assert [line for _, line, _ in problems] == [4 + 3 * k for k in range(len(BAD))]
   for (_, _, reason), (_, expected) in zip(problems, BAD, strict=True):
@@ -70,8 +70,8 @@ def test_each_kind_of_bad_row_is_counted_and_named(planted):
 
 
 @pytest.mark.parametrize('limit, message', [
-    ('0', "planted.jsonl:4: no field 'a'. Known: q. (no bad row is allowed; --"),
-    ('0.1', f'{len(BAD)} of {97 + len(BAD)} rows are bad, 11 %')],
+    ('0', "planted.jsonl:4: no field 'a'. Known: q. (no bad record is allowed; --"),
+    ('0.1', f'{len(BAD)} of {97 + len(BAD)} records are bad, 11 %')],
     ids=['strict', 'share'])
 def test_past_the_limit_nothing_is_trained(planted, tmp_path, capsys, limit, message):
   code, out, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL,
@@ -82,11 +82,11 @@ def test_past_the_limit_nothing_is_trained(planted, tmp_path, capsys, limit, mes
 
 
 @pytest.mark.parametrize('name, data, message', [
-    ('x.jsonl', b'', 'x.jsonl holds no rows'),
+    ('x.jsonl', b'', 'x.jsonl holds no records'),
     ('x.jsonl.gz', gzip.compress(good(0) * 50, mtime=0)[:-9], 'x.jsonl.gz'),
     ('x.jsonl.gz', b'no gzip at all', 'x.jsonl.gz'),
     ('x.parquet', b'PAR1 and then nothing', 'x.parquet'),
-    ('x.tsv', b'q\ta\none\ttwo\tthree\n', 'x.tsv:2: expected 2 fields, found 3'),
+    ('x.tsv', b'q\ta\none\ttwo\tthree\n', 'x.tsv:2: expected 2 fields, got 3'),
     ('x.csv', b'q,a\n"one,two\n', 'x.csv:2: '),
     ('x.tsv', b'question\tanswer\none\ttwo\n', 'x.tsv'),
 ], ids=['empty', 'cut', 'no gzip', 'no parquet', 'fields', 'quote', 'header'])
@@ -243,7 +243,7 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
   path.write_bytes(b'\n'.join(lines) + b'\n')
   code, out, err = build()
   assert code == 0 and 'files: 198 examples of' in out, err
-  said = f"files, train: 198 rows; 2 bad ones skipped, 1 %: {path}:6: no field 'q'.; {path}:11: no "
+  said = f"files, train: 198 records; 2 bad ones skipped, 1 %: {path}:6: no field 'q'.; {path}:11: no "
   assert said in out and opened(tmp_path).note.startswith(said)
   where = cache.folder(str(tmp_path / 'c'), 'files', 'train')
   (where / 'MANIFEST.json').unlink()                # as one that was killed before its last word
@@ -251,13 +251,13 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
   assert build()[0] == 0 and opened(tmp_path).note.startswith(said)
   assert shards == {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
   code, _, err = build('--config.data.bad_rows=0.009')
-  assert code == 3 and '2 of 200 rows are bad, 1 %; the limit is 0.9 %' in err
+  assert code == 3 and '2 of 200 records are bad, 1 %; the limit is 0.9 %' in err
 
   lines[7] = b'{}'
   path.write_bytes(b'\n'.join(lines) + b'\n')
   code, _, err = build()
   assert code == 3 and err.splitlines()[-1].startswith(
-      't5lab: 3 of 200 rows are bad, 1.5 %; the limit is 1 % (raise it by --config.data.bad_rows=…)'
+      't5lab: 3 of 200 records are bad, 1.5 %; the limit is 1 % (raise it by --config.data.bad_rows=…)'
       f": {path}:6: no field 'q'.; {path}:8: ")
   assert not (where / 'MANIFEST.json').exists()
   assert build('--config.data.bad_rows=0.02')[0] == 0 and len(opened(tmp_path).examples) == 197

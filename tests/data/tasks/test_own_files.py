@@ -80,7 +80,7 @@ def test_several_answers(tmp_path):
 
 def test_bad_rows_and_shards(tmp_path):
   path = put(tmp_path / 'a.jsonl', [{'en': str(i), 'de': 'x' if i % 10 else ''} for i in range(30)])
-  with pytest.raises(DataError, match='^3 of 30 rows are bad, 10 %; the limit is 1 %'):
+  with pytest.raises(DataError, match='^3 of 30 records are bad, 10 %; the limit is 1 %'):
     list(own(path).examples('train'))
   made = own(path, bad_rows=0.1)
   assert [row['inputs'] for row in made.examples('train', (1, 2))] == [

@@ -47,7 +47,8 @@ def test_hugging_face_renders_the_same():
     ('{{ messages.append(1) }}', 'x.gguf failed: .*append.* is unsafe'),
     ("{% include '/etc/passwd' %}", 'x.gguf failed: no loader'),
     ('{% for i in range(9999999) %}x{% endfor %}', 'x.gguf failed: Range too big'),
-    ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", 'failed: it makes over 1,000,6'),
+    ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
+     'failed: it generates more than 1,000,6'),
     ('x' * 1_000_001, 'has 1,000,001 characters; the limit is 1,000,000'),
 ])
 def test_a_template_that_fails_or_overreaches(template, message):
@@ -59,5 +60,5 @@ def test_a_template_that_fails_or_overreaches(template, message):
 @pytest.mark.parametrize('messages', [[], 'Hi', [{'role': 'user'}], [{'role': 1, 'content': 'x'}],
                                       ['Hi'], [{'role': 'user', 'content': None}]])
 def test_messages_of_another_form(messages):
-  with pytest.raises(DataError, match='a chat is a list of'):
+  with pytest.raises(DataError, match='a chat must be a list of .*; got '):
     render('x', messages)

@@ -49,7 +49,7 @@ def test_one_healthy_machine(tmp_path, capsys):
     (('--config.mesh.data=4096',), 2, 'mesh.data=4096 asks for 4096 devices'),
     (('--free-gb', '1e9'), 4, 'the run needs 1e+09 GB'),
     (('--config.data.vocab=/nowhere/x.model',), 3, "cannot read vocabulary '/nowhere/x.model'"),
-    (('--config.data.vocab=t5lab_8192',), 3, 'rows must be at least 8,192'),
+    (('--config.data.vocab=t5lab_8192',), 3, 'rows and needs at least 8,192'),
     (('--config.data.mixture=ha_ened',), 3, "no task or mixture 'ha_ened'"),
     (('--config.data.split=dev',), 3, "has no split 'dev'"),
 ])
