@@ -105,21 +105,17 @@ def progress_log(silent: bool):
 
 def read_prices(path: str | None) -> dict:
   """{'date', 'currency', 'note', 'per_chip_hour': {chip: {kind: price}}}, or UsageError."""
-  path = Path(path) if path else PRICES
+  path = path or PRICES
   prices = files.read_json(path)
-  missing = [key for key in ('date', 'currency', 'note', 'per_chip_hour') if key not in prices]
-  if missing:
-    raise UsageError(f'--prices {path} lacks {", ".join(missing)}; the format is that of '
-                     't5lab/tools/planning/prices.json')
-  for chip, kinds in _items(path, 'per_chip_hour', prices['per_chip_hour']):
-    for kind, price in _items(path, f'per_chip_hour.{chip}', kinds):
-      if not isinstance(price, (int, float)) or price < 0:
-        raise UsageError(f'--prices {path}: per_chip_hour.{chip}.{kind} must be a number of at '
-                         f'least 0, got {price!r}')
+  try:
+    for key in ('date', 'currency', 'note', 'per_chip_hour'):
+      prices[key]
+    for chip, kinds in prices['per_chip_hour'].items():
+      for kind, price in kinds.items():
+        if not isinstance(price, (int, float)) or price < 0:
+          raise ValueError(f'per_chip_hour.{chip}.{kind} must be a number of at least 0, got '
+                           f'{price!r}')
+  except (ValueError, KeyError, AttributeError) as e:
+    raise UsageError(f'--prices {path}: {e}; see the format of '
+                     't5lab/tools/planning/prices.json') from e
   return prices
-
-
-def _items(path: Path, key: str, value):
-  if not isinstance(value, dict):
-    raise UsageError(f'--prices {path}: {key} must be a JSON object, got {value!r}')
-  return value.items()

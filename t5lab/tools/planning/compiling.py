@@ -45,7 +45,6 @@ class Compiled:
   lower_seconds: float = 0.
   unfit: str = ''
   cached: bool = False
-  flops_once: float = 0.       # XLA's own count, with loop bodies counted once
   largest: tuple = ()          # (bytes, shape) of the largest buffers of an unfit program
 
 
@@ -81,36 +80,24 @@ def source_files(modules: tuple[str, ...], package: Path = PACKAGE) -> list[Path
   paths, queue = {}, list(modules)
   while queue:
     name = queue.pop()
-    if name not in paths and name != package.name:
-      paths[name] = _module_file(name, package)
-      queue += _imported_modules(paths[name], package)
+    if name in paths or name == package.name or name.split('.')[0] != package.name:
+      continue
+    paths[name] = _module_file(name, package)
+    if paths[name] is None:
+      raise FileNotFoundError(f'the module {name} has no file in {package}')
+    for node in ast.walk(ast.parse(paths[name].read_bytes())):
+      if isinstance(node, ast.Import):
+        queue += [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        inner = [f'{node.module}.{alias.name}' for alias in node.names]
+        queue += [node.module, *(name for name in inner if _module_file(name, package))]
   return [paths[name] for name in sorted(paths)]
 
 
-def _module_file(name: str, package: Path) -> Path:
+def _module_file(name: str, package: Path) -> Path | None:
   base = package.parent.joinpath(*name.split('.'))
-  for path in (base.with_name(f'{base.name}.py'), base / '__init__.py'):
-    if path.is_file():
-      return path
-  raise FileNotFoundError(f'the module {name} has no file in {package}')
-
-
-def _imported_modules(path: Path, package: Path) -> Iterator[str]:
-  """Yields the modules of the package that a file imports."""
-  for node in ast.walk(ast.parse(path.read_bytes())):
-    if isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-      names = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names
-                              if _is_module(f'{node.module}.{alias.name}', package))]
-    else:
-      continue
-    yield from (name for name in names if name.split('.')[0] == package.name)
-
-
-def _is_module(name: str, package: Path) -> bool:
-  base = package.parent.joinpath(*name.split('.'))
-  return base.with_name(f'{base.name}.py').is_file() or base.is_dir()
+  candidates = base.with_name(f'{base.name}.py'), base / '__init__.py'
+  return next((path for path in candidates if path.is_file()), None)
 
 
 def read_cache(key: str) -> Compiled | None:
@@ -162,10 +149,8 @@ def _compile(lower: Callable) -> Compiled:
     stats = program.memory_analysis()
     memory = {field: int(getattr(stats, f'{field}_size_in_bytes')) for field in (
         'argument', 'output', 'alias', 'temp', 'generated_code')}
-    cost = program.cost_analysis() or {}
     return Compiled(program.as_text(), memory, spmd_warnings(messages()),
-                    time.perf_counter() - started, lower_seconds,
-                    flops_once=float(cost.get('flops', 0.)))
+                    time.perf_counter() - started, lower_seconds)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from t5lab.tools.planning.planned_step import mesh_text
 WIDTH = 100
 
 
-def show(plan: dict, console: Console | None = None) -> None:
+def show(plan: dict) -> None:
   """Prints a plan of estimate.plan."""
-  out = console or Console(width=WIDTH, highlight=False)
+  out = Console(width=WIDTH, highlight=False)
   _head(plan, out)
   _memory(plan, out)
   if 'step_seconds' not in plan:
@@ -155,9 +155,9 @@ def _money(p, out):
     out.print(f'  prices of {r["price_date"]}: {r["price_note"]}')
 
 
-def show_search(result: dict, console: Console | None = None) -> None:
+def show_search(result: dict) -> None:
   """Prints a result of search.search, best first, and the lines to paste into the config."""
-  out = console or Console(width=WIDTH, highlight=False)
+  out = Console(width=WIDTH, highlight=False)
   out.print(f'[bold]{result["family"]}[/] on [bold]{result["topology"]}[/]: {result["tried"]} '
             f'combinations, {result["fitting"]} fit by the formula, '
             f'{len(result["finalists"])} shown'
@@ -203,7 +203,7 @@ def tera(flops: float) -> str:
   return f'{flops / 1e12:.3f} T'
 
 
-def short(name: str, width: int = 70) -> str:
+def short(name: str, width: int) -> str:
   """The end of an op name, its most specific part."""
   name = name.replace('jit(train_step)/', '').replace('Transformer.', '')
   return name if len(name) <= width else '…' + name[-width + 1:]

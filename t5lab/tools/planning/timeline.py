@@ -40,7 +40,6 @@ class Timeline:
   exposed: float = 0.
   flops: float = 0.
   hbm_bytes: float = 0.
-  prefetch_bytes: float = 0.
   traffic: dict = dataclasses.field(default_factory=dict)    # (kind, where) -> Traffic
   unpriced: dict = dataclasses.field(default_factory=dict)   # name -> [count, bytes]
   flops_by_type: dict = dataclasses.field(default_factory=dict)
@@ -127,7 +126,6 @@ class Simulator:
     """
     if op.kind in ('copy-start', 'slice-start'):
       moved = hlo_costs.hbm_bytes(self.module, op, computation)
-      self.timeline.prefetch_bytes += moved * times
       free_at['hbm'] = max(now, free_at['hbm']) + moved / self.chip.hbm_bandwidth
       pending[op.name] = (free_at['hbm'], None)
     elif op.kind in ('copy-done', 'slice-done') and op.operands[0] in pending:

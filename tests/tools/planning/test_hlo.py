@@ -85,6 +85,26 @@ def test_an_asynchronous_gather_is_counted_once_and_hides_behind_its_product():
   assert traffic.exposed < 2 * each - product.cycles / CHIP.clock + 1e-12
 
 
+GATHERS = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[512,2048]) -> bf16[2048,2048] {
+  %a = bf16[512,2048]{1,0} parameter(0)
+  %s1 = (bf16[512,2048]{1,0}, bf16[2048,2048]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
+  %s2 = (bf16[512,2048]{1,0}, bf16[2048,2048]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]
+  %d1 = bf16[2048,2048]{1,0} all-gather-done(%s1)
+  ROOT %d2 = bf16[2048,2048]{1,0} all-gather-done(%s2)
+}
+"""
+
+
+def test_the_network_runs_one_collective_at_a_time():
+  result = simulate(hlo.parse(GATHERS), fsdp=4)
+  (traffic,) = result.traffic.values()
+  each = 2048 * 2048 * 2 * 3 / 4 / 90e9
+  assert (traffic.count, traffic.size) == (2, 2 * 2048 * 2048 * 2)
+  assert [traffic.exposed, traffic.asynchronous, result.seconds] == pytest.approx([2 * each] * 3)
+
+
 def test_a_fused_reduce_scatter_and_gathers_in_loops():
   traffic = simulate(module('fsdp_step'), fsdp=4).traffic
   assert set(traffic) == {('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'),
