@@ -72,7 +72,7 @@ def count() -> int:
 
 
 def is_main() -> bool:
-  """Whether this process writes what a run writes once."""
+  """Returns True in process 0, which alone writes the files of the run."""
   return index() == 0
 
 
@@ -277,8 +277,8 @@ def abort_all(code: int, message: str) -> None:
 def await_abort() -> None:
   """Gives the listener time to end this process for the reason that another process failed.
 
-  For a step that failed because another process left it: the cause is in the store within two
-  looks.
+  Call it when a step failed, perhaps because another process has ended: its reason is in the store
+  within two looks.
   """
   if count() > 1:
     time.sleep(3 * POLL)

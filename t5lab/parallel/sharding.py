@@ -116,7 +116,7 @@ def _device_array(shape: tuple[int, ...], devices, flags: str) -> np.ndarray:
   """
   dcn_shape, ici_shape = shape[:2], shape[2:]
   asked = math.prod(dcn_shape)
-  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if devices[0].platform == 'tpu' and slices != asked:
     raise UsageError(f'{flags}: the devices are {slices} slices of {len(devices) // slices}, so '
                      f'mesh.dcn_data * mesh.dcn_fsdp must be {slices}, got {asked}')
@@ -131,14 +131,12 @@ def _device_array(shape: tuple[int, ...], devices, flags: str) -> np.ndarray:
 
 def check_mesh(mesh: Mesh, rules: str) -> None:
   """Raises UsageError if devices would repeat each other's work or the rules would do nothing."""
-  rule_set(rules)                                              # checks the name
-  used = {name: {axis for target in targets.values() for axis in mesh_axes(target)}
-          for name, targets in RULES.items()}
+  used = _used_axes(rules)
   for axis, size in mesh.shape.items():
-    if size > 1 and axis not in used[rules]:
+    if size > 1 and axis not in used:
+      others = [name for name in RULES if axis in _used_axes(name)]
       raise UsageError(f'mesh.{axis}={size}: rules={rules!r} do not use this axis, so its devices '
-                       "would repeat each other's work; rules that do: "
-                       + ', '.join(name for name in RULES if axis in used[name]))
+                       f"would repeat each other's work; rules that do: {', '.join(others)}")
   required = _REQUIRED.get(rules, ())
   if required and mesh.size > 1 and all(mesh.shape[axis] == 1 for axis in required):
     raise UsageError(f'rules={rules!r} split by mesh.{required[-1]}, which is 1 of {mesh.size} '
@@ -173,6 +171,11 @@ def rule_set(name: str) -> dict:
   if name not in RULES:
     raise UsageError(f'rules={name!r} is unknown.{did_you_mean(name, RULES)}')
   return RULES[name]
+
+
+def _used_axes(rules: str) -> set[str]:
+  """The mesh axes that a rule set uses."""
+  return {axis for target in rule_set(rules).values() for axis in mesh_axes(target)}
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ def test_moments_of_dp_are_an_eighth_on_each_of_eight_devices():
 
 
 def test_scored_weights_are_sharded_like_parameters():
-  """That includes the average, which between steps is split over the devices of the batch."""
+  """The average too, which between steps is split over the devices of the batch."""
   _, state = first_step(ENCODER_DECODER, sharding.make_mesh(8), 'dp')
   scored = scoring.eval_weights(state)
   shardings = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]

@@ -49,7 +49,7 @@ def test_an_unknown_axis_raises_and_a_known_one_reaches_the_program():
 
 
 def test_the_mesh_axes_of_each_rule_set():
-  """Of weights, without those of experts. Other tests derive their meshes from these axes."""
+  """The axes that split weights other than experts. Other tests derive their meshes from them."""
   expected = {
       'dp': (), 'fsdp': ('dcn_fsdp', 'fsdp'), 'tp': ('model',),
       'fsdp_tp': ('dcn_fsdp', 'fsdp', 'model'), 'sp': ('dcn_fsdp', 'fsdp', 'sequence', 'model'),

@@ -120,7 +120,7 @@ def default_name(workdir: str) -> str:
 
 
 def can_retry(code: int) -> bool:
-  """Whether the same command may resume after it ended with this code."""
+  """Returns True if the same command may resume after this exit code."""
   return code in RETRY or code < 0 or code > 128
 
 
