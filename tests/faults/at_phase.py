@@ -1,8 +1,8 @@
 """t5lab with a signal at a chosen point: python at_phase.py PHASE@N SIGNAL <arguments of t5lab>.
 
-The process sends SIGNAL to itself at the Nth time (from 1) that it enters PHASE, and goes on;
-SIGNAL 0 sends none. The moment is written to the file T5LAB_PHASE_FILE, in seconds of
-time.monotonic. All else is the program as it is.
+The process sends SIGNAL to itself when it enters PHASE for the Nth time (from 1), and continues;
+SIGNAL 0 sends none. The time is written to the file T5LAB_PHASE_FILE, in seconds of
+time.monotonic. The rest of the program is unchanged.
 """
 
 import os
@@ -12,11 +12,11 @@ import sys
 import time
 
 
-def places(phase):
-  """(object, attribute) whose call is the beginning of the phase."""
+def entry_point(phase):
+  """(object, attribute) whose call begins the phase."""
   if phase == 'eval':
-    from t5lab.training import steps as step
-    return step, 'eval_step'                     # traced when the loss of a split is first computed
+    from t5lab.training import steps
+    return steps, 'eval_step'                    # traced when the first evaluation loss is computed
   if phase == 'decode':
     from t5lab.decoding.engine import Engine
     return Engine, 'generate'
@@ -32,7 +32,7 @@ def places(phase):
 def main():
   point, name, *argv = sys.argv[1:]
   phase, _, number = point.partition('@')
-  owner, attribute = places(phase)
+  owner, attribute = entry_point(phase)
   real, calls = getattr(owner, attribute), []
 
   def entered(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The reference run, measurements, the mark: these tests are run by `make faults` alone."""
+"""The reference run, measurements and the mark: only `make faults` runs these tests."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import processes
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)      # before -m looks
+@pytest.hookimpl(tryfirst=True)      # before pytest applies -m
 def pytest_collection_modifyitems(items):
   here = Path(__file__).parent
   for item in items:
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session', autouse=True)
 def nothing_is_left_behind():
-  """Whoever ends this program ends the runs that it started: their `with` blocks unwind."""
+  """A SIGTERM to this program also ends the runs that it started: their `with` blocks unwind."""
   before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit('SIGTERM'))
   yield
   signal.signal(signal.SIGTERM, before)
@@ -26,7 +26,7 @@ def nothing_is_left_behind():
 
 @pytest.fixture
 def record(record_property):
-  """record(name, value): a number for the scorecard."""
+  """record(name, value): a measurement for the scorecard."""
   def write(name, value):
     print(f'measured: {name} = {value}')
     record_property(name, value)
@@ -36,8 +36,8 @@ def record(record_property):
 @pytest.fixture(scope='session')
 def common(tmp_path_factory):
   """A folder of this session, which parallel test processes share."""
-  given = os.environ.get('T5LAB_FAULTS_DIR')      # the scorecard's
-  return Path(given) if given else tmp_path_factory.mktemp('common')
+  folder = os.environ.get('T5LAB_FAULTS_DIR')      # set by the scorecard
+  return Path(folder) if folder else tmp_path_factory.mktemp('common')
 
 
 @pytest.fixture(scope='session')

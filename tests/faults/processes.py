@@ -1,7 +1,7 @@
 """Runs of t5lab as processes that can be killed, stopped and compared bit for bit.
 
-The reference R: configs/quickstart.py:tiny with dropout, 30 steps, a checkpoint each 6, evaluated
-at 12, 24 and 30. A fault is survived if a run that had it ends as R did.
+The reference run R is configs/quickstart.py:tiny with dropout, for 30 steps, with a checkpoint
+every 6 steps and evaluations at 12, 24 and 30. A run survives a fault if it ends exactly as R did.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ R = {'total_steps': STEPS, 'checkpoint.every': EVERY, 'log.every': 1, 'checkpoin
 
 
 def environment(devices: int = 1, **more) -> dict:
-  """The environment of a run with so many virtual CPU devices."""
-  # one device computes with Eigen's threads, several would wait for each other (tests/conftest.py)
+  """The environment of a run with `devices` virtual CPU devices."""
+  # One device computes with Eigen's threads; several would wait for each other (tests/conftest.py).
   flags = (f'--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false'
            if devices > 1 else '')
   env = {k: v for k, v in os.environ.items() if not k.startswith(('T5LAB_', 'PYTEST_', 'JAX_'))}
@@ -48,15 +48,15 @@ def train_command(workdir, overrides=R, *more, config: str = QUICKSTART) -> list
 
 
 class Process:
-  """`python -m t5lab.cli <argv>` in a group of its own, its output in a file beside the workdir.
+  """`python -m t5lab <argv>` in a process group of its own, with its output in the file `log`.
 
-  As a context manager nothing of it is left behind.
+  As a context manager it leaves no process behind.
   """
 
-  def __init__(self, argv, said: Path, *, devices: int = 1, program=('-m', 't5lab'), cwd=None,
+  def __init__(self, argv, log: Path, *, devices: int = 1, program=('-m', 't5lab'), cwd=None,
                before=None, **env):
-    self.said = Path(said)
-    with open(self.said, 'w') as f:
+    self.log = Path(log)
+    with open(self.log, 'w') as f:
       self._popen = subprocess.Popen(
           [sys.executable, *program, *map(str, argv)], env=environment(devices, **env), stdout=f,
           stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd or ROOT, preexec_fn=before)
@@ -75,40 +75,40 @@ class Process:
     return time.monotonic()
 
   def output(self) -> str:
-    return self.said.read_text(errors='replace')
+    return self.log.read_text(errors='replace')
 
   def code(self) -> int | None:
     return self._popen.poll()
 
   def wait(self, timeout: float = 240) -> int:
-    """The exit code."""
+    """Waits for the end and returns the exit code."""
     return self._popen.wait(timeout)
 
-  def until(self, happened, timeout: float = 180, poll: float = 0.003):
-    """Waits for `happened()` to be true -> what it gave; fails if the process ends before."""
+  def wait_for(self, happened, timeout: float = 180, poll: float = 0.003):
+    """Waits until `happened()` is true and returns its value; fails if the process ends before."""
     end = time.monotonic() + timeout
-    while not (found := happened()):
-      assert self.code() is None, f'ended with {self.code()} too early:\n{self.output()[-2000:]}'
+    while not (value := happened()):
+      assert self.code() is None, f'ended early ({self.code()}):\n{self.output()[-2000:]}'
       assert time.monotonic() < end, f'not within {timeout} s:\n{self.output()[-2000:]}'
       time.sleep(poll)
-    return found
+    return value
 
 
 def train(workdir, overrides=R, *more, code: int = 0, config: str = QUICKSTART, **kwargs) -> str:
-  """A run to its end, which must have this exit code -> what it said."""
-  said = Path(f'{workdir}.said')
-  with Process(train_command(workdir, overrides, *more, config=config), said, **kwargs) as p:
+  """Runs to the end, checks the exit code and returns the output."""
+  log = Path(f'{workdir}.log')
+  with Process(train_command(workdir, overrides, *more, config=config), log, **kwargs) as p:
     got = p.wait()
-  assert got == code, f'exit code {got}, not {code}:\n{p.output()[-3000:]}'
+  assert got == code, f'exit code {got}, expected {code}:\n{p.output()[-3000:]}'
   assert code == 0 or 'Traceback' not in p.output(), p.output()
   return p.output()
 
 
-# -- what a run left ----------------------------------------------------------------------------
+# --- files of a run ----------------------------------------------------------------------------
 
 
-def rows(workdir) -> list[dict]:
-  """metrics.jsonl without what the clock decides; a line that is being written is left out."""
+def entries(workdir) -> list[dict]:
+  """metrics.jsonl without its timing; a line that is still being written is left out."""
   try:
     lines = (Path(workdir) / 'metrics.jsonl').read_bytes().split(b'\n')[:-1]
   except FileNotFoundError:
@@ -116,18 +116,18 @@ def rows(workdir) -> list[dict]:
   return [{k: v for k, v in json.loads(line).items() if k != 'timing'} for line in lines]
 
 
-def last_row(workdir) -> int:
-  """The newest step of metrics.jsonl, 0 if there is none."""
-  return max((row['step'] for row in rows(workdir) if 'loss' in row), default=0)
+def last_step(workdir) -> int:
+  """The newest step in metrics.jsonl, 0 if there is none."""
+  return max((entry['step'] for entry in entries(workdir) if 'loss' in entry), default=0)
 
 
 def losses(workdir) -> list[tuple[int, str]]:
-  """(step, loss as float.hex) of each training row, in the order of the file."""
-  return [(row['step'], row['loss'].hex()) for row in rows(workdir) if 'loss' in row]
+  """(step, loss as float.hex) of each training entry, in the order of the file."""
+  return [(entry['step'], entry['loss'].hex()) for entry in entries(workdir) if 'loss' in entry]
 
 
-def saves(workdir, step: int | None = None) -> list[str]:
-  """Saves in progress: the names of the .tmp- directories (of a step)."""
+def unfinished_saves(workdir, step: int | None = None) -> list[str]:
+  """The names of the .tmp- directories (of a step)."""
   start = f'step_{step:08d}' if step is not None else 'step_'
   try:
     names = os.listdir(Path(workdir) / 'checkpoints')
@@ -137,7 +137,7 @@ def saves(workdir, step: int | None = None) -> list[str]:
 
 
 def committed(workdir) -> list[int]:
-  """The steps that exist, each of which must verify to the last bit."""
+  """The committed steps; each must verify to the last bit."""
   checkpoints = Checkpoints(Path(workdir) / 'checkpoints', log=lambda _: None)
   for step in checkpoints.steps():
     checkpoints.verify(step)
@@ -159,28 +159,28 @@ def digests(workdir, step: int = STEPS) -> dict[str, str]:
 
 
 def resumed_from(output: str) -> int:
-  """The step that a run said it went on from, 0 if it began anew."""
-  _, found, rest = output.partition('resuming from step ')
-  return int(rest.split()[0]) if found else 0
+  """The step that a run printed it resumes from, 0 if it started from the beginning."""
+  _, separator, rest = output.partition('resuming from step ')
+  return int(rest.split()[0]) if separator else 0
 
 
-def made_a_step(output: str) -> bool:
-  """Whether a run has said its first step. (Its rows may be those of the life before.)"""
+def has_made_a_step(output: str) -> bool:
+  """Whether a run has printed its first step. (Its entries may be those of the run before.)"""
   return re.search(r'^step \d+/\d+ ', output, re.M) is not None
 
 
 def assert_equal(workdir, reference, steps: int = STEPS) -> None:
-  """The run in workdir ended as the reference did, bit for bit, and left nothing half-done."""
+  """Checks that a run ended as the reference did, bit for bit, and left nothing unfinished."""
   assert losses(workdir) == losses(reference)
   assert [step for step, _ in losses(workdir)] == list(range(1, steps + 1))   # each once, in order
-  assert rows(workdir) == rows(reference)                                     # evaluations too
+  assert entries(workdir) == entries(reference)                               # evaluations too
   ours, theirs = digests(workdir, steps), digests(reference, steps)
   assert ours == theirs and any(path.startswith('ema/') for path in ours)
-  assert not saves(workdir) and committed(workdir)[-1] == steps
+  assert not unfinished_saves(workdir) and committed(workdir)[-1] == steps
 
 
 def shared(base: Path, name: str, make) -> Path:
-  """base/name, made once by make(path) whoever of several test processes comes first."""
+  """base/name, made by make(path) in the first of several test processes that asks for it."""
   base.mkdir(parents=True, exist_ok=True)
   with open(base / f'{name}.lock', 'w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -190,7 +190,7 @@ def shared(base: Path, name: str, make) -> Path:
   return base / name
 
 
-# -- several that are one run ---------------------------------------------------------------------
+# --- several processes of one run --------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -200,19 +200,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def together(count: int, workdir, said, overrides=R, *, heartbeat: int = 10, last=None,
-             before_last=None, **options):
-  """So many processes that train as one run; their outputs are in <said>0, <said>1, …
+def train_together(count: int, workdir, log, overrides=R, *, heartbeat: int = 10, last=None,
+                   before_last=None, **options):
+  """Starts `count` processes that train as one run; their outputs are in <log>0, <log>1, …
 
-  last: what the last one is told otherwise; before_last: called in it before it starts.
+  last: overrides of the last process only; before_last: called in it before it starts.
   """
   address = f'localhost:{free_port()}'
   with contextlib.ExitStack() as stack:
     started = []
     for i in range(count):
-      odd = i == count - 1
+      is_last = i == count - 1
       started.append(stack.enter_context(Process(
-          train_command(workdir, overrides | (last or {}) if odd else overrides), f'{said}{i}',
+          train_command(workdir, overrides | (last or {}) if is_last else overrides), f'{log}{i}',
           JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i),
-          T5LAB_HEARTBEAT=str(heartbeat), before=before_last if odd else None, **options)))
+          T5LAB_HEARTBEAT=str(heartbeat), before=before_last if is_last else None, **options)))
     yield started

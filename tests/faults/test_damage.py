@@ -1,4 +1,4 @@
-"""Damaged checkpoints (F4 to F7): every damage is seen, the newest whole step is used, or none."""
+"""Damaged checkpoints (F4 to F7): all damage is detected; the newest whole step is used."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def abstract(checkpoints, step=STEPS):
                           checkpoints.manifest(step).leaves.items()})
 
 
-def test_a_cut_file_costs_the_steps_since_the_save_before(run, reference):
+def test_a_truncated_file_costs_the_steps_since_the_previous_save(run, reference):
   """F4. The largest data file of the newest step, cut in half."""
   victim = max(files(newest(run)), key=lambda p: p.stat().st_size)
   victim.write_bytes(victim.read_bytes()[:victim.stat().st_size // 2])
@@ -48,7 +48,7 @@ def test_a_cut_file_costs_the_steps_since_the_save_before(run, reference):
 
 
 def test_100_flipped_bits(run, record):
-  """F5. One bit anywhere in any file of a step: what is loaded is what was saved, or nothing."""
+  """F5. One bit anywhere in any file of a step: the saved state is loaded, or nothing is."""
   checkpoints = Checkpoints(run / 'checkpoints', log=lambda _: None)
   state, stream, paths = abstract(checkpoints), random.Random(0), files(newest(run))
   silent = []
@@ -77,10 +77,10 @@ METADATA = ['MANIFEST.json', *(
 
 @pytest.mark.parametrize('damage', ['deleted', 'emptied'])
 def test_each_file_of_metadata(run, damage):
-  """F6. The older step is used, the bad one set aside, the file named."""
+  """F6. The file is named, its step is quarantined and the older one is used."""
   names = {p.relative_to(newest(run)).as_posix() for p in files(newest(run))
            if p.parent.name != 'd'}
-  assert names == set(METADATA)                    # and no other kind of file is there
+  assert names == set(METADATA)                    # there are no other kinds of files
   for name in METADATA:
     lines = []
     checkpoints = Checkpoints(run / 'checkpoints', log=lines.append)
@@ -88,24 +88,24 @@ def test_each_file_of_metadata(run, damage):
     victim = newest(run) / name
     whole = victim.read_bytes()
     victim.unlink() if damage == 'deleted' else victim.write_bytes(b'')
-    _, found = checkpoints.restore(state, quarantine=True)
-    assert found.step == 24
+    _, manifest = checkpoints.restore(state, quarantine=True)
+    assert manifest.step == 24
     assert len(lines) == 1 and str(victim) in lines[0] and f'step_{STEPS:08d}.corrupt' in lines[0]
-    bad = newest(run).with_name(f'step_{STEPS:08d}.corrupt')
-    (bad / name).write_bytes(whole)
-    bad.rename(newest(run))
+    quarantined = newest(run).with_name(f'step_{STEPS:08d}.corrupt')
+    (quarantined / name).write_bytes(whole)
+    quarantined.rename(newest(run))
   assert checkpoints.restore(state)[1].step == STEPS
 
 
 @pytest.mark.parametrize('name', ['annotations.json', 'metrics.jsonl', 'config.json', 'run.lock'])
 @pytest.mark.parametrize('damage', ['deleted', 'emptied'])
 def test_each_file_beside_the_steps(run, name, damage, reference):
-  """F6. What a run keeps beside its steps is made again, or named where it cannot be."""
+  """F6. Files beside the steps are written again; if that is impossible, the error names them."""
   path = run / ('checkpoints/' + name if name == 'annotations.json' else name)
   path.unlink() if damage == 'deleted' else path.write_bytes(b'')
-  wanted = name == 'config.json'                   # whose run is it? nobody may guess
-  output = processes.train(run, code=2 if wanted else 0)
-  if wanted:
+  is_config = name == 'config.json'                # it says which run this is
+  output = processes.train(run, code=2 if is_config else 0)
+  if is_config:
     assert 'config.json' in output.splitlines()[-1] and str(run) in output.splitlines()[-1]
     return
   assert processes.resumed_from(output) == STEPS
@@ -116,13 +116,13 @@ def test_each_file_beside_the_steps(run, name, damage, reference):
 
 
 def test_all_steps_damaged(run):
-  """F7. Exit 4, and not a step is trained from scratch, however often it is asked."""
+  """F7. Exit 4, and nothing is trained from scratch, at the second start either."""
   for manifest in (run / 'checkpoints').rglob('MANIFEST.json'):
     manifest.write_bytes(manifest.read_bytes()[:-40])
-  rows = processes.rows(run)
+  before = processes.entries(run)
   for _ in range(2):
     output = processes.train(run, code=4)
     last = output.splitlines()[-1]
     assert 'no checkpoint is valid' in last and 'not starting from scratch' in last
     assert 'choose another --workdir' in last and 'step 1/' not in output
-  assert processes.rows(run) == rows
+  assert processes.entries(run) == before

@@ -1,4 +1,4 @@
-"""Evaluations of which a part goes wrong (F29): named, the rest scored, the exit code not 0."""
+"""Evaluations in which one task fails (F29): it is named, the others are scored."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ for bad in ('metric', 'target', 'none'):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-  """A person's own module with tasks, importable by name."""
+  """A user's module with tasks, importable by name."""
   from t5lab.data.tasks.seqio_tf import seqio
   (tmp_path / 'fault_tasks.py').write_text(MODULE)
   monkeypatch.chdir(tmp_path)
@@ -94,17 +94,17 @@ def test_eval_scores_the_other_tasks(run, modules, capsys, bad):
 
 @pytest.mark.parametrize('bad', CASES)
 def test_training_ends_its_run_and_keeps_its_checkpoints(tmp_path, modules, capsys, bad):
-  """Neither an evaluation on the way nor the last one costs a step."""
+  """Neither an evaluation during the run nor the last one loses a step."""
   train = [*processes.train_command(tmp_path / 'run', {
       'total_steps': 4, 'checkpoint.every': 2, 'eval.every': 2,
       'eval.mixture': f'fault_with_{bad}', 'checkpoint.best': 'ha_ende/ema/bleu'}), modules]
-  for _ in range(2):                               # again: nothing to train, the same end
+  for _ in range(2):                               # the second has nothing to train
     code, out, err = call(*train, capsys=capsys)
     assert code not in (0, 75) and CASES[bad] in err and err.count('\n') == 1
     assert processes.committed(tmp_path / 'run') == [2, 4]
-  assert processes.last_row(tmp_path / 'run') == 4
-  rows = processes.rows(tmp_path / 'run')
-  evaluated = {row['step']: row['eval'] for row in rows if 'eval' in row}
+  assert processes.last_step(tmp_path / 'run') == 4
+  evaluated = {entry['step']: entry['eval'] for entry in processes.entries(tmp_path / 'run')
+               if 'eval' in entry}
   assert sorted(evaluated) == [2, 4]
   for scores in evaluated.values():
     assert 'ha_ende/ema/bleu' in scores and not [
@@ -114,7 +114,7 @@ def test_training_ends_its_run_and_keeps_its_checkpoints(tmp_path, modules, caps
 
 
 def test_a_prediction_that_is_missing(run, modules, capsys, monkeypatch):
-  """A decoder that gives one row too few for the task of three examples."""
+  """The decoder returns one prediction too few for the task of three examples."""
   real = Engine.generate
   monkeypatch.setattr(Engine, 'generate', lambda self, params, requests, *a, **k: real(
       self, params, requests, *a, **k)[:-1 if len(requests) == 3 else None])
@@ -126,7 +126,7 @@ def test_a_prediction_that_is_missing(run, modules, capsys, monkeypatch):
   monkeypatch.undo()
 
 
-def test_nothing_wrong_is_nothing_said(run, modules, capsys):
+def test_a_good_evaluation_reports_no_error(run, modules, capsys):
   code, _, err = call('eval', '--workdir', run, '--task', 'fault_with_none', modules, capsys=capsys)
   assert code == 0 and not err
   scores = json.loads((run / 'eval' / '30.fault_with_none.json').read_text())

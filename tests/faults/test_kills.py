@@ -1,4 +1,4 @@
-"""SIGKILL at any moment (F1, F2, F3, F12, F30): the same command goes on as if nothing had been."""
+"""SIGKILL at any moment (F1, F2, F3, F12, F30): the same command resumes to the same end."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ import pytest
 
 
 def resume(workdir, reference, killed_pid: int) -> str:
-  """Ends a killed run -> what it said; it must equal R and have taken over the lock (F12)."""
+  """Resumes a killed run to its end: it must take over the lock (F12) and equal R. -> output"""
   output = processes.train(workdir)
   assert 'taking over' in output and f'pid {killed_pid} ' in output, output
   processes.assert_equal(workdir, reference)
@@ -19,17 +19,17 @@ def resume(workdir, reference, killed_pid: int) -> str:
 
 @pytest.mark.parametrize('seed', range(5))
 def test_killed_in_a_step(reference, tmp_path, record, seed):
-  """F1. At a random step, no save being under way: no more than a save's interval is done again."""
+  """F1. At a random step, while nothing is being saved: at most one save interval is repeated."""
   workdir, step = tmp_path / 'run', int(np.random.default_rng(seed).integers(1, STEPS))
   with Process(train_command(workdir), tmp_path / 'killed') as p:
-    p.until(lambda: processes.last_row(workdir) >= step and not processes.saves(workdir),
-            poll=0.001)
+    p.wait_for(lambda: (processes.last_step(workdir) >= step
+                        and not processes.unfinished_saves(workdir)), poll=0.001)
     p.send(signal.SIGKILL)
     killed = time.monotonic()
     assert p.wait() == -signal.SIGKILL
-  reached = processes.last_row(workdir)
+  reached = processes.last_step(workdir)
   with Process(train_command(workdir), tmp_path / 'resumed') as p:
-    p.until(lambda: processes.made_a_step(p.output()), poll=0.01)
+    p.wait_for(lambda: processes.has_made_a_step(p.output()), poll=0.01)
     start = processes.resumed_from(p.output())
     record('restart_seconds', round(time.monotonic() - killed, 1))
     assert p.wait() == 0, p.output()
@@ -42,29 +42,30 @@ def test_killed_in_a_step(reference, tmp_path, record, seed):
 
 @pytest.mark.parametrize('chain', range(2))
 def test_killed_in_a_save(reference, tmp_path, record, chain):
-  """F2. Five times, 0 to 300 ms after a save has begun; both chains together are ten."""
+  """F2. Five times, 0 to 300 ms after a save has begun; ten times in both chains together."""
   workdir, delays = tmp_path / 'run', np.linspace(0, 0.3, 10)[chain::2]
   within = 0
   for i, delay in enumerate(delays):
     before = processes.committed(workdir)
     with Process(train_command(workdir), tmp_path / f'killed{i}') as p:
-      # the chain's own saves: what a killed one left is gone when the run has said where it starts
-      p.until(lambda: 'ha_ende: ' in p.output() and processes.saves(workdir), poll=0.0005)
+      # This run's own saves: it removes those of a killed run before it prints where it starts.
+      p.wait_for(lambda: 'ha_ende: ' in p.output() and processes.unfinished_saves(workdir),
+                 poll=0.0005)
       if i:
         assert 'taking over' in p.output()
         assert processes.resumed_from(p.output()) == (before[-1] if before else 0)
-      name = processes.saves(workdir)
+      name = processes.unfinished_saves(workdir)
       time.sleep(delay)
       p.send(signal.SIGKILL)
       assert p.wait() == -signal.SIGKILL
     steps = processes.committed(workdir)              # each verifies
-    assert set(before) <= set(steps)                  # none of those is lost or touched
-    left = processes.saves(workdir)
-    assert len(left) <= 1
-    within += bool(left)
+    assert set(before) <= set(steps)                  # none of them is lost
+    unfinished = processes.unfinished_saves(workdir)
+    assert len(unfinished) <= 1
+    within += bool(unfinished)
     assert name, 'no save was seen'
   record('killed_within_a_save', within)
-  assert within                                       # or it was not tested
+  assert within                                       # otherwise nothing was tested
   output = resume(workdir, reference, p.pid)
   assert processes.resumed_from(output) == (steps[-1] if steps else 0)
 
@@ -72,12 +73,12 @@ def test_killed_in_a_save(reference, tmp_path, record, chain):
 @pytest.mark.parametrize('failpoint, newest', [('before_manifest', 6), ('before_rename', 6),
                                                ('after_rename', 12)])
 def test_killed_at_the_commit(reference, tmp_path, failpoint, newest):
-  """F3. Just before and after the rename that commits a step: never half of one is chosen."""
+  """F3. Just before and after the rename that commits a step: half a step is never chosen."""
   workdir = tmp_path / 'run'
   with Process(train_command(workdir), tmp_path / 'killed', T5LAB_FAILPOINT=f'{failpoint}@12') as p:
     assert p.wait() == -signal.SIGKILL, p.output()
   assert processes.committed(workdir)[-1] == newest
-  assert len(processes.saves(workdir)) == (newest == 6)
+  assert len(processes.unfinished_saves(workdir)) == (newest == 6)
   output = resume(workdir, reference, p.pid)
   assert processes.resumed_from(output) == newest
 
@@ -87,21 +88,21 @@ SOAK = {'total_steps': 200, 'checkpoint.every': 5, 'log.every': 1, 'checkpoint.k
 
 
 def test_200_steps_with_a_kill_every_3_to_15_seconds(common, tmp_path, record):
-  """F30. Killed again and again while it trains, until it gets through.
+  """F30. Killed again and again while it trains, until it ends.
 
-  Goodput is the share of the computed steps that stayed. The share of the time is recorded beside
-  it, and is that of this test: a start takes as long as a life there.
+  Goodput is the fraction of the computed steps that were kept. (The fraction of the time would say
+  little: here a start takes as long as a run lives.)
   """
   whole = processes.shared(common, 'soak', lambda path: processes.train(path, SOAK))
-  seconds = [row for row in processes.rows(whole) if 'loss' in row]
-  assert len(seconds) == 200
+  assert len(processes.losses(whole)) == 200
   workdir, random, kills, computed = tmp_path / 'run', np.random.default_rng(0), 0, 0
   began = time.monotonic()
   while True:
     start = (processes.committed(workdir) or [0])[-1]
-    with Process(train_command(workdir, SOAK), tmp_path / f'said{kills}') as p:
-      # a life is counted from its first step: what comes before loads libraries, and does no work
-      p.until(lambda start=start: processes.made_a_step(p.output()) or start == 200, poll=0.01)
+    with Process(train_command(workdir, SOAK), tmp_path / f'log{kills}') as p:
+      # Time counts from the first step: what comes before only loads libraries.
+      p.wait_for(lambda start=start: processes.has_made_a_step(p.output()) or start == 200,
+                 poll=0.01)
       end = time.monotonic() + random.uniform(3, 15)
       while p.code() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -109,14 +110,14 @@ def test_200_steps_with_a_kill_every_3_to_15_seconds(common, tmp_path, record):
         p.send(signal.SIGKILL)
       code = p.wait()
     assert processes.resumed_from(p.output()) == start
-    computed += processes.last_row(workdir) - start
+    computed += processes.last_step(workdir) - start
     if code == 0:
       break
     assert code == -signal.SIGKILL, p.output()
     kills += 1
     assert kills < 60
   wall = time.monotonic() - began
-  assert kills >= 2, 'too fast a machine: raise data.batch_size'
+  assert kills >= 2, 'the machine is too fast: raise data.batch_size'
   processes.assert_equal(workdir, whole, 200)
   record('soak_kills', kills)
   record('soak_goodput', round(200 / computed, 3))

@@ -1,4 +1,4 @@
-"""Resumed on another mesh (F13), and meshes that do not fit (F14)."""
+"""Runs that resume on another mesh (F13), and meshes that do not fit (F14)."""
 
 import shutil
 
@@ -9,11 +9,11 @@ from processes import QUICKSTART, STEPS, Process, R, train_command
 import pytest
 
 from t5lab import config, trees
-from t5lab.programs import build as program
+from t5lab.programs import build
 from t5lab.runs.checkpoint import Checkpoints
 
 START = 12
-# name: (devices, overrides); R ran on one device, `dp`
+# name: (devices, overrides). R ran on one device with rules 'dp'.
 MESHES = {
     'data2': (2, {'mesh.data': 2}),
     'model2': (2, {'mesh.data': 1, 'mesh.model': 2, 'rules': 'tp'}),
@@ -24,53 +24,53 @@ MESHES = {
 
 
 def from_step(reference, workdir, step: int = START):
-  """A copy of R as it was when `step` was the newest."""
+  """Copies R as it was when `step` was its newest checkpoint."""
   shutil.copytree(reference, workdir)
   for path in (workdir / 'checkpoints').glob('step_*'):
     if int(path.name[5:]) > step:
       shutil.rmtree(path)
 
 
-def relative(workdir, reference) -> np.ndarray:
-  """float[18]: how far the losses after START are from R's, relative to them."""
-  ours, theirs = (np.array([row['loss'] for row in processes.rows(w) if 'loss' in row])
+def relative_errors(workdir, reference) -> np.ndarray:
+  """float[18]: the relative errors of the losses after START."""
+  ours, theirs = (np.array([float.fromhex(loss) for _, loss in processes.losses(w)])
                   for w in (workdir, reference))
   assert len(ours) == len(theirs) == STEPS
   return (np.abs(ours - theirs) / np.abs(theirs))[START:]
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_what_is_restored_is_bit_equal(reference, name):
-  """F13. Parameters, optimizer state and average, put together again from their shards."""
+def test_the_restored_state_is_bit_equal(reference, name):
+  """F13. Parameters, optimizer state and average, restored into the shards of another mesh."""
   devices, overrides = MESHES[name]
   c = config.load(QUICKSTART, {k: str(v) for k, v in {**R, **overrides}.items()})
-  abstract = program.build(c, jax.devices()[:devices]).abstract
+  abstract = build.program(c, jax.devices()[:devices]).abstract
   state, manifest = Checkpoints(reference / 'checkpoints').restore(abstract, START)
   assert manifest.step == START
-  wanted, spread = processes.arrays(reference, START), 0
-  found = trees.flatten(state)
-  assert found.keys() == wanted.keys()
-  for path, x in found.items():
+  expected, n_sharded = processes.arrays(reference, START), 0
+  restored = trees.flatten(state)
+  assert restored.keys() == expected.keys()
+  for path, x in restored.items():
     assert len(x.sharding.device_set) == devices
-    spread += not x.sharding.is_fully_replicated
-    assert x.dtype == wanted[path].dtype
-    assert np.asarray(x).tobytes() == wanted[path].tobytes(), path
-  assert spread or name in ('data2', 'data4')          # something was cut, or nothing was tested
+    n_sharded += not x.sharding.is_fully_replicated
+    assert x.dtype == expected[path].dtype
+    assert np.asarray(x).tobytes() == expected[path].tobytes(), path
+  assert n_sharded or name in ('data2', 'data4')       # otherwise nothing was tested
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_the_run_goes_on_as_on_the_old_mesh(reference, tmp_path, record, name):
-  """F13. The next step's loss within 1e-6, the last one's within 1e-4, relatively."""
+def test_the_run_continues_as_on_the_old_mesh(reference, tmp_path, record, name):
+  """F13. The next loss agrees within a relative 1e-6, the last one within 1e-4."""
   devices, overrides = MESHES[name]
   workdir = tmp_path / 'run'
   from_step(reference, workdir)
   output = processes.train(workdir, {**R, **overrides}, devices=devices)
   assert processes.resumed_from(output) == START
   assert f'on {devices} cpu devices' in output
-  off = relative(workdir, reference)
-  record('next_loss_off', f'{off[0]:.1e}')
-  record('final_loss_off', f'{off[-1]:.1e}')
-  assert off[0] <= 1e-6 and off[-1] <= 1e-4, off
+  errors = relative_errors(workdir, reference)
+  record('next_loss_off', f'{errors[0]:.1e}')
+  record('final_loss_off', f'{errors[-1]:.1e}')
+  assert errors[0] <= 1e-6 and errors[-1] <= 1e-4, errors
 
 
 def test_from_one_to_two_to_four_devices_and_back(reference, tmp_path, record):
@@ -85,9 +85,9 @@ def test_from_one_to_two_to_four_devices_and_back(reference, tmp_path, record):
     assert processes.committed(workdir)[-1] == step
   output = processes.train(workdir)
   assert processes.resumed_from(output) == 24
-  off = relative(workdir, reference)
-  record('final_loss_off', f'{off[-1]:.1e}')
-  assert off[0] <= 1e-6 and off[-1] <= 1e-4, off
+  errors = relative_errors(workdir, reference)
+  record('final_loss_off', f'{errors[-1]:.1e}')
+  assert errors[0] <= 1e-6 and errors[-1] <= 1e-4, errors
 
 
 @pytest.mark.parametrize('devices, overrides, numbers', [
@@ -96,8 +96,8 @@ def test_from_one_to_two_to_four_devices_and_back(reference, tmp_path, record):
     (4, {'mesh.data': 1, 'mesh.model': 4, 'rules': 'tp'}, ('2 heads', 'mesh.model=4')),
 ])
 def test_a_mesh_that_does_not_fit(tmp_path, devices, overrides, numbers):
-  """F14. Exit 2 with both numbers, before anything is compiled."""
-  with Process(train_command(tmp_path / 'run', overrides), tmp_path / 'said', devices=devices,
+  """F14. Exit 2 with both numbers before anything is compiled."""
+  with Process(train_command(tmp_path / 'run', overrides), tmp_path / 'log', devices=devices,
                JAX_LOG_COMPILES='1') as p:
     assert p.wait() == 2, p.output()
   last = p.output().splitlines()[-1]
@@ -107,8 +107,8 @@ def test_a_mesh_that_does_not_fit(tmp_path, devices, overrides, numbers):
 
 
 def test_compilation_would_be_seen(tmp_path):
-  """That the test before can fail: a mesh that fits says what it compiles."""
+  """The previous test can fail: a mesh that fits logs its compilations."""
   with Process(train_command(tmp_path / 'run', {'total_steps': 2, 'eval.examples': 1}),
-               tmp_path / 'said', JAX_LOG_COMPILES='1') as p:
+               tmp_path / 'log', JAX_LOG_COMPILES='1') as p:
     assert p.wait() == 0, p.output()
   assert 'Compiling' in p.output()

@@ -43,11 +43,11 @@ def rows(tmp_path):
   return path
 
 
-# -- vocabularies (F23) ---------------------------------------------------------------------------
+# --- vocabularies (F23) ------------------------------------------------------------------------
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path, capsys):
-  """F23. Before data and model: both numbers. T5's own trap: 32,100 ids and 32,000 rows."""
+  """F23. Both numbers, before data and model are built."""
   code, out, err = call(*processes.train_command(tmp_path / 'run', {'model.vocab_size': 2000}),
                         capsys=capsys)
   assert code == 2 and err.count('\n') == 1
@@ -55,7 +55,7 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, capsys):
 
 
 def test_a_vocabulary_larger_than_the_model(run, rows, tmp_path, capsys):
-  """F23. Of a run whose vocabulary was exchanged, no command decodes as if nothing was."""
+  """F23. No command decodes with a run whose vocabulary was exchanged."""
   edit(run, lambda c: c['data'].update(vocab='t5lab_8192'))
   for argv in (['eval', '--workdir', run],
                ['infer', '--workdir', run, '--input', rows, '--output', tmp_path / 'out'],
@@ -67,8 +67,8 @@ def test_a_vocabulary_larger_than_the_model(run, rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('wrong', [2048, 2**31 - 1, -1])
-def test_ids_that_are_none_are_refused(reference, wrong):
-  """F23. A gather of JAX's clamps or fills: numbers would come out."""
+def test_invalid_ids_are_refused(reference, wrong):
+  """F23. JAX's gather would clamp them or fill in, and return numbers."""
   lab = t5lab.load(str(reference))
   assert lab.generate_tokens([[5, 1]]).shape == (1, 8)
   with pytest.raises(DataError, match=f'{wrong}.* 0 to 2,?047'):
@@ -81,11 +81,11 @@ def test_ids_that_are_none_are_refused(reference, wrong):
       lab.logits(batch)
 
 
-# -- checkpoints (F24) ----------------------------------------------------------------------------
+# --- checkpoints (F24) -------------------------------------------------------------------------
 
 
 def family(name):
-  """The model section of another family, as small as R's."""
+  """The model section of another family, as small as R."""
   c = config.tiny(config.base(name, vocab_size=2048))
   return json.loads(json.dumps(c.model.to_dict()))
 
@@ -104,7 +104,7 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 def test_a_checkpoint_of_another_model(run, rows, tmp_path, capsys, change):
-  """F24. Every command that loads it: exit 4 and the first ten leaves, nothing is padded or cut."""
+  """F24. Every command exits with 4 and lists ten arrays; nothing is padded or cut."""
   edit(run, lambda c: CHANGES[change][0](c['model']))
   for argv in (['eval', '--workdir', run],
                ['infer', '--workdir', run, '--input', rows, '--output', tmp_path / 'out'],
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_model(run, rows, tmp_path, capsys, change):
 
 @pytest.mark.parametrize('dtype, shown', [(jnp.float16, 'float16'), (jnp.bfloat16, 'bfloat16')])
 def test_a_checkpoint_of_another_dtype(run, capsys, dtype, shown):
-  """F24. Nothing is cast: not by training that goes on, not by an evaluation."""
+  """F24. Nothing is cast, neither by a resumed run nor by an evaluation."""
   saver = Checkpoints(run / 'checkpoints', keep=0)
   state = {path: x.astype(dtype) if path.startswith(('params/', 'ema/')) else x
            for path, x in processes.arrays(run, 30).items()}
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_dtype(run, capsys, dtype, shown):
 
 
 def test_a_counter_of_another_dtype(run, capsys):
-  """F24. A step that became a float cannot be told from its neighbour beyond 2**24."""
+  """F24. As a float, a step number beyond 2**24 equals its neighbour."""
   saver = Checkpoints(run / 'checkpoints', keep=0)
   state = processes.arrays(run, 30)
   saver.save(36, trees.unflatten({**state, 'step': state['step'].astype(np.float32)}),
@@ -149,7 +149,7 @@ def test_a_counter_of_another_dtype(run, capsys):
 
 
 def test_training_from_weights_of_another_model(reference, tmp_path, capsys):
-  """F24. init.path, which copies what fits nowhere else."""
+  """F24. Weights of init.path that do not fit."""
   code, out, err = call(*processes.train_command(tmp_path / 'new', {
       'init.path': reference, 'model.d_ff': 128}), capsys=capsys)
   assert code == 4 and 'step 1/' not in out

@@ -1,4 +1,4 @@
-"""What comes with data is never run, followed or believed (S1 to S8)."""
+"""Code, links and numbers that come with data are never run, followed or trusted (S1 to S8)."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from t5lab.runs import manifests
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import tensor_files
 
-T5LAB = Path(sys.executable).with_name('t5lab')       # the installed program, as a person calls it
+T5LAB = Path(sys.executable).with_name('t5lab')       # the installed program
 
 
 @pytest.fixture
@@ -29,11 +29,11 @@ def run(reference, tmp_path):
   return tmp_path / 'run'
 
 
-# -- S2: what is no file of ours ------------------------------------------------------------------
+# --- S2: links, pipes, devices -----------------------------------------------------------------
 
 
 def test_devices_and_links_in_a_checkpoint(run, tmp_path):
-  """S2. The largest file of the newest step replaced by what a reader would follow or wait for."""
+  """S2. In place of the newest step's largest file: a reader would follow it or wait for it."""
   checkpoints = Checkpoints(run / 'checkpoints', log=lambda _: None)
   step = run / 'checkpoints' / 'step_00000030'
   victim = max((p for p in step.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
@@ -53,16 +53,16 @@ def test_devices_and_links_in_a_checkpoint(run, tmp_path):
     assert str(victim) in str(e.value)
     victim.unlink()
   device()
-  output = processes.train(run)                                    # does not block; falls back
+  output = processes.train(run)                                    # does not block; uses step 24
   assert 'not a regular file' in output and processes.resumed_from(output) == 24
 
 
-# -- S3: names that lead elsewhere ----------------------------------------------------------------
+# --- S3: names that lead elsewhere -------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['../../secret.npy', '/tmp/secret.npy', 'a/../../b.npy'])
 def test_names_in_a_zip(tmp_path, name):
-  """S3. An .npz is read by its directory, never unpacked: nothing appears beside it."""
+  """S3. An .npz is read, never unpacked: no file appears."""
   folder = tmp_path / 'in' / 'deep'
   folder.mkdir(parents=True)
   np.savez(tmp_path / 'whole.npz', a=np.zeros(2, np.float32))
@@ -72,12 +72,12 @@ def test_names_in_a_zip(tmp_path, name):
     z.writestr(name, array)
   before = sorted(tmp_path.rglob('*'))
   reader = tensor_files.open_hf(folder / 'w.npz')
-  for found in reader.shapes():
-    reader.read(found)
+  for array_name in reader.shapes():
+    reader.read(array_name)
   assert sorted(tmp_path.rglob('*')) == before and not Path('/tmp/secret.npy').exists()
 
 
-# -- S4: bombs, in a process whose memory is measured ---------------------------------------------
+# --- S4: bombs, in a process whose memory is measured ------------------------------------------
 
 
 MEASURE = """
@@ -92,10 +92,10 @@ def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 try:
-  found = read()
+  result = read()
   if what == 'hf':
-    for name in found.shapes():
-      found.read(name)
+    for name in result.shapes():
+      result.read(name)
   print('accepted')
 except Failure as e:
   print('refused:', str(e)[:300].replace(chr(10), ' '))
@@ -103,13 +103,13 @@ print('MB', peak() - before)
 """
 
 
-def measured(what, path) -> tuple[str, float]:
-  """(what was said, MB that the peak of memory grew by)."""
+def measure(what, path) -> tuple[str, float]:
+  """Returns (the verdict, the growth of peak memory in MB)."""
   done = subprocess.run([sys.executable, '-c', MEASURE, what, str(path)], capture_output=True,
                         text=True, timeout=120, env=processes.environment())
   assert done.returncode == 0, done.stderr[-2000:]
-  said, size = done.stdout.strip().splitlines()
-  return said, float(size.split()[1])
+  verdict, size = done.stdout.strip().splitlines()
+  return verdict, float(size.split()[1])
 
 
 def header(tensors: str, tail: bytes = b'') -> bytes:
@@ -135,15 +135,15 @@ BOMBS = {
 def test_bombs_in_safetensors(tmp_path, bomb, record):
   """S4. Refused, with less than 100 MB."""
   (tmp_path / 'model.safetensors').write_bytes(BOMBS[bomb]())
-  said, size = measured('hf', tmp_path)
+  verdict, size = measure('hf', tmp_path)
   record('bomb_megabytes', round(size))
-  assert said.startswith('refused'), said
+  assert verdict.startswith('refused'), verdict
   assert size < 100, f'{size:.0f} MB for {bomb}'
 
 
 @pytest.mark.parametrize('bomb', ['nested', 'wide', 'a million leaves', 'a shape of 2^40'])
 def test_bombs_in_a_manifest(run, bomb, record):
-  """S4. A forged manifest, its checksum right."""
+  """S4. A forged manifest with a valid checksum."""
   step = run / 'checkpoints' / 'step_00000030'
   path = step / 'MANIFEST.json'
   body = json.loads(path.read_text())['manifest']
@@ -157,14 +157,14 @@ def test_bombs_in_a_manifest(run, bomb, record):
     path.write_text({'nested': '[' * 4_000_000,
                      'wide': '{"manifest": [' + '{},' * 1_300_000 + '0]}'}[bomb])
   if bomb == 'a shape of 2^40':
-    # the manifest is whole: the shape is compared with the model's before an array is opened
-    with Process(['eval', '--workdir', run], run.parent / 'said') as p:
+    # The manifest is valid: the shape is compared with the model's before an array is read.
+    with Process(['eval', '--workdir', run], run.parent / 'log') as p:
       assert p.wait() == 4, p.output()
     assert 'float32[1099511627776,' in p.output() and 'holds another model' in p.output()
     return
-  said, size = measured('manifest', step)
+  verdict, size = measure('manifest', step)
   record('bomb_megabytes', round(size))
-  assert said.startswith('refused') and str(path) in said, said
+  assert verdict.startswith('refused') and str(path) in verdict, verdict
   assert size < 100, f'{size:.0f} MB for {bomb}'
 
 
@@ -172,21 +172,21 @@ def test_bombs_in_a_manifest(run, bomb, record):
 def test_bombs_in_a_config(tmp_path, text):
   """S4."""
   (tmp_path / 'config.json').write_text(text)
-  said, size = measured('config', tmp_path)
-  assert said.startswith('refused') and size < 100, (said, size)
+  verdict, size = measure('config', tmp_path)
+  assert verdict.startswith('refused') and size < 100, (verdict, size)
 
 
-# -- S5: code that lies about ---------------------------------------------------------------------
+# --- S5: code beside the data ------------------------------------------------------------------
 
 
-# names that something might import, or that a config of a run could be
+# Names that some module might import, or that a run's config might have.
 PLANTED = ('sitecustomize', 'usercustomize', 'json', 'numpy', 'jax', 'tensorflow', 'config',
            't5lab', 'get_config', 'tasks', 'planted', 'conftest', '__init__', 'setup', 'tokenizer',
            'modeling')
 
 
 def test_planted_code_is_not_run(run, tmp_path):
-  """S5. In a run's folder, in its checkpoints and where the command is given; by every command."""
+  """S5. In the folders of a run and in the current directory, by any command."""
   canary = tmp_path / 'ran'
   canary.mkdir()
   folders = [run, run / 'checkpoints', run / 'checkpoints' / 'step_00000024' / 'state',
@@ -197,41 +197,42 @@ def test_planted_code_is_not_run(run, tmp_path):
       (folder / f'{name}.py').write_text(f'open({str(canary / name)!r}, "w").close()\n')
     (folder / 'planted.pth').write_text(f'import os; open({str(canary / "pth")!r}, "w")\n')
   c = json.loads((run / 'config.json').read_text())
-  c['data']['modules'] = ['planted']                   # what a stranger would like to have run
+  c['data']['modules'] = ['planted']                   # in a config that a stranger wrote
   (run / 'config.json').write_text(json.dumps(c))
   rows = tmp_path / 'rows.txt'
   rows.write_text('Turn on the light\n')
-  said = {}
+  results = {}
   for i, argv in enumerate((
       ['eval', '--workdir', '.', '--step', '30'],
       ['infer', '--workdir', '.', '--input', rows, '--output', tmp_path / 'out.txt'],
       ['convert', '--from', 't5lab', '--to', 'hf', '.', tmp_path / 'hf'],
       train_command('.'),
       ['inspect', '--config', processes.QUICKSTART, '--html', tmp_path / 'page.html'])):
-    # the installed program, in the run's own folder, without our PYTHONPATH
-    with Process(argv, tmp_path / f'said{i}', program=(str(T5LAB),), cwd=run, PYTHONPATH='') as p:
+    # The installed program, in the run's folder, without our PYTHONPATH.
+    with Process(argv, tmp_path / f'log{i}', program=(str(T5LAB),), cwd=run, PYTHONPATH='') as p:
       code = p.wait()
-    said[argv[0]] = (code, p.output())
+    results[argv[0]] = (code, p.output())
     assert not list(canary.iterdir()), f'{argv[0]} ran {[p.name for p in canary.iterdir()]}'
-  assert said['eval'][0] == said['infer'][0] == said['convert'][0] == 0, said
-  assert said['train'][0] == 2 and 'data.modules' in said['train'][1]     # another experiment
+  assert all(results[name][0] == 0 for name in ('eval', 'infer', 'convert')), results
+  code, output = results['train']
+  assert code == 2 and 'data.modules' in output                           # another experiment
   done = subprocess.run([sys.executable, '-c', 'import planted'], cwd=run)
-  assert done.returncode == 0 and list(canary.iterdir())                  # the canary sings
+  assert done.returncode == 0 and list(canary.iterdir())                  # the test can fail
 
 
-# -- S6: folders that others may write ------------------------------------------------------------
+# --- S6: folders that others can write to ------------------------------------------------------
 
 
 COMPILE = """
 from t5lab.commands import use_compilation_cache
-use_compilation_cache()                           # as each command does before it compiles
+use_compilation_cache()                           # as every command does before it compiles
 import jax
 jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
 """
 
 
-def test_a_compile_cache_that_others_may_write_is_not_used(tmp_path):
-  """S6. Whoever writes there runs code here."""
+def test_a_compile_cache_that_others_can_write_is_not_used(tmp_path):
+  """S6. Its files are executed."""
   home = tmp_path / 'home'
   folder = home / 't5lab' / 'jax'
   folder.mkdir(parents=True)
@@ -245,27 +246,27 @@ def test_a_compile_cache_that_others_may_write_is_not_used(tmp_path):
     assert bool(list(folder.iterdir())) == used, oct(mode)
 
 
-def test_checkpoints_that_others_may_write_are_warned_of(run):
-  """S6. By what trains and by what reads; a folder of the owner's own says nothing."""
+def test_checkpoints_that_others_can_write_give_a_warning(run):
+  """S6. In training and in reading; a folder that only its owner can write gives none."""
   rows = run.parent / 'rows.txt'
   rows.write_text('Turn on the light\n')
   (run / 'checkpoints').chmod(0o777)
   for argv in (train_command(run), ['eval', '--workdir', run],
                ['infer', '--workdir', run, '--input', rows, '--output', run.parent / 'out']):
-    with Process(argv, run.parent / 'said') as p:
+    with Process(argv, run.parent / 'log') as p:
       assert p.wait() == 0, p.output()
-    lines = [line for line in p.output().splitlines() if 'may write' in line]
+    lines = [line for line in p.output().splitlines() if 'can write to' in line]
     assert len(lines) == 1 and f'{run}/checkpoints' in lines[0] and 'chmod' in lines[0], p.output()
   (run / 'checkpoints').chmod(0o755)
-  with Process(['eval', '--workdir', run], run.parent / 'said') as p:
-    assert p.wait() == 0 and 'may write' not in p.output()
+  with Process(['eval', '--workdir', run], run.parent / 'log') as p:
+    assert p.wait() == 0 and 'can write to' not in p.output()
 
 
-# -- S8: secrets of the environment ---------------------------------------------------------------
+# --- S8: secrets of the environment ------------------------------------------------------------
 
 
 def test_nothing_of_the_environment_is_written(tmp_path):
-  """S8. By runs, one of which fails with --debug, and by what reads them: in no byte."""
+  """S8. Neither by runs, one of which fails with --debug, nor by commands that read them."""
   secrets = {'HF_TOKEN': 'hf_5Kd0secretA', 'WANDB_API_KEY': 'wb-7secretB',
              'T5LAB_OWN': 'own-9secretC', 'GOOGLE_APPLICATION_CREDENTIALS': '/no/key-3secretD'}
   run, rows = tmp_path / 'run', tmp_path / 'rows.txt'
@@ -279,14 +280,14 @@ def test_nothing_of_the_environment_is_written(tmp_path):
       (['eval', '--workdir', run], 0),
       (['infer', '--workdir', run, '--input', rows, '--output', tmp_path / 'out'], 0),
       (['convert', '--from', 't5lab', '--to', 'hf', run, tmp_path / 'hf'], 0))):
-    with Process(argv, tmp_path / f'said{i}', **secrets) as p:
+    with Process(argv, tmp_path / f'log{i}', **secrets) as p:
       assert p.wait() == code, p.output()
-  looked = 0
+  n_files = 0
   for path in tmp_path.rglob('*'):
     if path.is_file():
       data = path.read_bytes()
-      looked += 1
+      n_files += 1
       for name, value in secrets.items():
         assert value.encode() not in data, f'{name} is in {path}'
         assert name.encode() not in data, f'{name} is in {path}'
-  assert looked > 30 and (tmp_path / 'run/checkpoints/step_00000002/MANIFEST.json').exists()
+  assert n_files > 30 and (tmp_path / 'run/checkpoints/step_00000002/MANIFEST.json').exists()

@@ -1,4 +1,4 @@
-"""Two trainers and one directory (F11)."""
+"""Two trainers in one directory (F11)."""
 
 import socket
 import time
@@ -8,10 +8,11 @@ from processes import Process, train_command
 
 
 def test_the_second_is_refused_and_the_first_unaffected(reference, tmp_path, record):
-  """F11. The second starts 2 s after the first; it ends within 5 s, and names who holds it."""
+  """F11. The second starts 2 s after the first; it ends within 5 s and names the holder."""
   workdir = tmp_path / 'run'
   with Process(train_command(workdir), tmp_path / 'first') as first:
-    first.until(lambda: (workdir / 'run.lock').exists() and (workdir / 'run.lock').stat().st_size)
+    lock = workdir / 'run.lock'
+    first.wait_for(lambda: lock.exists() and lock.stat().st_size)
     time.sleep(2)
     with Process(train_command(workdir), tmp_path / 'second') as second:
       assert second.wait(60) == 2, second.output()

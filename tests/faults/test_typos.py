@@ -1,4 +1,4 @@
-"""Names that are none, as a person types them (F22): told at once, with what was probably meant."""
+"""Typos in names (F22): reported at once, with the name that was probably meant."""
 
 import time
 
@@ -15,14 +15,14 @@ import pytest
      "data.metrics names 'blue'. Did you mean 'bleu'"),
     ({'checkpoint.evry': 5}, "unknown config key 'checkpoint.evry'. Did you mean 'every'"),
 ])
-def test_a_typo_is_told_within_five_seconds(tmp_path, record, overrides, message):
+def test_a_typo_is_reported_within_five_seconds(tmp_path, record, overrides, message):
   """F22. Exit 2 before data is read or anything compiled."""
-  with Process(train_command(tmp_path / 'run', overrides), tmp_path / 'said',
+  with Process(train_command(tmp_path / 'run', overrides), tmp_path / 'log',
                JAX_LOG_COMPILES='1') as p:
     assert p.wait() == 2, p.output()
     seconds = time.monotonic() - p.started
   last = p.output().splitlines()[-1]
   assert last.startswith('t5lab: ') and message in last, last
-  assert 'Compiling' not in p.output() and not processes.rows(tmp_path / 'run')
+  assert 'Compiling' not in p.output() and not processes.entries(tmp_path / 'run')
   record('typo_seconds', round(seconds, 1))
   assert seconds <= 5, f'{seconds:.1f} s'
