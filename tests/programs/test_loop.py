@@ -9,7 +9,7 @@ import sys
 import time
 
 import numpy as np
-from processes import arrays, environment, rows
+from processes import arrays, entries, environment
 import pytest
 
 from t5lab import config
@@ -53,7 +53,7 @@ def test_a_finished_run_says_what_came_out_and_where_it_lies(reference):
   for text in ('copy of the source', 'bleu', 'chrf', 'reference', 'infer --workdir',
                'metrics.jsonl', 'tensorboard', f'resuming from step {STEPS}'):
     assert text in done.stdout, text
-  assert len(rows(reference)) == STEPS + 2
+  assert len(entries(reference)) == STEPS + 2
   scores = json.loads((reference / 'eval' / f'{STEPS}.json').read_text())
   assert {'ha_ende/raw/bleu', 'ha_ende/ema/chrf', 'ha_ende/ema/loss'} <= scores.keys()
   lines = (reference / 'eval' / f'{STEPS}.ema.jsonl').read_text().splitlines()
@@ -83,7 +83,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(reference, tmp_path):
 
   done = run(tmp_path, KILLED)
   assert done.returncode == 0, done.stderr
-  assert rows(tmp_path) == rows(reference)
+  assert entries(tmp_path) == entries(reference)
   ours, theirs = arrays(tmp_path, STEPS), arrays(reference, STEPS)
   assert ours.keys() == theirs.keys() and any(k.startswith('ema/') for k in ours)
   for path in ours:
@@ -101,7 +101,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(reference,
   done = run(workdir, KILLED)
   assert done.returncode == 0, done.stderr
   assert f'step_{STEPS:08d}.corrupt' in done.stdout and 'resuming from step 18' in done.stdout
-  assert rows(workdir) == rows(reference)
+  assert entries(workdir) == entries(reference)
 
 
 # -- refusals, in this process --
@@ -184,9 +184,9 @@ def test_killed_at_random_moments_equals_uninterrupted(reference, tmp_path, seed
     process = subprocess.Popen(command(tmp_path, KILLED), env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # The moments that matter come after the start-up, whose length the machine decides.
-    before = len(rows(tmp_path)) if (tmp_path / 'metrics.jsonl').exists() else 0
+    before = len(entries(tmp_path)) if (tmp_path / 'metrics.jsonl').exists() else 0
     while process.poll() is None and kills < 5:
-      if (tmp_path / 'metrics.jsonl').exists() and len(rows(tmp_path)) != before:
+      if (tmp_path / 'metrics.jsonl').exists() and len(entries(tmp_path)) != before:
         time.sleep(stream.uniform(0, 1.5))
         process.kill()
         kills += 1
@@ -197,7 +197,7 @@ def test_killed_at_random_moments_equals_uninterrupted(reference, tmp_path, seed
       break
     assert process.returncode == -signal.SIGKILL, output
   assert process.returncode == 0 and kills
-  assert rows(tmp_path) == rows(reference)
+  assert entries(tmp_path) == entries(reference)
   ours, theirs = arrays(tmp_path, STEPS), arrays(reference, STEPS)
   for path in theirs:
     np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
