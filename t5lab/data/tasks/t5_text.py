@@ -1,8 +1,9 @@
-"""The papers' supervised tasks as text: row of a data set -> examples, and an answer -> its value.
+"""The papers' supervised tasks as text: from a record to examples, and from an answer to its value.
 
-Pure Python, no TensorFlow. TEXTS has a row for every data set: its columns, named as in TFDS with
-'a/b' for a field b inside a, and fn(row) -> [example, …] where an example has 'inputs', 'targets'
-and what the metric needs besides. [Raffel et al. 2020, 2.4, appendix D; t5/data/preprocessors.py]
+Pure Python without TensorFlow. TEXTS has an entry per data set: its columns, named as in TFDS with
+'a/b' for a field b inside a, and fn(record) -> [example, …], where an example has 'inputs',
+'targets' and anything else that the metric needs.
+[Raffel et al. 2020, 2.4, appendix D; t5/data/preprocessors.py]
 """
 from collections.abc import Callable
 import dataclasses
@@ -13,13 +14,12 @@ import numpy as np
 
 from t5lab.data.tasks import prompts
 
-MISSING = '<unk>'  # the target of a row without a label: rows of a test set
+MISSING = '<unk>'  # the target of a record without a label, in test sets
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """How rows become examples. extra: what fn makes besides inputs and targets, int or list of str.
-  """
+  """How records become examples. extra: the other features that fn returns, int or list of str."""
   columns: tuple[str, ...]
   fn: Callable[[dict], list[dict]]
   extra: tuple[tuple[str, type], ...] = ()
@@ -29,8 +29,7 @@ def _extra(**kinds):
   return tuple((name.replace('__', '/'), kind) for name, kind in kinds.items())
 
 
-# Classification: 'benchmark field: text field: text' -> the name of the class
-
+# --- classification: 'benchmark field: text field: text' -> the name of the class ----------------
 
 LABELS = MappingProxyType({  # in TFDS's order
     'cola': ('unacceptable', 'acceptable'),
@@ -49,9 +48,9 @@ LABELS = MappingProxyType({  # in TFDS's order
 })
 
 
-def fields_text(benchmark: str, fields, row) -> str:
+def fields_text(benchmark: str, fields, record) -> str:
   """'cola sentence: It rains.' fields: (name in the text, column) in order."""
-  return ' '.join([benchmark, *(f'{name}: {row[column]}' for name, column in fields)])
+  return ' '.join([benchmark, *(f'{name}: {record[column]}' for name, column in fields)])
 
 
 def label_text(benchmark: str, label: int) -> str:
@@ -62,90 +61,91 @@ def _classes(benchmark, *fields, **renamed):
   """fields: columns in the order of the text, which is by name unless T5 says otherwise."""
   pairs = [(f, f) for f in fields] + list(renamed.items())
 
-  def fn(row):
-    return [{'inputs': fields_text(benchmark, pairs, row),
-             'targets': label_text(benchmark, row['label']), 'idx': row['idx']}]
+  def fn(record):
+    return [{'inputs': fields_text(benchmark, pairs, record),
+             'targets': label_text(benchmark, record['label']), 'idx': record['idx']}]
   return Text((*(column for _, column in pairs), 'label', 'idx'), fn, _extra(idx=int))
 
 
-def _stsb(row):
+def _stsb(record):
   """The score rounded to a multiple of 0.2, in float32 and half to even as TensorFlow does."""
-  score = np.round(np.float32(row['label']) * np.float32(5)) / np.float32(5)
+  score = np.round(np.float32(record['label']) * np.float32(5)) / np.float32(5)
   pairs = [('sentence1', 'sentence1'), ('sentence2', 'sentence2')]
-  return [{'inputs': fields_text('stsb', pairs, row), 'targets': f'{score:.1f}',
-           'idx': row['idx']}]
+  return [{'inputs': fields_text('stsb', pairs, record), 'targets': f'{score:.1f}',
+           'idx': record['idx']}]
 
 
 _MULTIRC = [(f, f) for f in ('question', 'answer', 'paragraph')]
 _MARKUP = re.compile('</?b>')
 
 
-def _multirc(row):
-  text = fields_text('multirc', _MULTIRC, row).replace('<br>', ' ')
-  return [{'inputs': _MARKUP.sub('', text), 'targets': label_text('multirc', row['label']),
-           'idx/paragraph': row['idx/paragraph'], 'idx/question': row['idx/question']}]
+def _multirc(record):
+  text = fields_text('multirc', _MULTIRC, record).replace('<br>', ' ')
+  return [{'inputs': _MARKUP.sub('', text), 'targets': label_text('multirc', record['label']),
+           'idx/paragraph': record['idx/paragraph'], 'idx/question': record['idx/question']}]
 
 
-# ReCoRD: which entity stands at @placeholder
-
+# --- ReCoRD: the entity that replaces @placeholder -----------------------------------------------
 
 _AFTER_STOP = re.compile(r'([.?!"\'])\n@highlight\n')
 
 
-def _record(row):
-  """An example for each right answer, so that all are trained on; the metric scores one of them."""
-  passage = _AFTER_STOP.sub(r'\1 ', row['passage']).replace('\n@highlight\n', '. ')
-  inputs = (f'record query: {row["query"]} entities: {", ".join(row["entities"])} '
+def _record_query(record):
+  """One example per correct answer, so that all are trained on; the metric scores one of them."""
+  passage = _AFTER_STOP.sub(r'\1 ', record['passage']).replace('\n@highlight\n', '. ')
+  inputs = (f'record query: {record["query"]} entities: {", ".join(record["entities"])} '
             f'passage: {passage}')
-  rest = {name: row[name] for name in ('answers', 'idx/passage', 'idx/query')}
-  return [{'inputs': inputs, 'targets': answer, **rest} for answer in row['answers'] or [MISSING]]
+  rest = {name: record[name] for name in ('answers', 'idx/passage', 'idx/query')}
+  answers = record['answers'] or [MISSING]
+  return [{'inputs': inputs, 'targets': answer, **rest} for answer in answers]
 
 
-# Winograd schemas: what does the pronoun between * * stand for
+# --- Winograd schemas: the noun that the pronoun between * * refers to ---------------------------
 
 
 def mark_pronoun(text: str, index: int, pronoun: str) -> str:
-  """text with *pronoun* for its word number `index`, words split at single spaces.
+  """Marks word number `index` of the text as *pronoun*; words are split at single spaces.
 
-  Two rows of SuperGLUE's wsc.fixed have another word there: the nearest that is the pronoun, stops
-  aside, is taken. They come out as T5, which lists their texts, has them.
-  ValueError where no word is the pronoun.
+  Two records of SuperGLUE's wsc.fixed have another word there: the nearest word that is the
+  pronoun, apart from punctuation, is marked. The results equal T5's, which lists both texts.
+  ValueError if no word is the pronoun.
   """
   words = text.split(' ')
-  one = re.compile(f'({re.escape(pronoun)})(\\W*)')
-  found = [i for i, word in enumerate(words) if one.fullmatch(word)]
-  if not found:
+  is_pronoun = re.compile(f'({re.escape(pronoun)})(\\W*)')
+  places = [i for i, word in enumerate(words) if is_pronoun.fullmatch(word)]
+  if not places:
     raise ValueError(f'no word is the pronoun {pronoun!r} in: {text}')
-  at = min(found, key=lambda i: abs(i - index))
-  stop = words[at][len(pronoun):]
-  if stop:
-    words = text.rstrip().split(' ')  # as T5 has it
-  return ' '.join([*words[:at], f'*{pronoun}*', *([stop] if stop else []), *words[at + 1:]])
+  place = min(places, key=lambda i: abs(i - index))
+  marked = [f'*{pronoun}*']
+  punctuation = words[place][len(pronoun):]
+  if punctuation:
+    words = text.rstrip().split(' ')      # like T5
+    marked.append(punctuation)
+  return ' '.join([*words[:place], *marked, *words[place + 1:]])
 
 
-def _wsc(row):
-  marked = mark_pronoun(row['text'], row['span2_index'], row['span2_text'])
-  return [{'inputs': f'wsc: {marked}', 'targets': row['span1_text'],
-           'label': row['label'], 'idx': row['idx']}]
+def _wsc(record):
+  marked = mark_pronoun(record['text'], record['span2_index'], record['span2_text'])
+  return [{'inputs': f'wsc: {marked}', 'targets': record['span1_text'],
+           'label': record['label'], 'idx': record['idx']}]
 
 
-def _wsc_train(row):
-  """Only rows whose noun is what the pronoun stands for have something to say."""
-  return _wsc(row) if row['label'] > 0 else []
+def _wsc_train(record):
+  """Only records whose noun is the referent of the pronoun have a target."""
+  return _wsc(record) if record['label'] > 0 else []
 
 
-def _dpr(row):
-  """The first time the pronoun occurs is the one in question."""
-  pronoun = re.compile(f' ({re.escape(row["pronoun"])})([ .,])')
-  return [{'inputs': 'wsc: ' + pronoun.sub(r' *\1*\2', row['sentence'], count=1),
-           'targets': row['candidates'][row['label']]}]
+def _dpr(record):
+  """The question is about the first occurrence of the pronoun."""
+  pronoun = re.compile(f' ({re.escape(record["pronoun"])})([ .,])')
+  return [{'inputs': 'wsc: ' + pronoun.sub(r' *\1*\2', record['sentence'], count=1),
+           'targets': record['candidates'][record['label']]}]
 
 
 _WSC = ('text', 'span1_text', 'span2_index', 'span2_text', 'label', 'idx')
 
 
-# Translation and summarization
-
+# --- translation and summarization ---------------------------------------------------------------
 
 LANGUAGES = MappingProxyType({
     'cs': 'Czech', 'de': 'German', 'en': 'English', 'fi': 'Finnish', 'fr': 'French',
@@ -154,42 +154,55 @@ LANGUAGES = MappingProxyType({
 
 
 def translate(source: str, target: str) -> Text:
-  """Language codes, which are the columns too: 'translate English to German: It rains.'"""
-  before = f'translate {LANGUAGES[source]} to {LANGUAGES[target]}: '
-  return Text((source, target),
-              lambda row: [{'inputs': before + row[source], 'targets': row[target]}])
+  """'translate English to German: It rains.' The language codes are the columns too."""
+  prefix = f'translate {LANGUAGES[source]} to {LANGUAGES[target]}: '
+
+  def fn(record):
+    return [{'inputs': prefix + record[source], 'targets': record[target]}]
+  return Text((source, target), fn)
 
 
 def _summarize(document, summary):
-  return Text((document, summary),
-              lambda row: [{'inputs': f'summarize: {row[document]}', 'targets': row[summary]}])
+  def fn(record):
+    return [{'inputs': f'summarize: {record[document]}', 'targets': record[summary]}]
+  return Text((document, summary), fn)
 
 
-# Question answering
+# --- question answering --------------------------------------------------------------------------
 
 
-def _squad(row):
-  """Question, context and answers padded; the target is the first answer, '' if there is none."""
-  answers = [prompts.pad_punctuation(a) for a in row['answers/text']]
-  inputs = f'question: {prompts.pad_punctuation(row["question"])}'
-  if 'context' in row:
-    inputs += f' context: {prompts.pad_punctuation(row["context"])}'
+_ANSWERS = _extra(answers=list)
+
+
+def _squad(record):
+  """Pads question, context and answers. The target is the first answer, '' if there is none."""
+  answers = [prompts.pad_punctuation(a) for a in record['answers/text']]
+  inputs = f'question: {prompts.pad_punctuation(record["question"])}'
+  if 'context' in record:
+    inputs += f' context: {prompts.pad_punctuation(record["context"])}'
   else:
     inputs = f'squad trivia {inputs}'
   return [{'inputs': inputs.replace('  ', ' '), 'targets': answers[0] if answers else '',
            'answers': answers}]
 
 
-def _closed_book(before, answer, answers):
-  """No context: the model must know. [Roberts et al. 2020] answer: '' for the first of answers."""
-  def fn(row):
-    found = row[answers]
-    return [{'inputs': f'{before} question: {row["question"]}', 'answers': found,
-             'targets': row[answer] if answer else found[0] if found else MISSING}]
-  return Text(('question', answers, *([answer] if answer else [])), fn, _extra(answers=list))
+def _closed_book(name, answers, answer=''):
+  """A question without context. [Roberts et al. 2020]
+
+  answers, answer: the columns of all correct answers and of the target, by default the first one.
+  """
+  def fn(record):
+    correct = record[answers]
+    if answer:
+      target = record[answer]
+    else:
+      target = correct[0] if correct else MISSING
+    return [{'inputs': f'{name} question: {record["question"]}', 'answers': correct,
+             'targets': target}]
+  columns = ('question', answers, answer) if answer else ('question', answers)
+  return Text(columns, fn, _ANSWERS)
 
 
-_ANSWERS = _extra(answers=list)
 TEXTS = MappingProxyType({
     'glue/cola': _classes('cola', 'sentence'),
     'glue/sst2': _classes('sst2', 'sentence'),
@@ -210,7 +223,7 @@ TEXTS = MappingProxyType({
         ('question', 'answer', 'paragraph', 'label', 'idx/paragraph', 'idx/question'), _multirc,
         _extra(idx__paragraph=int, idx__question=int)),
     'super_glue/record': Text(
-        ('query', 'entities', 'passage', 'answers', 'idx/passage', 'idx/query'), _record,
+        ('query', 'entities', 'passage', 'answers', 'idx/passage', 'idx/query'), _record_query,
         _extra(answers=list, idx__passage=int, idx__query=int)),
     'super_glue/rte': _classes('rte', 'hypothesis', 'premise'),
     'super_glue/wic': _classes('wic', 'sentence1', 'sentence2', 'word'),
@@ -224,18 +237,20 @@ TEXTS = MappingProxyType({
     'gigaword': _summarize('document', 'summary'),
     'squad': Text(('question', 'context', 'answers/text'), _squad, _ANSWERS),
     'squad/context_free': Text(('question', 'answers/text'), _squad, _ANSWERS),
-    'natural_questions_open': _closed_book('nq', '', 'answer'),
-    'trivia_qa': _closed_book('trivia_qa', 'answer/value', 'answer/aliases'),
-    'web_questions': _closed_book('wq', '', 'answers'),
+    'natural_questions_open': _closed_book('nq', 'answer'),
+    'trivia_qa': _closed_book('trivia_qa', 'answer/aliases', 'answer/value'),
+    'web_questions': _closed_book('wq', 'answers'),
 })
 
 
-# From text back to a value, for the metrics. seqio calls a postprocessor with the decoded text and,
-# by name, the example (numpy values, bytes for text) and whether the text is the target.
+# --- from text back to a value, for the metrics --------------------------------------------------
+#
+# seqio calls a postprocessor with the decoded text and, by name, the example (numpy values, bytes
+# for text) and whether the text is the target.
 
 
 def to_score(decoded, example=None, is_target=False) -> float:
-  """STS-B's number, -1 for text that is none; 'nan' and 'inf', which Python reads, are none."""
+  """STS-B's score; -1 for text that is not a finite number."""
   del example, is_target
   try:
     score = float(decoded)
@@ -245,7 +260,7 @@ def to_score(decoded, example=None, is_target=False) -> float:
 
 
 def to_class(benchmark: str):
-  """Postprocessor: text -> index of its class, -1 for any other text."""
+  """Returns a postprocessor: text -> the index of its class, -1 for any other text."""
   def postprocess(decoded, example=None, is_target=False) -> int:
     del example, is_target
     return LABELS[benchmark].index(decoded) if decoded in LABELS[benchmark] else -1
@@ -265,12 +280,12 @@ def _grouped(value, example, is_target, *keys):
 
 
 def multirc_value(decoded, example=None, is_target=False) -> dict:
-  """{'value': class}, with 'group': (paragraph, question) for a target."""
+  """{'value': class}; for a target also 'group': (paragraph, question)."""
   return _grouped(to_class('multirc')(decoded), example, is_target, 'idx/paragraph', 'idx/question')
 
 
 def record_value(decoded, example=None, is_target=False) -> dict:
-  """{'value': text}, for a target all the answers and 'group': (passage, query)."""
+  """{'value': text}; for a target, all answers and 'group': (passage, query)."""
   value = answers(decoded, example, is_target)
   return _grouped(value, example, is_target, 'idx/passage', 'idx/query')
 
@@ -281,16 +296,15 @@ _DETERMINERS = frozenset(
 
 
 def _referent_words(text):
-  # Split at single spaces: of nothing there is one empty word, which is part of no answer.
+  # An empty text has one empty word, which is in no answer.
   words = [w for w in text.strip().lower().split(' ') if w not in _DETERMINERS]
   return set(words or [''])
 
 
 def same_referent(referent: str, prediction: str) -> bool:
-  """Whether all words of one are words of the other: 'the cat' and 'black cat', not 'dog'.
+  """Whether all words of one text are in the other: 'the cat' and 'black cat', but not 'dog'.
 
-  Case and determiners do not count. Bob and Bob's hat are not the same: an apostrophe in only one
-  of the two parts them.
+  Case and determiners are ignored. Bob and Bob's hat differ, because only one has an apostrophe.
   """
   if ("'" in referent) != ("'" in prediction):
     return False
@@ -299,7 +313,7 @@ def same_referent(referent: str, prediction: str) -> bool:
 
 
 def wsc_value(decoded, example=None, is_target=False) -> int:
-  """1 if the noun asked about is meant: the label, or whether the model's answer is that noun."""
+  """1 if the pronoun refers to the noun: by the label, or because the model answers that noun."""
   if is_target:
     return int(example['label'])
   return int(same_referent(example['targets_pretokenized'].decode('utf-8'), decoded))

@@ -243,12 +243,13 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
   path.write_bytes(b'\n'.join(lines) + b'\n')
   code, out, err = build()
   assert code == 0 and 'files: 198 examples of' in out, err
-  said = f"files, train: 198 records; 2 bad ones skipped, 1 %: {path}:6: no field 'q'.; {path}:11: no "
-  assert said in out and opened(tmp_path).note.startswith(said)
+  note = ('files, train: 198 records; 2 bad ones skipped, 1 %: '
+          f"{path}:6: no field 'q'.; {path}:11: no ")
+  assert note in out and opened(tmp_path).note.startswith(note)
   where = cache.folder(str(tmp_path / 'c'), 'files', 'train')
   (where / 'MANIFEST.json').unlink()                # as one that was killed before its last word
   shards = {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
-  assert build()[0] == 0 and opened(tmp_path).note.startswith(said)
+  assert build()[0] == 0 and opened(tmp_path).note.startswith(note)
   assert shards == {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
   code, _, err = build('--config.data.bad_rows=0.009')
   assert code == 3 and '2 of 200 records are bad, 1 %; the limit is 0.9 %' in err
@@ -257,8 +258,8 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
   path.write_bytes(b'\n'.join(lines) + b'\n')
   code, _, err = build()
   assert code == 3 and err.splitlines()[-1].startswith(
-      't5lab: 3 of 200 records are bad, 1.5 %; the limit is 1 % (raise it by --config.data.bad_rows=…)'
-      f": {path}:6: no field 'q'.; {path}:8: ")
+      't5lab: 3 of 200 records are bad, 1.5 %; the limit is 1 % (raise it by '
+      f"--config.data.bad_rows=…): {path}:6: no field 'q'.; {path}:8: ")
   assert not (where / 'MANIFEST.json').exists()
   assert build('--config.data.bad_rows=0.02')[0] == 0 and len(opened(tmp_path).examples) == 197
 

@@ -30,7 +30,7 @@ def test_examples_of_pairs(tmp_path):
   assert prompt.columns() == ['n', 'de']
   prompt = own(path, 'to {{German}}: {en}\n({en})')
   assert prompt.columns() == ['en', 'de']
-  assert prompt.ask('Hi') == prompt.ask({'en': 'Hi'}) == 'to {German}: Hi\n(Hi)'
+  assert prompt.inputs_for('Hi') == prompt.inputs_for({'en': 'Hi'}) == 'to {German}: Hi\n(Hi)'
   assert [row['inputs'] for row in prompt.examples('train')] == [
       'to {German}: Hi {de}\n(Hi {de})', 'to {German}: {0} %s\\\n({0} %s\\)']
 
@@ -44,10 +44,10 @@ def test_prompt_of_several_columns(tmp_path):
   assert made.columns() == ['my question', 'con.text[0]', 'answer']
   assert list(made.examples('train')) == [
       {'inputs': 'question: Who? context: It was\nme.', 'targets': 'me', 'answers': ['me']}]
-  assert made.prompt_of({'my question': 'a', 'con.text[0]': '{my question}'}) == (
+  assert made.fill_prompt({'my question': 'a', 'con.text[0]': '{my question}'}) == (
       'question: a context: {my question}')
   with pytest.raises(DataError, match=r"needs the column 'con.text\[0\]'. Did you mean 'con.text'"):
-    made.prompt_of({'my question': 'a', 'con.text': 'b'})
+    made.fill_prompt({'my question': 'a', 'con.text': 'b'})
 
 
 def test_text_alone(tmp_path):
@@ -97,24 +97,25 @@ def test_unknown_split():
     ('{', "'{': Single '{' encountered"), ('a}: {en}', "Single '}' encountered"),
     ('{en', "expected '}' before end of string"), ('{en{de}}', "unexpected '{' in field name"),
     ('{}', '{} names no column'), ('a {0}', '{0} names no column'), ('{ }', '{ } names no column'),
-    ('{en!r}', '{en} has a format behind its name'), ('{en:>9}', '{en} has a format'),
-    ('{en:{de}}', '{en} has a format'), ('{"q": {en}}', '{"q"} has a format behind its name')])
+    ('{en!r}', '{en} has a format after its name'), ('{en:>9}', '{en} has a format'),
+    ('{en:{de}}', '{en} has a format'), ('{"q": {en}}', '{"q"} has a format after its name')])
 def test_prompts_with_wrong_braces(prompt, message):
   with pytest.raises(UsageError) as e:
     own(prompt=prompt).check()
-  assert message in str(e.value) and str(e.value).startswith(f'data.prompt = {prompt!r}: ')
+  assert message in str(e.value) and str(e.value).startswith(f'data.prompt={prompt!r}: ')
   assert str(e.value).endswith('a column is {name}, a brace {{ or }}')
 
 
 @pytest.mark.parametrize('made, message', [
-    (own(prompt='translate: '), "names no column, so all inputs were the same; did you mean "
+    (own(prompt='translate: '), "names no column, so all inputs would be the same; did you mean "
      "'translate: {en}'?"),
     (own(prompt='{{en}}'), "did you mean '{{en}}{en}'?"),
     (own(prompt='{en}', fields={'inputs': '', 'targets': 'de'}), 'there are none: set one of them'),
-    (own(fields={'inputs': 'en', 'targets': ''}), "data.fields.targets = '' names no column"),
-    (own(fields={'input': 'en', 'targets': 'de'}), "data.fields = {'input': 'en', "),
-    (own(path=''), "data.files = {'train': ''} names no files"),
-    (OwnFiles({}, FIELDS), 'data.files = {} names no files')])
+    (own(fields={'inputs': 'en', 'targets': ''}),
+     "data.fields.targets must name a column, got ''; for unlabelled text"),
+    (own(fields={'input': 'en', 'targets': 'de'}), "'targets': column}, got {'input': 'en', "),
+    (own(path=''), "data.files must name files for every split, got {'train': ''}"),
+    (OwnFiles({}, FIELDS), 'data.files must name files for every split, got {}')])
 def test_settings_that_make_no_examples(made, message):
   with pytest.raises(UsageError) as e:
     made.check()

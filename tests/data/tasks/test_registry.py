@@ -123,7 +123,7 @@ def test_match_is_two_closed_texts_and_a_class(tiny):
 def test_a_word_alone_is_in_no_mixture(tiny):
   assert 'g2p_en_us' in embedded.SUPERVISED and 'g2p_en_us' not in embedded.MIXED
   assert prompts.prompt('g2p_en_us', 'See') == prompts.prompt('g2p_en_us', {'word': 'See'}) == 'See'
-  assert prompts.source('g2p_en_us', 'See') == 'See'
+  assert prompts.without_prompt('g2p_en_us', 'See') == 'See'
 
 
 def test_prefix_and_end_of_another_vocabulary(tmp_path):
@@ -227,9 +227,9 @@ def test_objective_has_a_stable_name_for_the_fingerprint(tiny):
 
 @pytest.mark.parametrize('lengths, message', [
     ({'inputs': 512, 'targets': 113}, 'makes targets of 114 tokens, the limit is 113'),
-    ({'inputs': 512}, "needs a length for 'targets'"),
-    ({'inputs': 512, 'targets': 0}, "needs a length for 'targets'"),
-    ({'inputs': 2, 'targets': 9}, 'the least are 3 and 3'),
+    ({'inputs': 512}, "needs a length for 'targets', got {'inputs': 512}"),
+    ({'inputs': 512, 'targets': 0}, "needs a length for 'targets', got {'inputs': 512}"),
+    ({'inputs': 2, 'targets': 9}, 'the minimum is 3 and 3'),
     ({'inputs': 2048, 'targets': 2048}, 'makes 114 spans, the vocabulary has 100 sentinels'),
 ])
 def test_span_corruption_lengths_that_cannot_be(lengths, message):
@@ -412,15 +412,15 @@ def test_prompt_of_bare_text_and_of_rows():
 
 
 def test_source_undoes_a_one_field_prompt():
-  assert prompts.source('ha_ende', 'translate English to German: Hi') == 'Hi'
-  assert prompts.source('numpydoc_qa', 'question: a context: b') == 'question: a context: b'
-  assert prompts.source('users_task', 'a: b') == 'a: b'
+  assert prompts.without_prompt('ha_ende', 'translate English to German: Hi') == 'Hi'
+  assert prompts.without_prompt('numpydoc_qa', 'question: a context: b') == 'question: a context: b'
+  assert prompts.without_prompt('users_task', 'a: b') == 'a: b'
 
 
 @pytest.mark.parametrize('task, row, message', [
     ('numpydoc_qa', 'text', 'needs the fields question, context'),
-    ('numpydoc_qa', {'question': 'q'}, 'missing: context; the row has: question'),
-    ('ha_ende', {}, 'missing: en; the row has: none'),
+    ('numpydoc_qa', {'question': 'q'}, 'missing: context; the record has: question'),
+    ('ha_ende', {}, 'missing: en; the record has: none'),
     ('ha_ende', {'en': 3}, 'missing: en'),
     ('ha_de', 'x', "task 'ha_de' has no prompt. Did you mean 'ha_ende'"),
 ])
