@@ -150,7 +150,9 @@ class Evaluation:
         raise Failure(f'task {task!r}: {_failed_metric(task, e)} raised {_reason(e)}') from e
 
   def _source(self, task, text) -> str:
-    return self._files.source(text) if task == own_files.NAME else prompts.source(task, text)
+    if task == own_files.NAME:
+      return self._files.without_prompt(text)
+    return prompts.without_prompt(task, text)
 
 
 def _text(example, feature) -> str:

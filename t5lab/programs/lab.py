@@ -137,7 +137,7 @@ class Lab:
     # Put the prompt around the texts.
     if task == own_files.NAME:
       d = self.config.data
-      fill = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).ask
+      fill = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).inputs_for
     elif task:
       fill = functools.partial(prompts.prompt, task)
     else:
