@@ -22,11 +22,11 @@ def truncate(path, key: str, last: int) -> list[dict]:
   The file is replaced in one rename, and only if something changes.
   """
   text = _read_bytes(path)
-  kept = [(line, entry) for line, entry in _entries(text, key) if entry[key] <= last]
-  new_text = b''.join(line + b'\n' for line, _ in kept)
+  remaining = [(line, entry) for line, entry in _entries(text, key) if entry[key] <= last]
+  new_text = b''.join(line + b'\n' for line, _ in remaining)
   if new_text != text:
     files.write_text(path, new_text.decode())
-  return [entry for _, entry in kept]
+  return [entry for _, entry in remaining]
 
 
 def _read_bytes(path) -> bytes:

@@ -26,7 +26,7 @@ from tensorboardX.proto import event_pb2
 from t5lab.errors import Failure
 from t5lab.runs import jsonl
 
-PLAIN_SECONDS = 15.  # between lines where there is no terminal
+PLAIN_SECONDS = 15.  # between lines without a terminal
 RESERVED = {'step', 'eval', 'timing', 'data'}  # keys of an entry that are not metrics
 
 

@@ -1,8 +1,9 @@
-"""Commit, verification and fall-back (F2 to F8, F24, S2 to S4), by killing and flipping."""
+"""Checkpoints that are killed, damaged or forged (F2 to F8, F24, S2 to S4), and round trips."""
 
 import hashlib
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -31,7 +32,7 @@ class State:
 
 
 def make(seed=0, tx=None, ema=True, width=8):
-  """A state whose every array depends on `seed`, so that no two steps are alike."""
+  """A state in which every array depends on `seed`, so that no two steps are equal."""
   tx = tx or optax.adamw(1e-3)
   rng = np.random.default_rng(seed)
   params = {'embed': jnp.asarray(rng.normal(size=(6, width)), jnp.float32),
@@ -74,13 +75,13 @@ def copy(two_steps, tmp_path):
   return tmp_path / 'c'
 
 
-def files(directory, step=20):
+def step_files(directory, step=20):
   root = directory / f'step_{step:08d}'
   return sorted(p for p in root.rglob('*') if p.is_file())
 
 
 def forge(directory, change, step=20):
-  """Rewrites a manifest, checksum included, as an attacker would."""
+  """Changes a manifest and its checksum, as an attacker would."""
   path = directory / f'step_{step:08d}' / 'MANIFEST.json'
   body = json.loads(path.read_text())['manifest']
   change(body)
@@ -99,14 +100,14 @@ def test_round_trip_is_bit_equal(tmp_path, tx, ema):
   saver = checkpoint.Checkpoints(tmp_path / 'c')
   assert saver.save(3, state, meta={'git': 'abc', 'data': {'position': 7}}, metrics={'loss': 0.1})
   saver.wait()
-  restored, found = saver.restore(abstract(state))
+  restored, manifest = saver.restore(abstract(state))
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert digest(restored) == digest(state)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
-  assert found.step == 3 and found.meta == {'git': 'abc', 'data': {'position': 7}}
-  assert found.metrics == {'loss': 0.1}
-  assert found.leaves['params/block/w'] == ((8, 4), 'bfloat16')
-  assert ('ema' in found.parts) == ema
+  assert manifest.step == 3 and manifest.meta == {'git': 'abc', 'data': {'position': 7}}
+  assert manifest.metrics == {'loss': 0.1}
+  assert manifest.leaves['params/block/w'] == ((8, 4), 'bfloat16')
+  assert ('ema' in manifest.parts) == ema
   assert os.listdir(tmp_path / 'c') == ['step_00000003']
 
 
@@ -135,7 +136,7 @@ def test_restores_to_another_sharding(two_steps):
 
 
 def test_only_reads_nothing_else(copy):
-  """Damage in the optimizer's arrays does not matter to inference, damage in params does."""
+  """Inference ignores damage in the optimizer's arrays, and notices damage in params."""
   reader = checkpoint.Checkpoints(copy)
   for path in (copy / 'step_00000020/state/opt_state').rglob('d/*'):
     path.write_bytes(bytes(path.stat().st_size))
@@ -156,9 +157,9 @@ def test_nothing_saved_is_none(tmp_path):
   assert checkpoint.Checkpoints(tmp_path / 'none').restore(abstract(make())) is None
 
 
-def test_unknown_step_names_those_there_are(two_steps):
+def test_an_unknown_step_lists_the_available_ones(two_steps):
   reader = checkpoint.Checkpoints(two_steps)
-  with pytest.raises(CheckpointError, match='no checkpoint of step 15 .*: 10, 20'):
+  with pytest.raises(CheckpointError, match='no checkpoint of step 15 .*; available steps: 10, 20'):
     reader.restore(abstract(make()), 15)
   assert digest(reader.restore(abstract(make()), 10)[0]) == digest(make(10))
 
@@ -185,7 +186,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
   assert checkpoint.Checkpoints(tmp_path, best_metric='absent').best_step() is None
 
 
-def test_annotated_metric_decides_and_leaves_the_step_valid(tmp_path):
+def test_an_annotated_metric_decides_and_the_step_stays_valid(tmp_path):
   saver = checkpoint.Checkpoints(tmp_path, keep=1, best_metric='bleu')
   for step, bleu in [(1, 5.), (2, 7.), (3, 6.), (4, 1.)]:
     saver.save(step, make(step), meta={}, metrics={'loss': 2.})
@@ -204,17 +205,17 @@ def test_damaged_steps_do_not_push_out_the_last_good_one(tmp_path):
   for step in (2, 3):
     (tmp_path / f'step_{step:08d}' / 'state/params/_METADATA').unlink()
   saver = write(tmp_path, 4, keep=2)
-  assert saver.steps() == [1, 2, 3, 4]  # 2 and 3 are for quarantine to judge
+  assert saver.steps() == [1, 2, 3, 4]  # 2 and 3 are left for quarantine
 
 
-def test_clean_removes_killed_saves_only(copy):
+def test_clean_removes_only_killed_saves(copy):
   for name in ('step_00000030.tmp-0123abcd', 'step_00000005.tmp-pruned'):
     (copy / name / 'state').mkdir(parents=True)
   (copy / 'step_00000001.corrupt').mkdir()
-  (copy / 'mine').write_text('x')
+  (copy / 'notes').write_text('x')
   saver = checkpoint.Checkpoints(copy)
   assert sorted(saver.clean()) == ['step_00000005.tmp-pruned', 'step_00000030.tmp-0123abcd']
-  assert sorted(os.listdir(copy)) == ['mine', 'step_00000001.corrupt', 'step_00000010',
+  assert sorted(os.listdir(copy)) == ['notes', 'step_00000001.corrupt', 'step_00000010',
                                       'step_00000020']
 
 
@@ -224,18 +225,18 @@ def test_clean_removes_killed_saves_only(copy):
 def test_100_flipped_bits_are_all_detected(copy):
   rng = random.Random(0)
   reader = checkpoint.Checkpoints(copy)
-  paths = files(copy)
+  paths = step_files(copy)
   silent = []
   for trial in range(100):
     path = paths[trial % len(paths)]  # every file in turn
     data = path.read_bytes()
-    at, bit = rng.randrange(len(data)), rng.randrange(8)
+    position, bit = rng.randrange(len(data)), rng.randrange(8)
     flipped = bytearray(data)
-    flipped[at] ^= 1 << bit
+    flipped[position] ^= 1 << bit
     path.write_bytes(flipped)
     try:
       reader.verify(20)
-      silent.append((path.name, at, bit))
+      silent.append((path.name, position, bit))
     except CheckpointError:
       pass
     path.write_bytes(data)
@@ -246,7 +247,7 @@ def test_100_flipped_bits_are_all_detected(copy):
 @pytest.mark.parametrize('damage', ['truncate', 'empty', 'delete', 'extra'])
 def test_any_damaged_file_is_named_and_the_older_step_used(copy, damage):
   reader = checkpoint.Checkpoints(copy)
-  for path in files(copy):
+  for path in step_files(copy):
     data = path.read_bytes()
     if damage == 'delete':
       path.unlink()
@@ -266,12 +267,12 @@ def test_any_damaged_file_is_named_and_the_older_step_used(copy, damage):
 def test_falls_back_and_quarantines(copy):
   lines = []
   saver = checkpoint.Checkpoints(copy, log=lines.append)
-  big = max(files(copy), key=lambda p: p.stat().st_size)
+  big = max(step_files(copy), key=lambda p: p.stat().st_size)
   big.write_bytes(big.read_bytes()[:-1])
-  restored, found = saver.restore(abstract(make()))  # a reader renames nothing
-  assert found.step == 10 and saver.steps() == [10, 20] and len(lines) == 1
-  restored, found = saver.restore(abstract(make()), quarantine=True)
-  assert found.step == 10 and digest(restored) == digest(make(10))
+  restored, manifest = saver.restore(abstract(make()))  # a reader does not rename it
+  assert manifest.step == 10 and saver.steps() == [10, 20] and len(lines) == 1
+  restored, manifest = saver.restore(abstract(make()), quarantine=True)
+  assert manifest.step == 10 and digest(restored) == digest(make(10))
   assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020.corrupt']
   assert len(lines) == 2 and 'step 20' in lines[1] and str(big) in lines[1]
   saver.save(20, make(20), meta={})  # the run reaches 20 again
@@ -283,14 +284,14 @@ def test_falls_back_and_quarantines(copy):
 def test_all_damaged_never_starts_from_scratch(copy, quarantine):
   saver = checkpoint.Checkpoints(copy)
   for step in (10, 20):
-    files(copy, step)[-1].write_bytes(b'')
-  for _ in range(2):  # the second start finds only what the first one renamed
+    step_files(copy, step)[-1].write_bytes(b'')
+  for _ in range(2):  # the second start sees only the steps that the first one renamed
     with pytest.raises(CheckpointError, match='not starting from scratch') as e:
       saver.restore(abstract(make()), quarantine=quarantine)
     assert e.value.code == 4
 
 
-def test_unreadable_is_not_taken_for_damaged(copy, monkeypatch):
+def test_an_unreadable_step_is_not_called_damaged(copy, monkeypatch):
   def refuse(*_, **__):
     raise PermissionError(13, 'Permission denied', 'x')
   monkeypatch.setattr(manifests, 'read', refuse)
@@ -340,7 +341,7 @@ def test_differences_list_paths_shapes_and_dtypes(two_steps):
 
 def test_links_pipes_and_second_names_are_refused(copy, tmp_path):
   reader = checkpoint.Checkpoints(copy)
-  path = max(files(copy), key=lambda p: p.stat().st_size)
+  path = max(step_files(copy), key=lambda p: p.stat().st_size)
   outside = tmp_path / 'outside'
   shutil.move(path, outside)
   for plant in (lambda: path.symlink_to(outside), lambda: os.link(outside, path),
@@ -386,21 +387,21 @@ def test_hostile_manifests_are_refused(copy):
     assert len(str(e.value)) < 500
   path.write_text(good)
   forge(copy, lambda body: body['meta'].update(bomb=' ' * manifests.MANIFEST_BYTES))
-  with pytest.raises(CheckpointError, match='larger than 4,194,304 bytes'):
+  with pytest.raises(CheckpointError, match='has 4,19.*; the limit .* is 4,194,304'):
     reader.verify(20)
   path.write_text(good)
   forge(copy, lambda body: body.update(step=10))
   with pytest.raises(CheckpointError, match='its manifest is of step 10'):
     reader.verify(20)
   path.write_text(good)
-  # a forged shape never reaches the allocator: it is not the model's
+  # a forged shape differs from the model's, so nothing of that size is allocated
   forge(copy, lambda body: body['leaves'].update({'params/embed': [[2**40, 8], 'float32']}))
   with pytest.raises(CheckpointError, match=r'float32\[1099511627776,8\] in the checkpoint'):
     reader.restore(abstract(make()))
 
 
 def test_forged_array_of_another_shape_is_refused(copy, tmp_path):
-  """The manifest says what the model expects, the arrays below it say otherwise."""
+  """The manifest has the shapes of the model, but the arrays have others."""
   saver = checkpoint.Checkpoints(tmp_path / 'wide')
   saver.save(20, make(20, width=12), meta={})
   saver.wait()
@@ -411,7 +412,7 @@ def test_forged_array_of_another_shape_is_refused(copy, tmp_path):
     saver.restore(abstract(make()))
 
 
-def test_newer_format_is_said_and_kept(copy):
+def test_a_newer_format_is_reported_and_kept(copy):
   forge(copy, lambda body: body.update(format=2))
   with pytest.raises(CheckpointError, match='format must be 1 for this version, got 2'):
     checkpoint.Checkpoints(copy).restore(abstract(make()), quarantine=True)
@@ -441,7 +442,7 @@ def test_failed_save_is_raised_by_the_next_call_and_leaves_nothing(copy, monkeyp
     saver.save(40, make(40), meta={})
   monkeypatch.undo()
   assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020']
-  saver.save(30, make(30), meta={'much': ' ' * manifests.MANIFEST_BYTES})
+  saver.save(30, make(30), meta={'long': ' ' * manifests.MANIFEST_BYTES})
   with pytest.raises(CheckpointError, match='at most 4,194,304 bytes, got 4,19'):
     saver.wait()
   saver.save(40, make(40), meta={})
@@ -449,48 +450,73 @@ def test_failed_save_is_raised_by_the_next_call_and_leaves_nothing(copy, monkeyp
   assert saver.steps() == [10, 20, 40]
 
 
+# A line of JSON per case: (directory of checkpoints, failpoint, bytes that a file may have). The
+# cases fork from one process that has imported everything and started no backend.
 CHILD = """
-import os, resource, sys
-sys.path.insert(0, sys.argv[1])
+import json, os, resource, sys
 import test_checkpoint as t
 from t5lab.errors import CheckpointError
 from t5lab.runs import checkpoint
-saver = checkpoint.Checkpoints(sys.argv[2])
-if len(sys.argv) > 3:
-  resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-saver.save(30, t.make(30), meta={'data': {'position': 30}})
-try:
-  saver.wait()
-except CheckpointError as e:
-  print(e)
-  sys.exit(e.code)
+
+def save(directory, failpoint, limit):
+  os.environ['T5LAB_FAILPOINT'] = failpoint
+  saver = checkpoint.Checkpoints(directory)
+  if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+  saver.save(30, t.make(30), meta={'data': {'position': 30}})
+  try:
+    saver.wait()
+  except CheckpointError as e:
+    print(e, file=sys.stderr, flush=True)
+    os._exit(e.code)
+  os._exit(0)
+
+for line in sys.stdin:
+  pid = os.fork()
+  if not pid:
+    save(*json.loads(line))
+  print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
+NAMES = ('before_manifest', 'before_rename@30', 'after_rename', 'full_disk')
 
 
-def child(*arguments, **env):
-  root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-  return subprocess.run(
-      [sys.executable, '-c', CHILD, os.path.dirname(os.path.abspath(__file__)), *arguments],
-      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': root} | env,
-      capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope='module')
+def interrupted(two_steps, tmp_path_factory):
+  """{name: (directory of a save of step 30 that was killed or failed, exit code)}, and output."""
+  folder = tmp_path_factory.mktemp('interrupted')
+  cases = []
+  for name in NAMES:
+    shutil.copytree(two_steps, folder / name)
+    # 600 bytes: the arrays are larger
+    cases.append((str(folder / name), *(('', 600) if name == 'full_disk' else (name, 0))))
+  here = pathlib.Path(__file__).resolve()
+  paths = os.pathsep.join(map(str, [here.parent, here.parents[2]]))
+  done = subprocess.run(
+      [sys.executable, '-c', CHILD], input='\n'.join(map(json.dumps, cases)),
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': paths}, capture_output=True,
+      text=True, timeout=240)
+  assert done.returncode == 0, done.stderr
+  codes = map(int, done.stdout.split())
+  return {name: (folder / name, code) for name, code in zip(NAMES, codes, strict=True)}, done.stderr
 
 
-@pytest.mark.parametrize('name,newest', [
+@pytest.mark.parametrize('name, newest', [
     ('before_manifest', 20), ('before_rename@30', 20), ('after_rename', 30)])
-def test_kill_between_leaves_only_whole_steps(copy, name, newest):
-  done = child(str(copy), T5LAB_FAILPOINT=name)
-  assert done.returncode == -signal.SIGKILL, done.stderr
-  saver = checkpoint.Checkpoints(copy)
+def test_kill_between_leaves_only_whole_steps(interrupted, name, newest):
+  directory, code = interrupted[0][name]
+  assert code == -signal.SIGKILL, interrupted[1]
+  saver = checkpoint.Checkpoints(directory)
   assert len(saver.clean()) == (newest == 20)
-  restored, found = saver.restore(abstract(make()), quarantine=True)
-  assert found.step == newest and found.meta == {'data': {'position': newest}}
+  restored, manifest = saver.restore(abstract(make()), quarantine=True)
+  assert manifest.step == newest and manifest.meta == {'data': {'position': newest}}
   assert digest(restored) == digest(make(newest))
-  assert not [name for name in os.listdir(copy) if 'tmp' in name or 'corrupt' in name]
+  assert not [name for name in os.listdir(directory) if 'tmp' in name or 'corrupt' in name]
 
 
-def test_full_disk_is_raised_and_leaves_the_older_step(copy):
-  done = child(str(copy), '600')  # bytes a file may have: the arrays are larger
-  assert done.returncode == 4, done.stderr
-  assert 'saving step 30' in done.stdout and 'newest committed step: 20' in done.stdout
-  assert sorted(os.listdir(copy)) == ['step_00000010', 'step_00000020']
-  assert checkpoint.Checkpoints(copy).verify(20).step == 20
+def test_full_disk_is_raised_and_leaves_the_older_step(interrupted):
+  directory, code = interrupted[0]['full_disk']
+  assert code == 4, interrupted[1]
+  assert f'saving step 30 to {directory} failed: ' in interrupted[1]
+  assert '(newest committed step: 20)' in interrupted[1]
+  assert sorted(os.listdir(directory)) == ['step_00000010', 'step_00000020']
+  assert checkpoint.Checkpoints(directory).verify(20).step == 20

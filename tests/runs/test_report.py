@@ -1,4 +1,4 @@
-"""metrics.jsonl of a killed and resumed run equals that of an uninterrupted one."""
+"""metrics.jsonl of a killed and resumed run equals an uninterrupted run's; TensorBoard; display."""
 
 import io
 import json
@@ -28,16 +28,16 @@ def run(workdir, first, last, *, resume, evaluate=(), speed=1., tty=False, file=
     return r
 
 
-def rows(workdir):
-  found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  for row in found:
-    row.pop('timing', None)
-  return found
+def entries(workdir):
+  entries = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  for entry in entries:
+    entry.pop('timing', None)
+  return entries
 
 
 def events(workdir):
-  """[(kind, step)] over all event files, oldest first; kind is a tag or 'start'."""
-  found = []
+  """[(tag or 'start', step)] of all event files, oldest first."""
+  result = []
   for path in sorted((workdir / 'tensorboard').iterdir(), key=lambda p: p.stat().st_mtime_ns):
     data = path.read_bytes()
     while data:
@@ -45,36 +45,36 @@ def events(workdir):
       event = event_pb2.Event.FromString(data[12:12 + size])
       data = data[16 + size:]
       if event.HasField('session_log'):
-        found.append(('start', event.step))
-      found += [(value.tag, event.step) for value in event.summary.value]
-  return found
+        result.append(('start', event.step))
+      result += [(value.tag, event.step) for value in event.summary.value]
+  return result
 
 
-def test_rows_are_literal_and_exact(tmp_path):
+def test_entries_are_literal_and_exact(tmp_path):
   with Report(tmp_path, resume_step=0, total_steps=10, tty=False, file=io.StringIO()) as r:
     r.step(1, {'loss': np.float32(0.1), 'skipped': 0}, {'steps_per_second': 2.5})
     r.step(2, {'loss': float('nan')})
     r.eval(2, {'bleu': 11.7, 'ema/bleu': 1e-30})
-    # every row is on disk at once
+    # every entry is on disk immediately
     assert (tmp_path / 'metrics.jsonl').read_text() == (
         '{"step": 1, "loss": 0.10000000149011612, "skipped": 0, '
         '"timing": {"steps_per_second": 2.5}}\n'
         '{"step": 2, "loss": NaN, "timing": {}}\n'
         '{"step": 2, "eval": {"bleu": 11.7, "ema/bleu": 1e-30}}\n')
-  assert np.float32(rows(tmp_path)[0]['loss']) == np.float32(0.1)
+  assert np.float32(entries(tmp_path)[0]['loss']) == np.float32(0.1)
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
   run(tmp_path / 'whole', 1, 10, resume=0, evaluate=(5, 10))
   run(tmp_path / 'cut', 1, 7, resume=0, evaluate=(5,), speed=3.)  # killed in step 8, saved at 5
   with open(tmp_path / 'cut/metrics.jsonl', 'a') as f:
     f.write('{"step": 8, "lo')
   r = run(tmp_path / 'cut', 6, 10, resume=5, evaluate=(10,), speed=2.)
-  assert rows(tmp_path / 'cut') == rows(tmp_path / 'whole')
+  assert entries(tmp_path / 'cut') == entries(tmp_path / 'whole')
   assert r.evaluated == {5, 10}
 
 
-def test_torn_line_goes_and_whole_rows_stay_byte_for_byte(tmp_path):
+def test_a_torn_line_is_removed_and_whole_lines_stay_as_they_are(tmp_path):
   run(tmp_path, 1, 3, resume=0)
   path = tmp_path / 'metrics.jsonl'
   before = path.read_bytes()
@@ -87,26 +87,26 @@ def test_torn_line_goes_and_whole_rows_stay_byte_for_byte(tmp_path):
   assert path.read_bytes() == before
 
 
-def test_run_killed_before_its_evaluation_knows(tmp_path):
+def test_a_run_killed_before_its_evaluation_knows(tmp_path):
   run(tmp_path, 1, 5, resume=0, evaluate=(2,))
   assert run(tmp_path, 6, 5, resume=5).evaluated == {2}
 
 
-def test_from_the_beginning_drops_everything(tmp_path):
+def test_a_run_from_the_beginning_removes_everything(tmp_path):
   run(tmp_path, 1, 3, resume=0, evaluate=(2,))
   with Report(tmp_path, resume_step=0, total_steps=3, tty=False, file=io.StringIO()) as r:
     r.eval(0, {'bleu': 0.})
   assert run(tmp_path, 1, 2, resume=0).evaluated == set()
-  assert [row['step'] for row in rows(tmp_path)] == [1, 2]
+  assert [entry['step'] for entry in entries(tmp_path)] == [1, 2]
 
 
-def test_names_of_a_row_are_reserved(tmp_path):
+def test_keys_of_an_entry_are_reserved(tmp_path):
   with Report(tmp_path, resume_step=0, total_steps=3, tty=False, file=io.StringIO()) as r:
-    with pytest.raises(ValueError, match="'timing'"):
+    with pytest.raises(ValueError, match=r"must not be named .*, got \['timing'\]"):
       r.step(1, {'timing': 1.})
 
 
-def test_tensorboard_purges_what_will_be_written_again(tmp_path):
+def test_tensorboard_hides_what_will_be_written_again(tmp_path):
   run(tmp_path, 1, 2, resume=0)
   run(tmp_path, 2, 2, resume=1, evaluate=(2,))
   tags = ['train/loss', 'train/grad_norm', 'train/skipped', 'timing/steps_per_second',
@@ -116,15 +116,15 @@ def test_tensorboard_purges_what_will_be_written_again(tmp_path):
       ('start', 2), *((t, 2) for t in tags), ('eval/bleu', 2), ('predictions/text_summary', 2)]
 
 
-def test_run_goes_on_when_tensorboard_cannot(tmp_path):
+def test_a_run_continues_without_tensorboard(tmp_path):
   (tmp_path / 'tensorboard').write_text('in the way')
   file = io.StringIO()
   run(tmp_path, 1, 50, resume=0, evaluate=(2,), file=file)
-  assert len(rows(tmp_path)) == 51
-  assert file.getvalue().count('TensorBoard') == 1
+  assert len(entries(tmp_path)) == 51
+  assert file.getvalue().count('TensorBoard is off: cannot write') == 1
 
 
-def test_plain_lines_come_rarely(tmp_path, monkeypatch):
+def test_plain_lines_are_printed_rarely(tmp_path, monkeypatch):
   file, now = io.StringIO(), [100.]
   monkeypatch.setattr('time.monotonic', lambda: now[0])
   with Report(tmp_path, resume_step=0, total_steps=10, file=file) as r:

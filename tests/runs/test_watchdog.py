@@ -1,4 +1,4 @@
-"""A hang becomes stack traces and exit code 124; what only takes long does not."""
+"""A hang becomes stack traces and exit code 124; slow work does not."""
 
 import subprocess
 import sys
@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from t5lab.runs import watchdog as watchdogs
+from t5lab.runs import watchdog
 from t5lab.runs.watchdog import Watchdog
 
-# Beats three steps, then waits for ever in a function whose name the stacks must show.
+# Beats three steps, then waits forever in a function whose name the stacks must show.
 HANG = """
 import sys, threading, time
 from t5lab.runs.watchdog import Watchdog
@@ -39,11 +39,12 @@ def start(tmp_path, how):
 def test_a_hang_ends_with_stacks_and_124(tmp_path, how, doing):
   done = start(tmp_path, how)
   assert done.returncode == 124
-  said = done.stderr.splitlines()[-1]
-  assert said.startswith('t5lab: watchdog: no sign of life for') and 'exit code 124' in said
-  assert f'waiting for: {doing};' in said and str(tmp_path / 'watchdog_2.txt') in said
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('t5lab: watchdog: no sign of life for') and 'exit code 124' in last
+  assert '(limit: ' in last and f'while waiting for: {doing};' in last
+  assert str(tmp_path / 'watchdog_2.txt') in last
   written = (tmp_path / 'watchdog_2.txt').read_text()
-  assert written.splitlines()[0] == said
+  assert written.splitlines()[0] == last
   for text in (done.stderr, written):
     assert 'waits_for_a_peer' in text and text.count('Thread 0x') >= 2
 
@@ -54,7 +55,7 @@ def test_a_full_disk_or_a_missing_folder_does_not_stop_it(tmp_path):
 
 
 class Clock:
-  """In place of the module's time: tests wait for nothing."""
+  """Replaces the module's time, so that tests need not wait."""
   now = 100.
 
   def monotonic(self):
@@ -64,7 +65,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
   clock = Clock()
-  monkeypatch.setattr(watchdogs, 'time', clock)
+  monkeypatch.setattr(watchdog, 'time', clock)
   return clock
 
 
@@ -85,7 +86,7 @@ def test_the_first_step_may_take_as_long_as_it_likes(tmp_path, clock):
   assert Watchdog(0., tmp_path).armed             # nothing to arm
 
 
-def test_slow_steps_have_time_and_so_have_those_under_way(tmp_path, clock):
+def test_slow_steps_and_steps_in_flight_raise_the_limit(tmp_path, clock):
   dog = Watchdog(60., tmp_path)
   steps(dog, clock, 5, 10.)
   assert dog.limit() == 20 * 10
@@ -97,7 +98,7 @@ def test_slow_steps_have_time_and_so_have_those_under_way(tmp_path, clock):
   assert dog.limit() == 20 * 10
 
 
-def test_an_evaluation_has_its_own_limit_and_is_no_step(tmp_path, clock):
+def test_an_evaluation_has_its_own_limit_and_is_not_a_step(tmp_path, clock):
   dog = Watchdog(60., tmp_path)
   steps(dog, clock, 2, 1.)
   dog.beat('step')
@@ -109,20 +110,20 @@ def test_an_evaluation_has_its_own_limit_and_is_no_step(tmp_path, clock):
     clock.now += 500.
   clock.now += 1.
   dog.synced()
-  assert dog.limit() == 60                        # the evaluation is in no median
+  assert dog.limit() == 60                        # the evaluation does not enter the median
   with dog.paused('loading', 0.):
     assert dog.limit() == 0
 
 
-def test_a_sign_of_life_starts_the_time_anew(tmp_path):
-  """In earnest, with the thread: 3 s in an evaluation that has 2 s and ticks are no hang."""
-  left = []
-  with Watchdog(2., tmp_path, leave=left.append) as dog:
+def test_a_sign_of_life_restarts_the_limit(tmp_path):
+  """With the real thread: 1.6 s in an evaluation with a limit of 1 s that ticks is not a hang."""
+  exits = []
+  with Watchdog(1., tmp_path, leave=exits.append) as dog:
     for _ in range(2):
       dog.beat('step')
       dog.synced()
-    with dog.paused('the evaluation', 2.):
-      for _ in range(15):
+    with dog.paused('the evaluation', 1.):
+      for _ in range(8):
         time.sleep(0.2)
         dog.tick()
-  assert not left and not (tmp_path / 'watchdog_0.txt').exists()
+  assert not exits and not (tmp_path / 'watchdog_0.txt').exists()

@@ -1,4 +1,4 @@
-"""Adapters: they start at the base, learn alone, are all that is saved, and merge into it."""
+"""LoRA adapters: they start at the base, are all that is trained and saved, and merge into it."""
 
 import json
 import pathlib
@@ -16,19 +16,19 @@ from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.programs import loading as weights
-from t5lab.programs import loop
+from t5lab.programs import loading, loop, shapes
 from t5lab.runs.checkpoint import Checkpoints
-from t5lab.training import lora
-from t5lab.training import steps as step
+from t5lab.training import lora, steps
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py')
 
 
 @pytest.fixture(autouse=True, scope='module')
 def _one_device():
-  """Where a test names no mesh, one device: the adapters' small all-reduces are what XLA on CPU
-  deadlocks on most (tests/conftest.py)."""
+  """One device where a test names no mesh.
+
+  XLA on CPU deadlocks most often in the adapters' small all-reduces (tests/conftest.py).
+  """
   real, patch = sharding.make_mesh, pytest.MonkeyPatch()
   unnamed = lambda axes: all(n == (-1 if axis == 'data' else 1) for axis, n in axes.items())
   patch.setattr(sharding, 'make_mesh', lambda devices=None, **axes: real(
@@ -38,7 +38,7 @@ def _one_device():
 
 
 def tiny(init='', **overrides):
-  """Two layers, 8 rows of 32 tokens a step; adapters of rank 2 if there is a base."""
+  """Two layers, 8 rows of 32 tokens per step; adapters of rank 2 if there is a base."""
   c = config.load(QUICKSTART + ':tiny', {
       'total_steps': '4', 'checkpoint.every': '2', 'eval.examples': '2', 'eval.max_length': '2',
       'eval.beams': '1', 'checkpoint.best': '', 'optim.ema': '0'})
@@ -50,13 +50,13 @@ def tiny(init='', **overrides):
 
 
 def losses(workdir):
-  rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  return [row['loss'] for row in rows if 'loss' in row]
+  entries = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return [entry['loss'] for entry in entries if 'loss' in entry]
 
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
-  """A run of two steps, whose weights the others adapt."""
+  """A run of two steps, whose weights the other runs adapt."""
   path = tmp_path_factory.mktemp('base')
   loop.train(tiny(total_steps=2), path)
   return path
@@ -69,7 +69,7 @@ def adapted(base, tmp_path_factory):
   return path
 
 
-# -- the adapters themselves -----------------------------------------------------------------------
+# --- the adapters themselves -------------------------------------------------------------------
 
 
 def boxed(c):
@@ -81,11 +81,11 @@ EVERYWHERE = {'t5_1_1': '.*/(attn|cross|mlp)/.*', 'bert': '(.*/mlp/.*|mlm_dense|
 
 
 @pytest.mark.parametrize('name', EVERYWHERE)
-def test_adapters_start_at_the_base_and_merged_are_what_applied_are(name):
+def test_adapters_start_at_the_base_and_merge_into_what_they_compute(name):
   c = CONFIGS[name]
   adapters = nn.unbox(lora.init(boxed(c), [EVERYWHERE[name]], 2, seed=0))
   params, scale = random_params(c), 3.
-  apply = lambda *given: np.asarray(Transformer(c).apply(step.variables(*given), BATCH))
+  apply = lambda *given: np.asarray(Transformer(c).apply(steps.variables(*given), BATCH))
   plain = apply(params, None, 1.)
   np.testing.assert_array_equal(apply(adapters, params, scale), plain)
   flat = trees.flatten(adapters)
@@ -102,14 +102,14 @@ def test_adapters_start_at_the_base_and_merged_are_what_applied_are(name):
   assert np.abs(moved - plain).max() > 1e-2
   np.testing.assert_allclose(apply(merged, None, 1.), moved, rtol=1e-5, atol=1e-5)
   assert not np.allclose(apply(lora.merge(params, adapters, 1.), None, 1.), moved, atol=1e-3)
-  # by hand, of one kernel: W + scale a b
+  # one kernel by hand: W + scale a b
   path = next(p for p in flat if p.endswith('/a')).removesuffix('/a')
   a, b = (np.asarray(trees.flatten(adapters)[f'{path}/{x}'], np.float64) for x in 'ab')
-  want = np.asarray(trees.flatten(params)[path]) + scale * np.matmul(a, b)
-  np.testing.assert_allclose(trees.flatten(merged)[path], want, rtol=1e-5, atol=1e-6)
+  expected = np.asarray(trees.flatten(params)[path]) + scale * np.matmul(a, b)
+  np.testing.assert_allclose(trees.flatten(merged)[path], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_each_kernel_draws_its_own_numbers_and_they_depend_on_the_seed():
+def test_adapters_differ_by_kernel_and_by_seed():
   make = lambda seed: trees.flatten(nn.unbox(lora.init(
       boxed(CONFIGS['t5_1_1']), ['.*/attn/.*'], 2, seed)))
   one, again, other = make(0), make(0), make(1)
@@ -119,25 +119,26 @@ def test_each_kernel_draws_its_own_numbers_and_they_depend_on_the_seed():
 
 
 @pytest.mark.parametrize('name, patterns, rank, message', [
-    ('t5_1_1', ['.*/attn/w/kernel'], 2, r'fits no kernel of this model; its kernels: .*attn/q'),
-    ('t5_1_1', ['.*/attn/q/kernel', 'q'], 2, "lora.kernels has 'q', which fits no kernel"),
-    ('t5_1_1', ['(attn'], 2, 'not a regular expression'),
-    ('t5_1_1', ['embedding'], 2, "'embedding', which fits no kernel"),
-    ('switch', ['.*/experts/.*'], 2, 'fits no kernel'),
-    ('switch', ['.*/router.*'], 2, 'fits no kernel'),
-    ('t5_1_1', ['.*/attn/q/kernel'], 16, 'lora.rank=16: decoder/layers/attn/q/kernel is 16 x 16'),
-    ('t5_1_1', ['.*/attn/q/kernel', '.*/relpos/.*'], 2, 'fits no kernel'),
+    ('t5_1_1', ['.*/attn/w/kernel'], 2, r'matches no kernel of this model; its kernels: .*attn/q'),
+    ('t5_1_1', ['.*/attn/q/kernel', 'q'], 2, "lora.kernels: 'q' matches no kernel"),
+    ('t5_1_1', ['(attn'], 2, r"lora.kernels: '\(attn' is not a regular expression"),
+    ('t5_1_1', ['embedding'], 2, "'embedding' matches no kernel"),
+    ('switch', ['.*/experts/.*'], 2, 'matches no kernel'),
+    ('switch', ['.*/router.*'], 2, 'matches no kernel'),
+    ('t5_1_1', ['.*/attn/q/kernel'], 16,
+     'lora.rank must be below 16 .*decoder/layers/attn/q/kernel is 16 x 16, got 16'),
+    ('t5_1_1', ['.*/attn/q/kernel', '.*/relpos/.*'], 2, 'matches no kernel'),
 ])
-def test_wrong_adapters_are_one_line(name, patterns, rank, message):
+def test_bad_adapters_are_an_error_of_one_line(name, patterns, rank, message):
   with pytest.raises(UsageError, match=message) as e:
     lora.init(boxed(CONFIGS[name]), patterns, rank, seed=0)
   assert '\n' not in str(e.value)
 
 
-# -- a run of them ---------------------------------------------------------------------------------
+# --- runs with adapters ------------------------------------------------------------------------
 
 
-def test_a_run_trains_saves_and_counts_adapters_alone(base, adapted, capsys):
+def test_a_run_trains_saves_and_counts_only_adapters(base, adapted, capsys):
   leaves = Checkpoints(adapted / 'checkpoints').manifest(4).leaves
   params = {p.removeprefix('params/'): shape for p, (shape, _) in leaves.items()
             if p.startswith('params/')}
@@ -146,15 +147,15 @@ def test_a_run_trains_saves_and_counts_adapters_alone(base, adapted, capsys):
   moments = [p for p in leaves if p.startswith('opt_state/')]
   assert moments and all('/attn/' in p or p.endswith('count') for p in moments)
   assert not any(p.startswith('ema/') for p in leaves)
-  loop.train(tiny(base), adapted)                                # finished: says what it is
-  said = capsys.readouterr().out
+  loop.train(tiny(base), adapted)                # has ended: prints its description only
+  output = capsys.readouterr().out
   total = sum(int(np.prod(shape)) for p, (shape, _) in
               Checkpoints(base / 'checkpoints').manifest(2).leaves.items()
               if p.startswith('params/'))
-  assert f'1,024 parameters adapt {total:,} frozen ones' in said
+  assert f'1,024 parameters adapt {total:,} frozen ones' in output
 
 
-def test_load_merges_and_the_base_stays(base, adapted, tmp_path):
+def test_load_merges_and_leaves_the_base_as_it_is(base, adapted, tmp_path):
   before = trees.flatten(t5lab.load(base).params)
   after = trees.flatten(t5lab.load(adapted).params)
   assert before.keys() == after.keys()
@@ -162,11 +163,11 @@ def test_load_merges_and_the_base_stays(base, adapted, tmp_path):
     same = np.array_equal(x, after[path])
     assert same != path.endswith(('attn/q/kernel', 'attn/v/kernel')), path
   saved = arrays(adapted, 4)
-  at = 'encoder/layers/attn/q/kernel'
-  want = np.asarray(before[at]) + 16 / 2 * np.matmul(
-      saved[f'params/{at}/a'], saved[f'params/{at}/b'])
-  np.testing.assert_allclose(after[at], want, rtol=1e-5, atol=1e-6)
-  # the evaluation of the run was of the merged weights, too
+  path = 'encoder/layers/attn/q/kernel'
+  expected = np.asarray(before[path]) + 16 / 2 * np.matmul(
+      saved[f'params/{path}/a'], saved[f'params/{path}/b'])
+  np.testing.assert_allclose(after[path], expected, rtol=1e-5, atol=1e-6)
+  # the run's own evaluation used the merged weights too
   lab = t5lab.load(adapted)
   predictions = [json.loads(line) for line in
                  (adapted / 'eval' / '4.raw.jsonl').read_text().splitlines()]
@@ -174,34 +175,34 @@ def test_load_merges_and_the_base_stays(base, adapted, tmp_path):
 
 
 def test_training_starts_with_the_loss_of_the_base(base, adapted, tmp_path):
-  """The first step's loss is that of a plain run from the same weights; then it goes down."""
+  """The first loss equals that of a plain run from the same weights; then it falls."""
   loop.train(tiny(base, lora__rank=0, total_steps=1, optim__warmup=1), tmp_path)
   np.testing.assert_allclose(losses(adapted)[0], losses(tmp_path)[0], rtol=1e-6)
   assert losses(adapted)[-1] < losses(adapted)[0]
 
 
-def test_two_steps_and_two_more_are_four(base, adapted, tmp_path):
+def test_two_steps_and_two_resumed_ones_equal_four(base, adapted, tmp_path):
   shutil.copytree(adapted, tmp_path / 'run')
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / 'step_00000004')
   (tmp_path / 'run' / 'metrics.jsonl').unlink()
   loop.train(tiny(base), tmp_path / 'run')
   assert losses(tmp_path / 'run') == losses(adapted)[2:]
-  ours, theirs = arrays(tmp_path / 'run', 4), arrays(adapted, 4)
-  assert ours.keys() == theirs.keys()
-  for path in ours:
-    np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+  resumed, uninterrupted = arrays(tmp_path / 'run', 4), arrays(adapted, 4)
+  assert resumed.keys() == uninterrupted.keys()
+  for path in resumed:
+    np.testing.assert_array_equal(resumed[path], uninterrupted[path], err_msg=path)
 
 
-def test_on_eight_devices_in_another_layout_the_losses_are_the_same(base, adapted, tmp_path):
+def test_eight_devices_in_another_layout_give_the_same_losses(base, adapted, tmp_path):
   c = tiny(base, mesh__data=1, mesh__fsdp=4, mesh__model=2, rules='fsdp_tp', total_steps=2)
   loop.train(c, tmp_path)
   np.testing.assert_allclose(losses(tmp_path), losses(adapted)[:2], rtol=1e-5)
-  pair = lora.init(weights.boxed_params(c), c.lora.kernels, 2, 0)['encoder']['layers']['attn']['q']
+  pair = lora.init(shapes.boxed_params(c), c.lora.kernels, 2, 0)['encoder']['layers']['attn']['q']
   assert pair['kernel']['a'].names == ('layers', 'embed', None)
   assert pair['kernel']['b'].names == ('layers', None, 'heads')
 
 
-def test_adafactor_and_an_average_of_the_adapters(base, tmp_path):
+def test_adapters_work_with_adafactor_and_an_average(base, tmp_path):
   loop.train(tiny(base, optim__name='adafactor', optim__ema=0.5, total_steps=2), tmp_path)
   leaves = Checkpoints(tmp_path / 'checkpoints').manifest(2).leaves
   assert {p.split('/')[0] for p in leaves} == {'step', 'params', 'ema', 'opt_state'}
@@ -214,22 +215,22 @@ def test_adafactor_and_an_average_of_the_adapters(base, tmp_path):
 def test_adapters_of_other_weights_are_refused(base, adapted, tmp_path):
   shutil.copytree(base, tmp_path / 'base')
   shutil.copytree(adapted, tmp_path / 'run')
-  c = weights.read_config(tmp_path / 'run')
+  c = loading.read_config(tmp_path / 'run')
   c.init.path = str(tmp_path / 'base')
-  weights.load(tmp_path / 'run', config=c)                       # the same in another place
+  loading.load(tmp_path / 'run', c=c)                       # the same base, elsewhere
   other = {path: x + 1 for path, x in arrays(base, 2).items()}
   shutil.rmtree(tmp_path / 'base' / 'checkpoints')
   checkpoints = Checkpoints(tmp_path / 'base' / 'checkpoints')
   checkpoints.save(2, trees.unflatten(other), meta={})
   checkpoints.wait()
   with pytest.raises(CheckpointError, match='holds adapters of other weights than'):
-    weights.load(tmp_path / 'run', config=c)
+    loading.load(tmp_path / 'run', c=c)
   (tmp_path / 'run' / 'config.json').write_text(json.dumps(config.to_dict(c)))
-  with pytest.raises(CheckpointError, match='adapters of other weights'):   # to go on, too
+  with pytest.raises(CheckpointError, match='adapters of other weights'):   # nor resumed
     loop.train(tiny(tmp_path / 'base'), tmp_path / 'run')
 
 
-def test_what_cannot_be_adapted(base, adapted, tmp_path):
+def test_configs_that_cannot_train_adapters(base, adapted, tmp_path):
   with pytest.raises(UsageError, match='lora.rank adapts frozen weights: name them with init.path'):
     loop.train(tiny(lora__rank=2), tmp_path / 'a')
   with pytest.raises(UsageError, match='is a run of adapters: export it'):
