@@ -23,7 +23,7 @@ from t5lab.data import vocab
 from t5lab.errors import UsageError
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
-from t5lab.programs import loading
+from t5lab.programs import loading, shapes
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import (
@@ -138,8 +138,8 @@ def read_t5x(path, spec: str = '', progress=None) -> Source:
   model = TransformerConfig(**t5x.fields(reader))
 
   def read_optimizer():
-    shapes = jax.eval_shape(optim.scale_by_adafactor().init, loading.abstract_params(model))
-    return t5x.read_optimizer(reader, model, scanned, shapes)
+    moments = jax.eval_shape(optim.scale_by_adafactor().init, shapes.abstract_params(model))
+    return t5x.read_optimizer(reader, model, scanned, moments)
 
   source = _mapped_source(path, model, t5x.tensor_rows(model, scanned), reader, spec, {}, progress,
                           step=reader.step or 0,
@@ -156,7 +156,7 @@ def _mapped_source(path, model, rows, reader, spec, generation, progress, *, ign
   return Source(
       str(path), model, c,
       read_params=lambda: tensor_map.read(
-          rows, reader, loading.abstract_params(model), ignore=ignore, what=str(path),
+          rows, reader, shapes.abstract_params(model), ignore=ignore, what=str(path),
           progress=progress),
       verify=lambda params: _count_equal(tensor_map.write(rows, params), reader, str(path)),
       **fields)

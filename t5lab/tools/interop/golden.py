@@ -14,7 +14,7 @@ import numpy as np
 
 from t5lab.models.families import TransformerConfig, row
 from t5lab.models.transformer import Transformer
-from t5lab.programs import loading
+from t5lab.programs import shapes
 from t5lab.tools.interop import hf, tensor_map
 
 # Families at a small size; fields that are not listed have the family's value.
@@ -135,14 +135,14 @@ class FilledReader:
 
 
 def filled_tensors(c: TransformerConfig) -> dict[str, np.ndarray]:
-  return fill(tensor_map.shapes(hf.format_for(c).tensor_rows(c), loading.abstract_params(c)))
+  return fill(tensor_map.shapes(hf.format_for(c).tensor_rows(c), shapes.abstract_params(c)))
 
 
 def model_logits(name: str) -> np.ndarray:
   """Returns float32[B, T, V]: our Transformer on the filled tensors, read through our rows."""
   c = config(name)
   params = tensor_map.read(hf.format_for(c).tensor_rows(c), FilledReader(filled_tensors(c)),
-                           loading.abstract_params(c))
+                           shapes.abstract_params(c))
   with jax.default_matmul_precision('highest'):
     return np.asarray(jax.jit(Transformer(c).apply)({'params': params}, features(c)))
 

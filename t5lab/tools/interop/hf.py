@@ -363,10 +363,9 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
 
 
 def format_for(c: TransformerConfig) -> Format:
-  """Returns the Hugging Face architecture that computes what c describes; UsageError if none does.
-  """
+  """Returns the Hugging Face architecture that computes c; UsageError if there is none."""
   if (c.kind, c.positions) not in CANDIDATES:
-    raise UsageError(f'no Hugging Face architecture here is a {c.kind.replace("_", "-")} with '
+    raise UsageError(f'no Hugging Face architecture is known for {c.kind.replace("_", "-")}s with '
                      f'{c.positions} positions; known: {", ".join(FORMATS)}')
   format_ = CANDIDATES[c.kind, c.positions]
   # Through its config.json and back: a field that the architecture cannot express has its default.
@@ -376,6 +375,6 @@ def format_for(c: TransformerConfig) -> Format:
   lost = [f'{field.name}={getattr(c, field.name)!r}' for field in dataclasses.fields(c)
           if field.name not in FREE and getattr(back, field.name) != getattr(c, field.name)]
   if lost or back.kv_heads != c.kv_heads:
-    raise UsageError(f'{config["architectures"][0]}, the nearest architecture of Hugging Face, '
+    raise UsageError(f"Hugging Face's {config['architectures'][0]}, the nearest architecture, "
                      f'cannot express {", ".join(lost) or "n_kv_heads"}')
   return format_

@@ -11,17 +11,13 @@ PROJECTIONS = ('q', 'k', 'v', 'o')
 
 
 def _linear(path: str, name: str, layer, bias: bool = True, op=TRANSPOSE) -> list[TensorRow]:
-  rows = [TensorRow(f'{path}/kernel', f'{name}.weight', layer, op)]
-  if bias:
-    rows.append(TensorRow(f'{path}/bias', f'{name}.bias', layer))
-  return rows
+  kernel = TensorRow(f'{path}/kernel', f'{name}.weight', layer, op)
+  return [kernel, TensorRow(f'{path}/bias', f'{name}.bias', layer)] if bias else [kernel]
 
 
 def _norm(path: str, name: str, layer=None, bias: bool = True) -> list[TensorRow]:
-  rows = [TensorRow(f'{path}/scale', f'{name}.weight', layer)]
-  if bias:
-    rows.append(TensorRow(f'{path}/bias', f'{name}.bias', layer))
-  return rows
+  scale = TensorRow(f'{path}/scale', f'{name}.weight', layer)
+  return [scale, TensorRow(f'{path}/bias', f'{name}.bias', layer)] if bias else [scale]
 
 
 def t5(c: TransformerConfig) -> list[TensorRow]:
@@ -89,12 +85,12 @@ def _t5_feed_forward(c, path, name, layer, i):
                       TRANSPOSE)]
     for e in range(c.experts):
       rows += [TensorRow(f'{path}/moe/experts/{kernel}',
-                         f'{name}.mlp.experts.expert_{e}.{theirs}.weight', (layer, e), TRANSPOSE)
-               for kernel, theirs in pairs]
+                         f'{name}.mlp.experts.expert_{e}.{linear}.weight', (layer, e), TRANSPOSE)
+               for kernel, linear in pairs]
     return rows
   dense = 'mlp' if c.experts else 'DenseReluDense'
-  return [row for kernel, theirs in pairs
-          for row in _linear(f'{path}/mlp/{kernel}', f'{name}.{dense}.{theirs}', layer, False)]
+  return [row for kernel, linear in pairs
+          for row in _linear(f'{path}/mlp/{kernel}', f'{name}.{dense}.{linear}', layer, False)]
 
 
 def bart(c: TransformerConfig) -> list[TensorRow]:
@@ -146,8 +142,8 @@ def llama(c: TransformerConfig) -> list[TensorRow]:
     path, name = 'decoder/layers', f'model.layers.{i}'
     for p in PROJECTIONS:
       rows += _linear(f'{path}/attn/{p}', f'{name}.self_attn.{p}_proj', i, False)
-    for kernel, theirs in (('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down')):
-      rows += _linear(f'{path}/mlp/{kernel}', f'{name}.mlp.{theirs}_proj', i, False)
+    for kernel, linear in (('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down')):
+      rows += _linear(f'{path}/mlp/{kernel}', f'{name}.mlp.{linear}_proj', i, False)
     rows += _norm(f'{path}/attn_norm', f'{name}.input_layernorm', i, False)
     rows += _norm(f'{path}/mlp_norm', f'{name}.post_attention_layernorm', i, False)
   return rows
@@ -161,8 +157,8 @@ def bert(c: TransformerConfig) -> list[TensorRow]:
           *_norm('encoder/embed_norm', f'{embeddings}.LayerNorm')]
   for i in range(c.enc_layers):
     path, name = 'encoder/layers', f'bert.encoder.layer.{i}'
-    for p, theirs in zip('qkv', ('query', 'key', 'value')):
-      rows += _linear(f'{path}/attn/{p}', f'{name}.attention.self.{theirs}', i)
+    for p, projection in zip('qkv', ('query', 'key', 'value')):
+      rows += _linear(f'{path}/attn/{p}', f'{name}.attention.self.{projection}', i)
     rows += _linear(f'{path}/attn/o', f'{name}.attention.output.dense', i)
     rows += _norm(f'{path}/attn_norm', f'{name}.attention.output.LayerNorm', i)
     rows += _linear(f'{path}/mlp/wi_0', f'{name}.intermediate.dense', i)

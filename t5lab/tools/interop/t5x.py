@@ -73,15 +73,15 @@ def _stack_rows(c, stack, layers, scanned):
 
   # (our path, their name, op) of the arrays of one layer.
   layers_first = LAYERS_FIRST if scanned else COPY
-  blocks = {ours: theirs for ours, theirs in BLOCKS[stack].items()
-            if ours == 'attn' or c.enc_layers}
+  blocks = {block: name for block, name in BLOCKS[stack].items()
+            if block == 'attn' or c.enc_layers}
   arrays = []
-  for block, theirs in blocks.items():
+  for block, name in blocks.items():
     for p, projection in PROJECTIONS.items():
       op = _split_heads(c, p == 'o') if scanned else COPY
-      arrays.append((f'{block}/{p}/kernel', f'{theirs}/{projection}/kernel', op))
-  for block, theirs in blocks.items():
-    norm = theirs.replace('encoder_decoder', 'cross')
+      arrays.append((f'{block}/{p}/kernel', f'{name}/{projection}/kernel', op))
+  for block, name in blocks.items():
+    norm = name.replace('encoder_decoder', 'cross')
     arrays.append((f'{block}_norm/scale', f'pre_{norm}_layer_norm/scale', layers_first))
   arrays.append(('mlp_norm/scale', 'pre_mlp_layer_norm/scale', layers_first))
   for j in range(len(c.acts)):
@@ -89,15 +89,14 @@ def _stack_rows(c, stack, layers, scanned):
     arrays.append((f'mlp/wi_{j}/kernel', f'mlp/{up}/kernel', layers_first))
   arrays.append(('mlp/wo/kernel', 'mlp/wo/kernel', layers_first))
   if c.per_layer_bias:
-    arrays.append(('relpos/table', 'relpos_bias/rel_embedding',
-                   LAYER_TABLES if scanned else TRANSPOSE))
+    op = LAYER_TABLES if scanned else TRANSPOSE
+    arrays.append(('relpos/table', 'relpos_bias/rel_embedding', op))
 
-  path = f'{stack}/layers'
   if scanned:
-    return rows + [TensorRow(f'{path}/{ours}', f'{stack}/{stack}/{theirs}', op=op)
-                   for ours, theirs, op in arrays]
-  return rows + [TensorRow(f'{path}/{ours}', f'{stack}/layers_{i}/{theirs}', layer=i, op=op)
-                 for i in range(layers) for ours, theirs, op in arrays]
+    return rows + [TensorRow(f'{stack}/layers/{path}', f'{stack}/{stack}/{name}', op=op)
+                   for path, name, op in arrays]
+  return rows + [TensorRow(f'{stack}/layers/{path}', f'{stack}/layers_{i}/{name}', layer=i, op=op)
+                 for i in range(layers) for path, name, op in arrays]
 
 
 LAYERS_FIRST = Op(lambda x: np.moveaxis(x, 1, 0), lambda x: np.moveaxis(x, 0, 1))
@@ -189,51 +188,44 @@ def fields(reader) -> dict:
 
 
 class _SlotMap(NamedTuple):
-  """Maps Adafactor's state of one of our arrays, or one layer of it, to T5X's slots."""
-  factors: dict[str, str]                   # {our 'v_row' or 'v_col': their name of it}
-  shapes: dict[str, tuple[int, ...]]        # {their factor: its shape}
-  forward: Callable[[str, np.ndarray], np.ndarray]    # (their factor, value) -> ours
-  inverse: Callable[[str, np.ndarray], np.ndarray]    # (their factor, our value) -> theirs
+  """Maps the factors (v_row, v_col) of one of our arrays, or one layer of it, to T5X's slots."""
+  factors: dict[str, str]                   # {our 'v_row' or 'v_col': T5X's name of it}
+  shapes: dict[str, tuple[int, ...]]        # {T5X's factor: its shape}
+  forward: Callable[[str, np.ndarray], np.ndarray]    # (T5X's factor, its value) -> our value
+  inverse: Callable[[str, np.ndarray], np.ndarray]    # (T5X's factor, our value) -> its value
 
 
-def _slot_map(row: TensorRow, theirs: tuple[int, ...]) -> _SlotMap:
-  """Maps the factors of a parameter whose shape in T5X is `theirs`.
+def _slot_map(row: TensorRow, shape: tuple[int, ...]) -> _SlotMap:
+  """Returns the map for a parameter of this shape in T5X.
 
   T5X and optax both keep the smaller axis of a matrix in v_row, of equal axes the first. Scanned
   kernels follow standard_logical_factor_rules instead: v_row keeps 'embed' (D) and v_col the rest,
   each for every layer. So their vectors are ours, but the names may be swapped.
   [google-research/t5x, adafactor.py]
   """
-  ours = row.op.forward(np.broadcast_to(np.float32(0), theirs)).shape
-  ndim, stacked = len(theirs), _is_stacked(row)
-  unchanged = lambda factor, x: x
+  our_shape = row.op.forward(np.broadcast_to(np.float32(0), shape)).shape
+  ndim, stacked = len(shape), _is_stacked(row)
+  forward = inverse = lambda factor, x: x
+  row_axis, shapes = 0, {}        # row_axis: that T5X's v_row keeps of our matrix
   if stacked and ndim > 2:
     embed = ndim - 1 if re.search(r'/(o|wo)/kernel', row.path) else 0
-    others = tuple(axis for axis in range(ndim) if axis not in (1, embed))
-    axes = {'v_row': (embed,), 'v_col': others}                 # kept besides the layers, axis 1
-    their_row_axis = 1 if embed else 0                          # of v_row in our matrix of a layer
+    row_axis = 1 if embed else 0
+    axes = {'v_row': (embed,), 'v_col': tuple(i for i in range(ndim) if i not in (1, embed))}
+    shapes = {factor: tuple(shape[i] for i in sorted((1, *kept))) for factor, kept in axes.items()}
 
-    def forward(factor, x):
-      return (np.moveaxis(x, 1, 0) if 0 in axes[factor] else x).reshape(ours[0], -1)
+    def forward(factor, x):       # the layers are axis 1, or axis 0 where no axis precedes them
+      return (np.moveaxis(x, 1, 0) if 0 in axes[factor] else x).reshape(our_shape[0], -1)
 
     def inverse(factor, x):
-      x = x.reshape(ours[0], *(theirs[axis] for axis in axes[factor]))
+      x = x.reshape(our_shape[0], *(shape[i] for i in axes[factor]))
       return np.moveaxis(x, 0, 1) if 0 in axes[factor] else x
-
-    shapes = {factor: tuple(theirs[axis] for axis in sorted({1, *axes[factor]})) for factor in axes}
   elif ndim == 2:
-    forward = inverse = unchanged
-    smaller = _smaller_axis(theirs)
-    their_row_axis = 1 - smaller if row.op is TRANSPOSE else smaller
-    shapes = {'v_row': (theirs[smaller],), 'v_col': (theirs[1 - smaller],)}
-  else:
-    forward = inverse = unchanged
-    their_row_axis, shapes = 0, {}
-  our_row_axis = _smaller_axis(ours[1:] if stacked else ours)
-  swapped = our_row_axis != their_row_axis
+    smaller = _smaller_axis(shape)
+    row_axis = 1 - smaller if row.op is TRANSPOSE else smaller
+    shapes = {'v_row': (shape[smaller],), 'v_col': (shape[1 - smaller],)}
+  swapped = _smaller_axis(our_shape[1:] if stacked else our_shape) != row_axis
   names = ('v_col', 'v_row') if swapped else ('v_row', 'v_col')
-  factors = dict(zip(('v_row', 'v_col'), names))
-  return _SlotMap(factors, shapes, forward, inverse)
+  return _SlotMap(dict(zip(('v_row', 'v_col'), names)), shapes, forward, inverse)
 
 
 def _smaller_axis(shape) -> int:
@@ -331,13 +323,13 @@ def _slot_values(rows, params, optimizer, scanned):
                        'does not fit into a scanned T5X checkpoint: write the parameters only')
     slots |= {f'{row.name}/{slot}': lambda: np.zeros((1,), np.float32) for slot in SLOTS}
     shape = np.shape(params[row.path])[0 if row.layer is None else 1:]
-    theirs = row.op.inverse(np.broadcast_to(np.float32(0), shape)).shape
+    t5x_shape = row.op.inverse(np.broadcast_to(np.float32(0), shape)).shape
     if _is_factored(state, row):
-      slot_map = _slot_map(row, theirs)
+      slot_map = _slot_map(row, t5x_shape)
       for key, factor in slot_map.factors.items():
         slots[f'{row.name}/{factor}'] = functools.partial(factor_value, row, key, slot_map)
       continue
-    if _is_stacked(row) and len(theirs) > 2 and not row.path.endswith('relpos/table'):
+    if _is_stacked(row) and len(t5x_shape) > 2 and not row.path.endswith('relpos/table'):
       raise UsageError(f'{row.path} {shape} is not factored in our optimizer state, but in every '
                        'scanned T5X checkpoint: write the parameters only')
     slots[f'{row.name}/v'] = functools.partial(v_value, row)

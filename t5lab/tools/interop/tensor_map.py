@@ -185,18 +185,8 @@ def write(rows: Iterable[TensorRow], params) -> Iterator[tuple[str, np.ndarray]]
 
 def shapes(rows: Iterable[TensorRow], abstract) -> dict[str, tuple[int, ...]]:
   """Returns {their name: shape} of what `write` yields, from the shapes of our arrays alone."""
-  zeros = {path: np.broadcast_to(np.float32(0), leaf.shape)
-           for path, leaf in trees.flatten(abstract).items()}
-  out = {}
-  for name, (row, *_) in group(rows).items():
-    value = row.layer_of(zeros)
-    if row.part is not None:
-      axis, _, n = row.part
-      whole = list(value.shape)
-      whole[axis] *= n
-      value = np.broadcast_to(np.float32(0), whole)
-    out[name] = tuple(row.op.inverse(value).shape)
-  return out
+  zeros = trees.map_paths(lambda _, leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+  return {name: tensor.shape for name, tensor in write(rows, zeros)}
 
 
 def group(rows: Iterable[TensorRow]) -> dict[str, list[TensorRow]]:

@@ -90,7 +90,7 @@ def test_without_torch_the_certificate_has_golden_vectors_and_the_round_trip(our
 def test_t5x_and_back(ours, tmp_path, capsys):
   """Ours to T5X, unscanned and Orbax, and back to ours: the same arrays."""
   expected = trees.flatten(t5lab.load(ours('t5_1_1')).params)
-  for i, form in enumerate(((), ('--orbax',))):
+  for i, form in enumerate(((), ('--orbax', '--golden'))):
     there, back = tmp_path / f'checkpoint_{i}', tmp_path / f'back_{i}'
     code, out, err = run('--from', 't5lab', '--to', 't5x', *form, ours('t5_1_1'), there,
                          capsys=capsys)
@@ -101,7 +101,7 @@ def test_t5x_and_back(ours, tmp_path, capsys):
     params = trees.flatten(t5lab.load(back).params)
     assert params.keys() == expected.keys()
     assert all(np.array_equal(params[k], expected[k]) for k in expected)
-  code, _, err = run('--from', 't5lab', '--to', 't5x', '--scanned', ours('umt5'),
+  code, _, err = run('--from', 't5lab', '--to', 't5x', '--scanned', '--golden', ours('umt5'),
                      tmp_path / 'scanned', capsys=capsys)
   assert code == 0, err
   code, _, err = run('--from', 't5x', '--to', 'hf', tmp_path / 'scanned', tmp_path / 'hf',
@@ -372,8 +372,9 @@ def test_a_run_of_ours_goes_to_hugging_face_with_its_tokenizer(tmp_path_factory,
   from t5lab.programs import loop
   folder = tmp_path_factory.mktemp('run')
   quickstart = pathlib.Path(__file__).parents[3] / 'configs' / 'quickstart.py'
-  loop.train(config.load(f'{quickstart}:tiny', {'eval.examples': '2', 'total_steps': '2'}),
-             folder / 'run')
+  loop.train(config.load(f'{quickstart}:tiny', {
+      'total_steps': '2', 'eval.examples': '2', 'eval.beams': '1', 'eval.max_length': '2'}),
+      folder / 'run')
   code, out, err = run('--from', 't5lab', '--to', 'hf', folder / 'run', folder / 'hf',
                        capsys=capsys)
   assert code == 0, err

@@ -249,18 +249,18 @@ def test_rotary_pairs_move_apart_and_back():
 def test_rotation_gives_the_same_scores_in_both_layouts(rng):
   """q . k after rotating their adjacent pairs equals q . k after rotating ours."""
   heads, size, d = 2, 8, 5
-  theirs = rng.normal(size=(2, heads * size, d))                 # q and k
-  ours = [gguf._rotary(heads).forward(w) for w in theirs]
+  adjacent = rng.normal(size=(2, heads * size, d))               # q and k
+  apart = [gguf._rotary(heads).forward(w) for w in adjacent]
   x = rng.normal(size=(3, d))
   angle = np.arange(3)[:, None, None] * 100. ** (-np.arange(0, size, 2) / size)
   rotated = []
-  for w in theirs:
+  for w in adjacent:
     y = (x @ w.T).reshape(3, heads, size // 2, 2)
     z = (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angle)
     rotated.append(np.stack([z.real, z.imag], -1).reshape(3, heads, size))
   a = np.einsum('tnh,snh->nts', *rotated)
   rotated = []
-  for w in ours:
+  for w in apart:
     y = (x @ w).reshape(3, heads, 2, size // 2)
     z = (y[:, :, 0] + 1j * y[:, :, 1]) * np.exp(1j * angle)
     rotated.append(np.concatenate([z.real, z.imag], -1))

@@ -13,9 +13,12 @@ import torch
 
 from t5lab import trees
 from t5lab.decoding.engine import Decoding, Engine
+from t5lab.errors import UsageError
+from t5lab.models import families
 from t5lab.models.cache import decoding
+from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.programs import loading
+from t5lab.programs import shapes
 from t5lab.tools.interop import golden, hf, tensor_files, tensor_map
 
 ENCODER = np.array([[5, 7, 9, 11, 13, 6, 8, 17, 2, 3, 19, 33, 41, 29, 23, 4, 45, 12, 10, 1, 40],
@@ -32,7 +35,7 @@ def converted(tmp_path_factory):
     save(name, folder)
     config = json.loads((folder / 'config.json').read_text())
     format_, c, reader = hf.read_config(config, tensor_files.open_hf(folder))
-    params = tensor_map.read(format_.tensor_rows(c), reader, loading.abstract_params(c),
+    params = tensor_map.read(format_.tensor_rows(c), reader, shapes.abstract_params(c),
                              ignore=format_.ignore)
     return c, params, format_, reader
   return get
@@ -131,6 +134,39 @@ def test_beam_search(name, converted):
   c, params, _, _ = converted(name)
   tokens, expected = generate(name, c, params, beams=4, alpha=0.)
   np.testing.assert_array_equal(tokens, expected)
+
+
+ARCHITECTURES = {
+    'T5ForConditionalGeneration': 't5_1_0 t5_1_1 t5_1_1_lm flan_t5 mt5 byt5 ul2 tiny',
+    'UMT5ForConditionalGeneration': 'umt5',
+    'LongT5ForConditionalGeneration': 'longt5_local longt5_tglobal',
+    'BartForConditionalGeneration': 'bart', 'BertForPreTraining': 'bert', 'BertModel': 'minilm',
+    'GPT2LMHeadModel': 'gpt2 gpt3', 'LlamaForCausalLM': 'llama1 llama2 llama3 llama3_1 smollm2'}
+REFUSED = {
+    'decoder': 'no Hugging Face architecture is known for decoders with relative positions',
+    't5gemma': 'no Hugging Face architecture is known for encoder-decoders with rope positions',
+    'transformer_2017': 'is known for encoder-decoders with sinusoid positions; known: t5, mt5,',
+    'switch': 'models with experts cannot be written', 'st_moe': 'models with experts cannot be'}
+
+
+def test_every_family_has_its_architecture_or_is_refused():
+  expected = {family: name for name, group in ARCHITECTURES.items() for family in group.split()}
+  for row in families.ROWS:
+    c, family = TransformerConfig(**families.row(row)), row.split('/')[0]
+    if family in REFUSED:
+      with pytest.raises(UsageError, match=REFUSED[family]):
+        hf.format_for(c)
+    else:
+      assert hf.format_for(c).config(c)['architectures'] == [expected[family]]
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(acts=('gelu', 'linear')), r"LlamaForCausalLM, .* cannot express acts=\('gelu', 'linear'"),
+    (dict(embed_scale=True), 'LlamaForCausalLM, .* cannot express embed_scale=True'),
+    (dict(enc_layers=2), 'for encoder-decoders with rope positions')])
+def test_rope_alone_does_not_make_a_llama(change, message):
+  with pytest.raises(UsageError, match=message):
+    hf.format_for(TransformerConfig(**{**families.row('llama3/8b'), **change}))
 
 
 @pytest.mark.parametrize('name', golden.CONFIGS)

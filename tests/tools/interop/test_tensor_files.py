@@ -94,11 +94,16 @@ def test_torch_reads_what_we_write_bfloat16_and_float8_too(tmp_path, rng):
   assert all(is_same(reader.read(n), a) for n, a in tensors.items())
 
 
-def test_shards_their_index_and_transposed_views(tmp_path, rng):
+def test_shards_their_index_and_transposed_views(tmp_path, rng, monkeypatch):
   tensors = {f'layer.{i}': rng.normal(size=(6, 4)).astype(np.float32).T for i in range(5)}
+  events, fsync, replace = [], os.fsync, os.replace
+  monkeypatch.setattr(os, 'fsync', lambda fd: (events.append('fsync'), fsync(fd)))
+  monkeypatch.setattr(os, 'replace', lambda a, b: (events.append(b.name), replace(a, b)))
   written = tensor_files.write_safetensors(
       tmp_path, tensors.items(), specs(tensors), max_shard_bytes=200)   # two of 96 bytes a file
   assert written == [f'model-0000{i}-of-00003.safetensors' for i in (1, 2, 3)] + [INDEX]
+  # All four files are on disk before the first gets its name; the index gets its name last.
+  assert events[:4] == ['fsync'] * 4 and [e for e in events if e != 'fsync'] == written
   index = json.loads((tmp_path / INDEX).read_text())
   assert index['metadata'] == {'total_size': 480}
   assert index['weight_map']['layer.4'] == 'model-00003-of-00003.safetensors'
