@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from t5lab.models import families
-from t5lab.programs import loading
+from t5lab.programs import shapes
 from t5lab.tools.interop import hf, tensor_files, tensor_map
 
 
@@ -29,7 +29,7 @@ def write_model(folder: Path, family: str) -> tuple[float, float]:
   """
   c = families.TransformerConfig(**families.row(family))
   format_ = hf.format_for(c)
-  shapes = tensor_map.shapes(format_.tensor_rows(c), loading.abstract_params(c))
+  tensors = tensor_map.shapes(format_.tensor_rows(c), shapes.abstract_params(c))
   (folder / 'config.json').write_text(json.dumps(format_.config(c)))
   block = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 
@@ -39,19 +39,19 @@ def write_model(folder: Path, family: str) -> tuple[float, float]:
     return (x * np.float32(scale)).astype(np.float32)
 
   tensor_files.write_safetensors(
-      folder, ((name, tensor(shape)) for name, shape in shapes.items()),
-      {name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()})
-  sizes = [int(np.prod(shape)) * 4 / 1e9 for shape in shapes.values()]
+      folder, ((name, tensor(shape)) for name, shape in tensors.items()),
+      {name: (shape, np.dtype(np.float32)) for name, shape in tensors.items()})
+  sizes = [int(np.prod(shape)) * 4 / 1e9 for shape in tensors.values()]
   return sum(sizes), max(sizes)
 
 
-def main():
+def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('family')
   parser.add_argument('--golden', action='store_true')
   parser.add_argument('--to', default='t5lab', choices=('t5lab', 'hf', 't5x'))
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   folder = Path(tempfile.mkdtemp(prefix='convert_', dir='.'))
   try:
     (folder / 'src').mkdir()

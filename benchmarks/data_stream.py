@@ -1,11 +1,11 @@
-r"""How fast the stream of batches is, and how far it may jump, from a cache of many examples.
+r"""Measures how fast batches come from a cache of many examples, and how fast a step is reached.
 
   python benchmarks/data_stream.py [EXAMPLES] [DIR]
 
-Writes EXAMPLES (a million) random pairs of 5 to 60 tokens as a cache of 16 shards, then prints: the
-seconds to open it the first time (its blocks are packed) and again, to the first batch, to the
-batch of step 1,000,000, and the batches of 64 packed rows of 64 + 64 tokens a second, one after the
-other and from the thread that reads ahead; beside them those of 200,000 examples in memory.
+Writes EXAMPLES (default one million) random pairs of 5 to 60 tokens as a cache of 16 shards. Prints
+the seconds to open it for the first time (its blocks are packed) and again, to the first batch and
+to the batch of step 1,000,000, then batches per second of 64 packed rows of 64 + 64 tokens, one
+after the other and from the thread that reads ahead; then the same for 200,000 examples in memory.
 """
 import pathlib
 import sys
@@ -15,13 +15,14 @@ import time
 import numpy as np
 
 from t5lab.data.batches import cache, pipeline
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.batches.examples import InMemoryExamples
+from t5lab.data.tasks import registry
 
 LENGTHS = {'inputs': 64, 'targets': 64}
 SHARDS = 16
 
 
-def examples(k, count):
+def random_examples(k, count):
   rng = np.random.default_rng(k)
   for _ in range(count):
     inputs, targets = rng.integers(5, 60, 2)
@@ -29,51 +30,57 @@ def examples(k, count):
            'targets': rng.integers(3, 2000, targets, dtype=np.int32)}
 
 
-def clock(what, run):
-  before = time.perf_counter()
-  out = run()
-  print(f'{what:<48}{time.perf_counter() - before:8.3f} s', flush=True)
-  return out
+def write_cache(folder, count):
+  features, identity = tuple(LENGTHS), {'task': 'random'}
+  entries = cache.begin(folder, identity, SHARDS, {})
+  for k in range(SHARDS):
+    if k not in entries:
+      entries[k] = cache.write_shard(folder, k, SHARDS, random_examples(k, count // SHARDS),
+                                     features)
+  cache.commit(folder, identity, features, entries, (), '')
+  for layout in (*folder.glob('rows-*.npy'), *folder.glob('layout*.npy')):
+    layout.unlink()                    # so that the first opening packs
+  return cache.Cached(folder, identity, '')
 
 
-def open_pipeline(found):
-  component = tasks.Component('random', 1., found, None)
+def open_pipeline(examples):
+  component = registry.Component('random', 1., examples, None)
   return pipeline.Pipeline([component], LENGTHS, batch_size=64, seed=0)
 
 
-def rate(what, make, count):
-  before = time.perf_counter()
-  for _ in make():
+def print_seconds(name, run):
+  start = time.perf_counter()
+  result = run()
+  print(f'{name:<48}{time.perf_counter() - start:8.3f} s', flush=True)
+  return result
+
+
+def print_rate(name, batches, count):
+  start = time.perf_counter()
+  for _ in batches:
     pass
-  print(f'{what:<48}{count / (time.perf_counter() - before):8.1f} batches/s', flush=True)
+  print(f'{name:<48}{count / (time.perf_counter() - start):8.1f} batches/s', flush=True)
 
 
-def main(count=1_000_000, root=None):
+def main(count=1_000_000, root=None, batches=200):
   root = root or tempfile.mkdtemp(prefix='data_stream_')
-  where = cache.folder(root, 'random', 'train')
-  features, identity = tuple(LENGTHS), {'task': 'random'}
-  entries = cache.begin(where, identity, SHARDS)
-  for k in range(SHARDS):
-    if k not in entries:
-      entries[k] = cache.write_shard(where, k, SHARDS, examples(k, count // SHARDS), features)
-  cache.commit(where, identity, features, entries, ())
-  for remembered in (*where.glob('rows-*.npy'), *where.glob('layout*.npy')):
-    remembered.unlink()
-  size = sum(path.stat().st_size for path in pathlib.Path(where).iterdir()) / 2**20
-  print(f'{count:,} examples, {size:,.0f} MiB in {where}')
-  load = lambda: open_pipeline(cache.Cached(where, identity, ''))
-  clock('open, first time', load)
-  p = clock('open again', load)
-  print(f'{"rows an epoch":<48}{p.rows[0].count:8,} in {p.rows[0].blocks} blocks, '
-        f'{p.rows[0].fill:.1%} filled')
-  clock('batch of step 0', lambda: p.batch(0))
-  clock('batch of step 1,000,000', lambda: p.batch(1_000_000))
-  rate('cache, one after the other', lambda: map(p.batch, range(1, 201)), 200)
-  rate('cache, read ahead', lambda: p.iterate(1, 401), 400)
-  found = cache.Cached(where, identity, '')
-  memory = open_pipeline([found[i] for i in range(min(count, 200_000))])
-  clock('memory: batch of step 1,000,000', lambda: memory.batch(1_000_000))
-  rate('memory, one after the other', lambda: map(memory.batch, range(1, 201)), 200)
+  folder = cache.folder(root, 'random', 'train')
+  cached = write_cache(folder, count)
+  size = sum(path.stat().st_size for path in pathlib.Path(folder).iterdir()) / 2**20
+  print(f'{count:,} examples, {size:,.0f} MiB in {folder}')
+
+  print_seconds('open, first time', lambda: open_pipeline(cached))
+  p = print_seconds('open again', lambda: open_pipeline(cached))
+  rows = p.rows[0]
+  print(f'{"rows per epoch":<48}{rows.count:8,} in {rows.blocks} blocks, {rows.fill:.1%} filled')
+  print_seconds('batch of step 0', lambda: p.batch(0))
+  print_seconds('batch of step 1,000,000', lambda: p.batch(1_000_000))
+  print_rate('cache, one after the other', map(p.batch, range(1, 1 + batches)), batches)
+  print_rate('cache, read ahead', p.iterate(1, 1 + 2 * batches), 2 * batches)
+
+  memory = open_pipeline(InMemoryExamples([cached[i] for i in range(min(count, 200_000))]))
+  print_seconds('memory: batch of step 1,000,000', lambda: memory.batch(1_000_000))
+  print_rate('memory, one after the other', map(memory.batch, range(1, 1 + batches)), batches)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from t5lab import config, trees
 from t5lab.errors import UsageError
 from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
-from t5lab.programs import loading
+from t5lab.programs import loading, shapes
 from t5lab.training import digests, guards, lora, optim, steps
 from t5lab.training.diagnosis import Diagnosis
 
@@ -65,7 +65,7 @@ class Program:
   def load_initial(self) -> loading.Loaded:
     """The weights of init.path. Leaves that init.fresh allows to be missing come from the seed."""
     c = self.config
-    return loading.load_base(c, loading.boxed_params(c), self.mesh,
+    return loading.load_base(c, shapes.boxed_params(c), self.mesh,
                              functools.partial(fresh_params, c, self.mesh))
 
   def first_state(self, initial: loading.Loaded | None) -> steps.TrainState:
@@ -131,10 +131,10 @@ def program(c, devices=None) -> Program:
   # Its other arguments, as shapes.
   batch = {name: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
                                       sharding=sharding.batch_sharding(mesh, len(x.shape)))
-           for name, x in loading.batch_shapes(c).items()}
+           for name, x in shapes.batch_shapes(c).items()}
   base = None
   if c.lora.rank:
-    base = loading.with_shardings(loading.boxed_params(c), mesh, c.rules)
+    base = shapes.with_shardings(shapes.boxed_params(c), mesh, c.rules)
   guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
                        guards.initial())
   return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, settings, step)
@@ -153,8 +153,8 @@ def _step_options(c) -> dict:
 def init_params(c):
   """Boxed parameters from the seed: those of the whole model, or of the adapters alone."""
   if c.lora.rank:
-    return lora.init(loading.boxed_params(c), c.lora.kernels, c.lora.rank, c.seed)
-  batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in loading.batch_shapes(c).items()}
+    return lora.init(shapes.boxed_params(c), c.lora.kernels, c.lora.rank, c.seed)
+  batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.batch_shapes(c).items()}
   return steps.init_params(Transformer(config.model_config(c)), c.seed, batch)
 
 

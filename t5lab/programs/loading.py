@@ -16,13 +16,12 @@ import flax.linen as nn
 import jax
 
 from t5lab import config, trees
-from t5lab.data.batches import features
 from t5lab.errors import CheckpointError, UsageError
-from t5lab.models.transformer import Transformer
 from t5lab.parallel import sharding
+from t5lab.programs import shapes
 from t5lab.runs import manifests, rundir
 from t5lab.runs.checkpoint import Checkpoints
-from t5lab.training import lora, steps
+from t5lab.training import lora
 
 WEIGHTS = ('ema', 'raw')
 VOCABULARY = 'vocabulary'      # the folder of a run's own copy of its vocabulary
@@ -57,33 +56,6 @@ def stored_vocabulary(path, spec: str) -> str:
     if copy.is_file():
       return str(copy)
   return spec
-
-
-# --- parameters as shapes ----------------------------------------------------------------------
-
-
-def batch_shapes(c) -> dict[str, jax.ShapeDtypeStruct]:
-  """The model features of one row as shapes, which is all that initialization needs."""
-  model = config.model_config(c)
-  form = 'classes' if model.classes else 'nsp' if model.nsp else 'mlm'      # of encoder-only models
-  row = features.build_row([], c.data.lengths.to_dict(), kind=model.kind, form=form)
-  return {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in row.items()}
-
-
-def boxed_params(c):
-  """Abstract parameters of the config's model, boxed with their logical axes."""
-  return steps.abstract_params(Transformer(config.model_config(c)), batch_shapes(c))[0]
-
-
-def abstract_params(model):
-  """The parameters of a TransformerConfig as shapes."""
-  return nn.unbox(boxed_params(config.from_model(model)))
-
-
-def with_shardings(boxed, mesh, rules: str):
-  """Boxed abstract arrays -> the same, unboxed, with shardings."""
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                      nn.unbox(boxed), sharding.shardings(boxed, mesh, rules))
 
 
 # --- checkpoints -------------------------------------------------------------------------------
@@ -135,14 +107,14 @@ def load(path, step: str | int = 'latest', weights: str | None = None, *, c=None
   weights, part = _weights_part(weights, c, f'weights={weights!r}: {path}')
 
   # What to read: the parameters of the model, or those of the adapters.
-  boxed = boxed_params(c)
+  boxed = shapes.boxed_params(c)
   base, stored = None, boxed
   if c.lora.rank:
     base = load_base(c, boxed, mesh)
     stored = jax.eval_shape(lambda: lora.init(boxed, c.lora.kernels, c.lora.rank, 0))
 
   checkpoints = open_checkpoints(c, path)
-  restored = checkpoints.restore({part: with_shardings(stored, mesh, c.rules)},
+  restored = checkpoints.restore({part: shapes.with_shardings(stored, mesh, c.rules)},
                                  choose_step(checkpoints, step), only=(part,))
   if restored is None:
     raise CheckpointError(f'{path} has no checkpoint yet; train it with `t5lab train`')
@@ -216,7 +188,7 @@ def load_base(c, boxed, mesh, fresh: Callable | None = None) -> Loaded:
     top, _, leaf_path = name.partition('/')
     if top == part:
       saved[leaf_path] = shape
-  ours = trees.flatten(with_shardings(boxed, mesh, c.rules))
+  ours = trees.flatten(shapes.with_shardings(boxed, mesh, c.rules))
   new = [p for p, leaf in ours.items()
          if saved.get(p) != leaf.shape and trees.fits(p, c.init.fresh)]
   dropped = [p for p in saved

@@ -18,7 +18,7 @@ from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.models import families
 from t5lab.parallel import sharding
-from t5lab.programs import build, loading, loop
+from t5lab.programs import build, loading, loop, shapes
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import convert, t5x
 from t5lab.training import optim
@@ -38,7 +38,7 @@ def tiny(init='', **overrides):
 
 def base_of(c, fresh=None):
   mesh = sharding.make_mesh()
-  found = loading.load_base(c, loading.boxed_params(c), mesh, fresh)
+  found = loading.load_base(c, shapes.boxed_params(c), mesh, fresh)
   return found, trees.flatten(found.params)
 
 
@@ -204,7 +204,7 @@ def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
   stream = np.random.default_rng(0)
   params = jax.tree.map(
       lambda x: stream.normal(0, 0.1, x.shape).astype(np.float32) + (x.ndim < 3),
-      nn.unbox(loading.boxed_params(c)))
+      nn.unbox(shapes.boxed_params(c)))
   slots = jax.tree.map(
       lambda x: np.abs(stream.normal(0, 1, x.shape)).astype(np.float32),
       jax.eval_shape(optim.scale_by_adafactor().init, params))._replace(count=np.int32(5000))

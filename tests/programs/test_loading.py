@@ -10,7 +10,7 @@ from small_models import CONFIGS, random_params
 from t5lab import config, trees
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
-from t5lab.programs import loading
+from t5lab.programs import loading, shapes
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 
@@ -74,7 +74,7 @@ def test_what_is_not_there_is_said(saved, tmp_path):
   with pytest.raises(CheckpointError, match='has no checkpoint yet'):
     loading.load(tmp_path)
   with pytest.raises(CheckpointError, match='init.path=.* has no checkpoint'):
-    loading.load_base(c, loading.boxed_params(c), sharding.make_mesh())
+    loading.load_base(c, shapes.boxed_params(c), sharding.make_mesh())
 
 
 def test_a_directory_has_its_own_copy_of_the_vocabulary(tmp_path):

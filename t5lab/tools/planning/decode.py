@@ -9,7 +9,7 @@ from t5lab import config
 from t5lab.errors import UsageError
 from t5lab.models.cache import decoding
 from t5lab.parallel import sharding
-from t5lab.programs import loading
+from t5lab.programs import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +50,17 @@ def build(c, devices) -> DecodeStep:
   memory = c.data.lengths.inputs
   length = c.eval.max_length or c.data.lengths.targets
   length += memory * (not model.enc_layers)
-  boxed = loading.boxed_params(c)
-  params = loading.with_shardings(boxed, mesh, c.rules)
+  boxed = shapes.boxed_params(c)
+  params = shapes.with_shardings(boxed, mesh, c.rules)
   start, step, _ = decoding(model)
 
   def first_step(params, inputs):                # fills the cache with the encoder's output
     cache = start(params, inputs, jnp.ones_like(inputs), length)
     return step(params, inputs[:, :1], cache, 0)[1]
 
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   inputs = jax.ShapeDtypeStruct((rows, max(1, memory)), jnp.int32)
-  cache = jax.eval_shape(first_step, shapes, inputs)
+  cache = jax.eval_shape(first_step, whole, inputs)
 
   # Logical axes by rank: keys and values [layers, rows, heads, length, head], masks [rows, length].
   axes = {5: ('layers', 'batch', 'act_kv_heads', None, None), 2: ('batch', None)}
