@@ -13,7 +13,8 @@ run, e.g. with `t5lab launch … --command doctor`, or alone on one machine. It 
   clocks            within 5 s of each other, so that logs can be compared     70
 
 The number is the exit code if the check fails; of several failures the first of 2, 3, 4, 70 counts.
-The first host prints the table. If a check hangs, the command ends after --seconds with its code.
+The first host prints the table. If a check hangs, the command ends after --seconds with
+the code of that check.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def _store():
 # --- agreement ---------------------------------------------------------------------------------
 
 
-def broadcast(decide: Callable, seconds: float = SECONDS):
+def broadcast(decide: Callable):
   """Runs `decide` on process 0 and returns its value, which is JSON, in every process.
 
   A Failure of `decide` is raised in every process.
@@ -96,7 +96,7 @@ def broadcast(decide: Callable, seconds: float = SECONDS):
     return decide()
   key = f't5lab/broadcast/{next(_calls)}'
   if not is_main():
-    message = json.loads(_get(key, seconds, 'process 0'))
+    message = json.loads(_get(key, SECONDS, 'process 0'))
     if 'error' in message:
       raise getattr(errors, message['error'])(message['message'])
     return message['value']

@@ -184,7 +184,7 @@ def use(mesh: Mesh, rules: str):
   token = _active.set((mesh, rule_set(rules)))
   try:
     with jax.set_mesh(mesh):
-      yield mesh
+      yield
   finally:
     _active.reset(token)
 

@@ -51,7 +51,7 @@ def numpy_params(config):
       lambda x: (r.randn(*x.shape) / np.sqrt(x.shape[-1])).astype(np.float32), abstract)
 
 
-def make_step(config, mesh, rules, tx=TX, **loss):
+def make_step(config, mesh, rules, tx=TX, chunks=1):
   """-> (the jitted update, its first state), sharded as the program does."""
   boxed, abstract = steps.abstract_params(Transformer(config), batch())
   new = lambda p: steps.new_state(p, tx, 0.9)
@@ -62,14 +62,15 @@ def make_step(config, mesh, rules, tx=TX, **loss):
   state = jax.device_put(new(numpy_params(config)), placed)
   step = jit(functools.partial(
       steps.train_step, model=Transformer(config, train=True), tx=tx, ema=0.9,
-      loss=steps.Loss(1e-4, balance=0.1, router_z=0.01, **loss)),
+      loss=steps.Loss(1e-4, balance=0.1, router_z=0.01, chunks=chunks)),
       out_shardings=(placed, sharding.replicated(mesh)))
   return step, state
 
 
-def first_step(config, mesh, rules, tx=TX, **loss):
+@functools.cache
+def first_step(config, mesh, rules, tx=TX, chunks=1):
   """Runs one update -> (metrics on the host, the next state)."""
-  step, state = make_step(config, mesh, rules, tx, **loss)
+  step, state = make_step(config, mesh, rules, tx, chunks)
   with sharding.use(mesh, rules):
     state, metrics = step(state, sharding.put(batch(), mesh))
   return jax.device_get(metrics), state
@@ -126,7 +127,7 @@ def test_the_first_step_is_the_same_on_every_mesh(model, rules, mesh):
   expected, expected_ema = on_one_device(MODELS[model])
   mesh = sharding.make_mesh(**mesh)
   # with sp, chunks of the loss are cut along the axis that is split
-  metrics, state = first_step(MODELS[model], mesh, rules, chunks=3 if rules == 'sp' else 1)
+  metrics, state = first_step(MODELS[model], mesh, rules, TX, 3 if rules == 'sp' else 1)
   assert sorted(metrics) == sorted(expected)
   assert model != 'experts' or metrics['dropped'] > 0.01
   for name in expected:
@@ -170,7 +171,7 @@ def test_moments_of_dp_are_an_eighth_on_each_of_eight_devices():
 
 def test_scored_weights_are_sharded_like_parameters():
   """The average too, which between steps is split over the devices of the batch."""
-  _, state = first_step(ENCODER_DECODER, sharding.make_mesh(8), 'dp')
+  _, state = first_step(ENCODER_DECODER, sharding.make_mesh(8), 'dp', TX, 1)
   scored = scoring.eval_weights(state)
   shardings = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
   assert shardings(state.ema) != shardings(state.params)

@@ -31,7 +31,6 @@ from t5lab.tools.doctor import facts
 # Seconds. Logs and the order of files are by clock, and a certificate may not be valid yet. The
 # lock of a run does not depend on clocks.
 SKEW = 5.
-ARRIVE = 30.          # seconds that hosts have to connect
 # The checks, in order, and the exit code if one fails.
 CODES = {'coordinator': 2, 'versions': 2, 'clocks': 70, 'workdir': 4, 'data': 3, 'vocabulary': 3,
          'devices': 2, 'disk': 4, 'save and restore': 4}
@@ -65,12 +64,12 @@ class Examination:
   local_failure: str = ''
 
 
-def examine(c, workdir, *, expect: int = 0, free_gb: float = 0., arrive: float = ARRIVE,
-            progress=lambda check: None) -> Examination:
-  """Runs all checks for config c in workdir. UsageError if the hosts cannot connect.
+def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress) -> Examination:
+  """Runs all checks for config c in workdir. UsageError if not all hosts connect.
 
-  expect: the number of devices of all hosts, 0 if unknown. free_gb: 0 for the size of the
-  checkpoints of this config. progress(check): called when a check starts.
+  expect: the number of devices of all hosts, 0 if unknown. free_gb: the space to require, 0 for
+  that of the checkpoints of this config. arrive: seconds that the hosts have to connect.
+  progress(check): called when a check starts.
   """
   checks = _Checks(progress)
   workdir = Path(workdir).absolute()
