@@ -33,6 +33,7 @@ def open_stream(c, rows=None) -> Stream:
   """
   from t5lab.data import vocab
   from t5lab.data.batches import pipeline
+  from t5lab.data.sources.base import RecordSource
   from t5lab.data.tasks import registry
   vocabulary = vocab.load(settle_vocabulary(c))
   vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
@@ -42,7 +43,7 @@ def open_stream(c, rows=None) -> Stream:
       c.data.mixture, c.data.split, lengths, c.data.vocab, files=config.files(c),
       modules=tuple(c.data.modules), cached=c.data.cache, mixing=_mixing(c))
   for task, _ in registry.select(c.eval.mixture or c.data.mixture, c.eval.split):
-    if hasattr(task.source, 'read_through'):
+    if isinstance(task.source, RecordSource):
       task.source.read_through(c.eval.split)
 
   model = config.model_config(c)
