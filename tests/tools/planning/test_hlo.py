@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5lab.tools.planning import chips, collectives, hlo, hlo_costs, timeline
+from t5lab.tools.planning import chips, collectives, hlo, hlo_costs, memory, timeline
 
 HERE = pathlib.Path(__file__).parent
 CHIP = chips.CHIPS['v5e']
@@ -114,6 +114,14 @@ def test_a_fused_reduce_scatter_and_gathers_in_loops():
   assert gather.wire == 8 * 2048 * 2048 * 2 * 3 / 4
   scatter = traffic['reduce-scatter', 'fsdp']
   assert scatter.count == 4 and scatter.size == 4 * 4 * 528 * 2048 * 2   # rows padded to 528
+
+
+def test_buffers_that_loops_fill_in_hbm():
+  m = hlo.parse((HERE / 'fsdp_step.txt').read_text().replace('S(1)', ''))
+  assert memory.stacked_buffers(m) == {
+      'saved for the backward pass': 4 * 2048 * 2048 * 2,        # the input of each layer
+      'gradients of stacked layers': 4 * 512 * 2048 * 4}
+  assert set(memory.stacked_buffers(module('fsdp_step')).values()) == {0}       # all in VMEM
 
 
 def test_donated_buffers_are_in_the_header():

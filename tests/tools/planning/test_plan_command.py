@@ -14,7 +14,18 @@ from t5lab import config
 from t5lab.commands import check, plan
 from t5lab.errors import UsageError
 from t5lab.parallel import sharding
-from t5lab.tools.planning import chips, float32, gate, memory, report, search
+from t5lab.tools.planning import (
+  chips,
+  collectives,
+  compiling,
+  estimate,
+  float32,
+  gate,
+  memory,
+  report,
+  search,
+)
+from t5lab.tools.planning.planned_step import describe
 
 ROOT = pathlib.Path(__file__).parents[3]
 BASE = str(ROOT / 'configs/t5_1_1_base_c4.py')
@@ -99,6 +110,59 @@ def test_a_check_prints_every_outcome_and_reports_the_first_failure(in_process, 
   assert {c['name']: c['ok'] for c in result['checks']} == {
       'plan.max_hbm_gb=1e-06': False, 'no float32 matmul': True, 'donated buffers are reused': None,
       'no full rematerialization': None, 'large state is split': True}
+
+
+@pytest.fixture
+def compile_as(in_process, monkeypatch):
+  """compile_as(compiling.Compiled) -> a small train step on 2x2 chips that compiles to this."""
+  c = config.tiny(config.base('t5_1_1/small', dtype='bfloat16'))
+  c.rules, c.mesh.data, c.mesh.fsdp = 'fsdp', 1, 4
+  step = describe(c, chips.parse('v5e:2x2'))
+  layout = {'fsdp': (0, 1)}, {axis: 1 for axis in step.mesh.shape}
+
+  def replace(compiled):
+    monkeypatch.setattr(chips, 'has_compiler', lambda: True)
+    monkeypatch.setattr(collectives, 'mesh_layout', lambda mesh: layout)
+    monkeypatch.setattr(compiling, 'compile_step', lambda lower, key: compiled)
+    return step
+  return replace
+
+
+def test_a_compiled_plan(compile_as, capsys):
+  memory_fields = dict(argument=10 * GIB, output=9 * GIB, alias=8 * GIB, temp=2 * GIB,
+                       generated_code=GIB // 4)
+  hlo_text = (pathlib.Path(__file__).parent / 'fsdp_step.txt').read_text()
+  step = compile_as(compiling.Compiled(hlo_text, memory_fields, ['jit(f)/x: gathered'], 3.))
+  result, text = estimate.plan(step, plan.read_prices(None))
+  assert text == hlo_text and result['source'] == 'compiler' and result['fits']
+  hbm = result['hbm']
+  assert hbm['total'] == 13.25 * GIB and hbm['headroom'] == 2.5 * GIB
+  assert sum(hbm['kinds'].values()) == hbm['total'] and hbm['donated'] == 8 * GIB
+  assert hbm['of_temporaries'] == {}                     # stacked buffers are all in VMEM
+  assert result['hlo_flops'] == 4 * 4 * 2 * (8192 // 4) * 2048 * 2048
+  assert [row['kind'] for row in result['collectives']] == [
+      'all-gather', 'reduce-scatter', 'collective-permute']
+  assert result['limiting'] == max(result['limits'], key=result['limits'].get)
+  assert 'mesh axis fsdp=4: physical axis x+y, 90 GB/s' in result['assumptions']
+  report.show(result)
+  text = capsys.readouterr().out
+  for line in ('compiled by libtpu (3 s)', 'fits, 13.25 GiB of 15.75 GiB usable',
+               'the partitioner replicates a tensor: jit(f)/x: gathered', 'all-gather',
+               'The whole run, estimated'):
+    assert line in text
+
+
+def test_a_compiled_plan_that_does_not_fit(compile_as, capsys):
+  unfit = 'RESOURCE_EXHAUSTED: HLO temporaries (24.00G) exceeds available HBM (15.75G)'
+  step = compile_as(compiling.Compiled('', {}, [], 3., unfit=unfit, largest=((GIB, 'f32[9]'),)))
+  result, text = estimate.plan(step, plan.read_prices(None))
+  assert text == '' and not result['fits'] and 'run' not in result
+  assert (result['hbm']['total'], result['hbm']['usable']) == (24 * GIB, 15.75 * GIB)
+  assert result['largest_buffers'] == [dict(bytes=GIB, shape='f32[9]', where='')]
+  report.show(result)
+  text = capsys.readouterr().out
+  assert 'does NOT fit, 24.00 GiB of 15.75 GiB' in text and '1.00 GiB f32[9]' in text
+  assert 'exceeds available HBM' in text
 
 
 # --- the budget checks -------------------------------------------------------------------------
