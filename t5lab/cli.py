@@ -23,6 +23,7 @@ COMMANDS = {
     'cache': 'tokenize a large training split once, in many processes',
     'data': 'prepare files: vocab, clean, dedup, decontaminate, scrub, augment',
     'inspect': 'show what the model will read, as text and as a page with plots',
+    'params': 'list the parameters of a model: shapes, axes, sharding, counts',
     'plan': 'memory, time and cost of a run on a TPU slice, without a TPU',
     'check': 'the same as a gate with budgets, plus a tiny twin of the run',
     'replay': 'recompute a window of a finished run and compare it bit for bit',
