@@ -178,7 +178,7 @@ class CoordinatedStop:
   stop. Neither devices nor the main thread take part, so this also works while processes compile or
   wait for each other in a step.
 
-  signals: has `requested`, '' or the name of a signal (runs/rundir.py).
+  signals: has `requested`, '' or the name of a signal (runs/signals.py).
   """
 
   def __init__(self, signals):
