@@ -102,6 +102,7 @@ def base(family: str, **model) -> ConfigDict:
 
   c.log = g = ConfigDict()
   g.every = 20                       # steps between rows of metrics.jsonl
+  g.profile = 0                      # step from which 3 steps are profiled, see runs/profiler.py
   c.checkpoint = k = ConfigDict()
   k.every = 500                      # steps; the last step is always saved
   k.keep = 3                         # how many of the newest checkpoints are kept

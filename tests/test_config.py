@@ -1,4 +1,4 @@
-"""Configs: every key once, typos answered, saved as JSON and read back."""
+"""Configs: every key is declared once, typos get suggestions, and saves are read back."""
 
 import pathlib
 
@@ -22,9 +22,9 @@ def test_every_config_has_the_keys_of_the_base_and_round_trips(path, arg):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_every_config_lowers_its_step_at_tiny(path):
-  from t5lab.programs import build as program
+  from t5lab.programs import build
   c = config.load(f'{path}:tiny')
-  assert 'stablehlo' in program.build(c, jax.devices()[:1]).lower().as_text()
+  assert 'stablehlo' in build.program(c, jax.devices()[:1]).lower().as_text()
 
 
 def quickstart(**overrides):
@@ -47,15 +47,15 @@ def test_overrides_take_the_type_of_the_default(key, text, value):
     ('total_steps', '1.5', "'total_steps' takes int (now"),
     ('data.pack', 'maybe', "'data.pack' takes bool"),
     ('optim', '1', "'optim' is a section"),
-    ('total_steps', '0', 'total_steps=0: it must be 1 or more'),
+    ('total_steps', '0', 'total_steps must be 1 or more, got 0'),
     ('optim.microbatches', '3', 'is not a multiple of optim.microbatches=3'),
-    ('optim.ema', '1.5', 'optim.ema=1.5'),
+    ('optim.ema', '1.5', 'a decay in [0, 1), for example 0.999, got 1.5'),
     ('model.dtype', 'float16', "'float16' is unknown"),
     ('model.acts', "('swish',)", "model.acts has 'swish'"),
     ('model.dropout', '1.0', 'model.dropout=1.0'),
     ('data.lengths.inputs', '0', 'give the inputs a length'),
 ])
-def test_what_is_wrong_is_said_in_one_line(key, text, message):
+def test_a_wrong_value_is_reported_in_one_line(key, text, message):
   with pytest.raises(UsageError) as e:
     quickstart(**{key: text})
   assert message in str(e.value) and '\n' not in str(e.value)

@@ -23,6 +23,7 @@ from t5lab.programs import build, loading, scoring, streams
 from t5lab.programs.run import Run
 from t5lab.runs import injected_faults, rundir
 from t5lab.runs.lock import RunLock
+from t5lab.runs.profiler import Profiler
 from t5lab.runs.report import NoReport, Report
 from t5lab.runs.sentry import Rewind, Sentry
 from t5lab.runs.signals import Signals
@@ -90,7 +91,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
     report = Report(workdir, resume_step=run.step, total_steps=c.total_steps)
   watchdog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_abort)
   loop = _Loop(c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop)
-  with report, _wait_for_saves(checkpoints), watchdog:
+  with report, _wait_for_saves(checkpoints), watchdog, loop.profiler:
     while True:
       try:
         with sharding.use(program.mesh, c.rules):
@@ -112,6 +113,7 @@ class _Loop:
     self.saved = run.step                 # the step of the newest checkpoint
     self.evaluated = multihost.broadcast(lambda: sorted(report.evaluated))
     self.fault = injected_faults.requested()
+    self.profiler = Profiler(workdir, c.log.profile if multihost.is_main() else 0)
 
     # Seconds that a save, an evaluation or a diagnosis may take, as each may have to compile.
     self.patience = max(600., 10 * c.guard.watchdog) if c.guard.watchdog else 0.
@@ -148,7 +150,9 @@ class _Loop:
       # The step. The host does not wait for it.
       self.watchdog.beat(f'step {step}')
       batch = self.put(self.steps.next_batch(batches), step + run.offset)
+      self.profiler.before(step)
       metrics = run.advance(batch)
+      self.profiler.after(step, metrics)
       self.steps.add(step, metrics)
 
       # What is due after it. A step counts only after its metrics have been looked at, so they are

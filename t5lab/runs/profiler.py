@@ -1,0 +1,40 @@
+"""A profile of a few training steps, for TensorBoard or Perfetto."""
+
+from pathlib import Path
+
+import jax
+
+STEPS = 3
+
+
+class Profiler:
+  """Profiles STEPS steps from step `first` on (0: none) into workdir/profile.
+
+  Look at it with `tensorboard --logdir WORKDIR/profile` (with the plugin tensorboard-plugin-profile).
+  `with Profiler(…) as profiler`, then `before(step)` and `after(step, metrics)` around every step.
+  """
+
+  def __init__(self, workdir, first: int):
+    self._folder = Path(workdir) / 'profile'
+    self._first, self._running = first, False
+
+  def before(self, step: int) -> None:
+    if self._first and step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, metrics) -> None:
+    if self._running and step >= self._first + STEPS - 1:
+      jax.block_until_ready(metrics['loss'])
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._stop()
