@@ -239,23 +239,24 @@ def constrain(x, *axes: str | None):
 
 
 def product(f: Callable, x, w, *axes: str | None, dtype=None):
-  """Returns f(x, w cast to dtype), where f is linear in the weight w. Every layer's way to use one.
+  """Applies a weight: returns f(x, w cast to dtype), where f is linear in w. All layers use it.
 
-  axes: the logical axes of w. Its `embed` axis is gathered for f, in `dtype`, once in the forward
-  and once in the backward pass; between them only the shards are kept. Its gradient is scattered
-  as `like_params` shards optimizer state. Without these pins the compiler would guess from sizes
-  whether to move weights or activations, all-reduce whole gradients, and keep the gathered weights
-  of all layers. With a single position (decoding), activations are smaller than the weight, and the
-  compiler may move them instead.
+  axes: the logical axes of w. The `embed` axis is gathered for f, in `dtype`, once in the forward
+  and once in the backward pass; between them only shards are kept. The gradient is scattered to the
+  sharding of optimizer state (`like_params`).
+
+  Without these pins the compiler would guess from sizes whether to move weights or activations,
+  all-reduce whole gradients, and keep the gathered weights of all layers. With a single position
+  (decoding), activations are smaller than the weight, and the compiler may move them instead.
   """
   cast = lambda w: w.astype(dtype or w.dtype)
   lookup = np.issubdtype(x.dtype, np.integer)
-  length = x.shape[-1 if lookup else -2]
-  if _active.get() is None or length == 1:
+  active = _active.get()
+  if active is None or x.shape[-1 if lookup else -2] == 1:     # 1: a single position
     spec(axes, {})                                             # checks the names
     return f(x, cast(w))
 
-  mesh, rules = _active.get()
+  mesh, rules = active
   sharded = spec(axes, rules)
   gathered = spec([None if axis == 'embed' else axis for axis in axes], rules)
   # In two steps the TPU compiler makes two reduce-scatters, the first among neighbours, where one
