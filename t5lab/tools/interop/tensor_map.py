@@ -143,7 +143,8 @@ def check(rows: list[TensorRow], names: Iterable[str], ours: Mapping, *,
           ignore: Iterable[str] = (), what: str = 'the checkpoint') -> None:
   """Raises UsageError unless the rows cover all our arrays and all tensors in `names`.
 
-  ours: {path: array or its shape}; layers of an array must be covered one by one or as a whole.
+  ours: {path: array, or a struct with its shape}. The layers of an array must be covered one by
+  one or as a whole.
   """
   mapped, names = dict.fromkeys(row.name for row in rows), dict.fromkeys(names)
   problems = []

@@ -56,7 +56,7 @@ def test_hf_to_ours_and_back_is_certified_and_bit_equal(name, hf, tmp_path, caps
   code, out, err = run('--from', 'hf', '--to', 't5lab', hf(name), tmp_path / 'ours', capsys=capsys)
   assert code == 0, err
   assert 'verified against transformers' in out and ': logits within ' in out
-  assert 'peak memory' in out
+  assert 'reading: ' in out and 'peak memory' in out
   proof = json.loads((tmp_path / 'ours' / certify.NAME).read_text())
   assert proof['reference'].startswith('transformers') and 'bit-equal' in proof['round_trip']
   assert proof['logits']['largest_relative_difference'] < 1e-5
