@@ -89,31 +89,32 @@ TABLE = {
             'no_step_of_a_good_run_is_a_spike a_spike_is_flagged_with_its_examples'}),
     'F18': ('malformed records', {
         'data/tasks/test_bad_input':
-            'each_kind_of_bad_row_is_counted_and_named past_the_limit_nothing_is_trained '
+            'each_kind_of_bad_record_is_counted_and_named past_the_limit_nothing_is_trained '
             'a_file_that_cannot_be_used_is_one_line',
         'data/sources/test_record_formats': 'bad_rows long_texts'}),
     'F19': ('not UTF-8, NUL, BOM, CRLF, lone surrogates', {
-        'data/tasks/test_bad_input': 'each_kind_of_bad_row_is_counted_and_named',
+        'data/tasks/test_bad_input': 'each_kind_of_bad_record_is_counted_and_named',
         'data/sources/test_record_formats': 'bad_rows bad_records text_formats',
         'data/vocab/test_vocab': 'a_lone_surrogate_is_invalid'}),
     'F20': ('an empty file or split, nothing left after filters, less than a batch', {
         'data/tasks/test_bad_input':
-            'a_split_of_which_nothing_is_left_is_named '
-            'fewer_examples_than_a_batch_fill_it_by_coming_again '
+            'a_split_without_usable_records '
+            'few_examples_and_a_file_that_changes_between_save_and_resume '
             'a_file_that_cannot_be_used_is_one_line',
         'data/sources/test_record_formats': 'nothing_in_a_file'}),
     'F21': ('over-long sequences', {
-        'data/tasks/test_bad_input': 'over_long_rows_are_cut_counted_and_keep_their_end',
+        'data/tasks/test_bad_input': 'over_long_examples_are_cut_counted_and_keep_their_eos',
         'data/batches/test_pipeline': 'over_long_examples_are_cut_counted_and_reported'}),
     'F22': ('unknown task, feature, metric, config key', {
         'faults/test_typos': 'a_typo_is_reported_within_five_seconds',
-        'data/tasks/test_bad_input': 'a_name_that_is_none_is_told_before_data_is_read',
+        'data/tasks/test_bad_input': 'unknown_names_are_reported_before_data_is_read',
         'test_cli': 'an_error_is_one_line_with_its_code'}),
     'F23': ('tokenizer larger than the model, invalid ids', {
         'faults/test_other_models':
             'a_tokenizer_larger_than_the_model a_vocabulary_larger_than_the_model '
             'invalid_ids_are_refused',
-        'data/tasks/test_bad_input': 'an_id_that_is_none_is_neither_trained_on_nor_cached'}),
+        'data/tasks/test_bad_input':
+            'an_id_outside_the_vocabulary_is_neither_trained_on_nor_cached'}),
     'F24': ('checkpoint with another architecture, depth, width, dtype, tying', {
         'faults/test_other_models':
             'a_checkpoint_of_another_model a_checkpoint_of_another_dtype '
@@ -129,12 +130,13 @@ TABLE = {
             'a_read_only_directory a_directory_that_is_removed_during_the_run '
             'a_clock_that_was_set_back'}),
     'F27': ('data changed between save and resume', {
-        'data/tasks/test_bad_input': 'a_file_that_changed_between_save_and_resume',
+        'data/tasks/test_bad_input':
+            'few_examples_and_a_file_that_changes_between_save_and_resume',
         'programs/test_loop': 'changed_data_is_refused_unless_allowed'}),
     'F28': ('resumed within an epoch of packed, shuffled data, at 20 random steps', {
         'data/tasks/test_bad_input':
-            'a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one '
-            'a_cached_stream_of_several_blocks_goes_on_anywhere'}),
+            'a_stream_resumed_at_any_step_is_the_uninterrupted_one '
+            'a_cached_stream_of_several_blocks_resumes_at_any_step'}),
     'F29': ('evaluation with an empty target, a missing prediction, a metric that raises', {
         'faults/test_evaluation_faults':
             'eval_scores_the_other_tasks training_ends_its_run_and_keeps_its_checkpoints '

@@ -1,4 +1,5 @@
-"""Bad input, planted and counted, through the commands: one line each, nothing wrong trained on."""
+"""Bad input through the commands: every fault is counted and reported in one line, and none of it
+is trained on."""
 import gzip
 import json
 
@@ -47,7 +48,7 @@ BAD = [
 
 @pytest.fixture
 def planted(tmp_path):
-  """97 good rows, and the bad ones from line 4 on, every third line."""
+  """97 good records, and the bad ones from line 4 on, every third line."""
   lines = [good(i) for i in range(97)]
   for k, (line, _) in enumerate(BAD):
     lines.insert(3 + 3 * k, line)
@@ -56,7 +57,7 @@ def planted(tmp_path):
   return path
 
 
-def test_each_kind_of_bad_row_is_counted_and_named(planted):
+def test_each_kind_of_bad_record_is_counted_and_named(planted):
   own = own_files.OwnFiles({'train': str(planted)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=0.5)
   component, = registry.open_components('files', 'train', LENGTHS, 'byte', files=own)
   assert len(component.examples) == 97
@@ -104,7 +105,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys, name, data, me
   assert not list(tmp_path.rglob('MANIFEST.json')) and not list(tmp_path.rglob('*.part'))
 
 
-def test_over_long_rows_are_cut_counted_and_keep_their_end(tmp_path):
+def test_over_long_examples_are_cut_counted_and_keep_their_eos(tmp_path):
   path = tmp_path / 'long.jsonl'
   path.write_text(''.join(json.dumps({'q': 'x' * n, 'a': 'y'}) + '\n' for n in (5, 31, 32, 500)))
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'})
@@ -117,31 +118,23 @@ def test_over_long_rows_are_cut_counted_and_keep_their_end(tmp_path):
   assert ends == [1, 1, 1, 1]
 
 
-def test_fewer_examples_than_a_batch_fill_it_by_coming_again(tmp_path, capsys):
-  path = tmp_path / 'few.jsonl'
-  path.write_bytes(good(0) + b'\n' + good(1) + b'\n')
-  code, out, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL,
-                        f'--config.data.files.train={path}',
-                        f'--config.data.files.validation={path}', capsys=capsys)
-  assert code == 0 and 'files: 2 examples in' in out and 'step 2/2' in out, err
-
-
 @pytest.mark.parametrize('flag, code, message', [
     ('--config.data.mixture=ha_ened', 2, "no task or mixture 'ha_ened'. Did you mean"),
     ('--config.data.metric=bleu', 2, "unknown config key 'data.metric'. Did you mean 'metrics'"),
     ('--config.data.fields.input=q', 2, "unknown config key 'data.fields.input'. Did you mean"),
     ('--config.data.split=trian', 3, "has no split 'trian'. Did you mean 'train'"),
     ('--config.data.vocab=t5lab_2084', 2, "Did you mean 't5lab_2048'"),
-    ('--config.data.mixing.temperature=0', 2, 'a temperature over 0'),
+    ('--config.data.mixing.temperature=0', 2,
+     'data.mixing.temperature must be greater than 0, got 0.0'),
     ('--config.data.cache=nowhere', 3, 'no cache in nowhere/ha_ende/train: run `t5lab cache'),
 ])
-def test_a_name_that_is_none_is_told_before_data_is_read(tmp_path, capsys, flag, code, message):
-  got, _, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', flag,
+def test_unknown_names_are_reported_before_data_is_read(tmp_path, capsys, flag, code, message):
+  actual_code, _, err = call('train', '--config', CONFIG, '--workdir', tmp_path / 'run', flag,
                      capsys=capsys)
-  assert got == code and err.count('\n') == 1 and message in err
+  assert actual_code == code and err.count('\n') == 1 and message in err
 
 
-def test_repeated_and_leaked_rows_are_counted_exactly(tmp_path, capsys):
+def test_repeated_and_leaked_records_are_counted_exactly(tmp_path, capsys):
   text = 'the answer, says {0}, is that\nnobody knows what {0} is {{for}} or when it will come back'
   rows = [text.format(f'w{i} x{i}') for i in range(6)]
   train = [*rows, rows[0], rows[1].upper(), '  '.join(rows[2].split(' ')), rows[3] + ' again']
@@ -164,13 +157,16 @@ def test_repeated_and_leaked_rows_are_counted_exactly(tmp_path, capsys):
   assert kept == rows[:4] + rows[5:]
 
 
-def test_a_file_that_changed_between_save_and_resume(tmp_path, capsys):
+def test_few_examples_and_a_file_that_changes_between_save_and_resume(tmp_path, capsys):
+  """Two examples are repeated to fill a batch of eight."""
   path = tmp_path / 'train.jsonl'
-  path.write_bytes(b'\n'.join(map(good, range(40))) + b'\n')
+  path.write_bytes(good(0) + b'\n' + good(1) + b'\n')
   train = ['train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL,
            f'--config.data.files.train={path}', f'--config.data.files.validation={path}']
-  assert call(*train, capsys=capsys)[0] == 0
-  path.write_bytes(path.read_bytes().replace(b'question 7"', b'question 8"'))
+  code, out, err = call(*train, capsys=capsys)
+  assert code == 0 and 'files: 2 examples in' in out and 'step 2/2' in out, err
+
+  path.write_bytes(path.read_bytes().replace(b'question 1"', b'question 8"'))
   more = [a for a in train if a != '--config.total_steps=2'] + ['--config.total_steps=3']
   code, out, err = call(*more, capsys=capsys)
   assert code == 3 and 'the data changed since step 2 was saved' in err and 'step 3/' not in out
@@ -178,17 +174,23 @@ def test_a_file_that_changed_between_save_and_resume(tmp_path, capsys):
   assert code == 0 and 'step 3/3' in out
 
 
-def part(batch_size, i, n):
+def process_rows(batch_size, i, n):
   """The rows of process i of n."""
   return range(batch_size)[i * batch_size // n:(i + 1) * batch_size // n]
 
 
+@pytest.fixture(scope='module')
+def two_tasks():
+  return registry.open_components('ha_ende,numpydoc_qa', 'validation',
+                                  {'inputs': 64, 'targets': 64}, 'byte')
+
+
 @pytest.mark.parametrize('processes', [1, 2, 4])
-def test_a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one(processes):
+def test_a_stream_resumed_at_any_step_is_the_uninterrupted_one(two_tasks, processes):
   lengths = {'inputs': 64, 'targets': 64}
-  components = registry.open_components('ha_ende,numpydoc_qa', 'validation', lengths, 'byte')
   def stream(i=0, n=1):
-    return pipeline.Pipeline(components, lengths, batch_size=8, seed=1, rows=part(8, i, n))
+    return pipeline.Pipeline(two_tasks, lengths, batch_size=8, seed=1,
+                             rows=process_rows(8, i, n))
   whole = stream()
   epoch = sum(rows.count for rows in whole.rows) // 8
   steps = np.random.default_rng(0).integers(0, 3 * epoch, 20)
@@ -206,7 +208,7 @@ def test_a_stream_that_is_resumed_anywhere_is_the_uninterrupted_one(processes):
     assert sorted(ids) == list(range(len(rows.examples)))
 
 
-def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
+def test_a_split_without_usable_records(tmp_path):
   path = tmp_path / 'empty.jsonl'
   path.write_text('{"q": "", "a": ""}\n')
   own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'}, bad_rows=1.)
@@ -219,7 +221,7 @@ def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
 
 @pytest.fixture
 def build(tmp_path, capsys):
-  """build(flags) -> what `t5lab cache` of tmp_path/'train.jsonl' into 4 shards returns and says."""
+  """build(flags) -> (exit code, out, err) of `t5lab cache` of tmp_path/'train.jsonl', 4 shards."""
   path = tmp_path / 'train.jsonl'
   return lambda *flags: call(
       'cache', '--config', CONFIG, *SMALL, f'--config.data.cache={tmp_path / "c"}', *flags,
@@ -227,17 +229,17 @@ def build(tmp_path, capsys):
       '--config.data.vocab=byte', '--processes=1', '--shards=4', capsys=capsys)
 
 
-def opened(tmp_path):
-  """As a process opens the cache that did not build it."""
-  path = str(tmp_path / 'train.jsonl')
+def opened(folder):
+  """Opens the cache as another process would."""
+  path = str(folder / 'train.jsonl')
   own = own_files.OwnFiles({'train': path, 'validation': path}, {'inputs': 'q', 'targets': 'a'})
   registry.register()
   return registry.open_components('files', 'train', LENGTHS, 'byte', files=own,
-                               cached=str(tmp_path / 'c'))[0]
+                                  cached=str(folder / 'c'))[0]
 
 
-def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
-  """One of a shard's 50 rows is 2 %, of all 200 it is half a percent."""
+def test_the_bad_records_of_all_shards_count_together(tmp_path, build):
+  """One of a shard's 50 records is 2 %, but half a percent of all 200."""
   path, lines = tmp_path / 'train.jsonl', [good(i) for i in range(200)]
   lines[5] = lines[10] = b'{}'
   path.write_bytes(b'\n'.join(lines) + b'\n')
@@ -247,7 +249,7 @@ def test_the_bad_rows_of_all_shards_count_together(tmp_path, build):
           f"{path}:6: no field 'q'.; {path}:11: no ")
   assert note in out and opened(tmp_path).note.startswith(note)
   where = cache.folder(str(tmp_path / 'c'), 'files', 'train')
-  (where / 'MANIFEST.json').unlink()                # as one that was killed before its last word
+  (where / 'MANIFEST.json').unlink()                # as if killed before the manifest was written
   shards = {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
   assert build()[0] == 0 and opened(tmp_path).note.startswith(note)
   assert shards == {p.name: p.stat().st_mtime_ns for p in where.glob('shard-*')}
@@ -270,7 +272,7 @@ def numbers(component):
   return [int(decode(e['targets']).strip('{}\n')) for e in component.examples]
 
 
-def test_shards_of_a_file_that_changed_meanwhile_are_not_mixed(tmp_path, build, monkeypatch):
+def test_shards_of_a_file_that_changes_during_the_build_are_not_mixed(tmp_path, build, monkeypatch):
   path, real = tmp_path / 'train.jsonl', cache.write_shard
   path.write_bytes(b'\n'.join(good(i) for i in range(10)) + b'\n')
 
@@ -289,19 +291,19 @@ def test_shards_of_a_file_that_changed_meanwhile_are_not_mixed(tmp_path, build, 
   with pytest.raises(DataError, match=f'{path} has 34 bytes; it had 376 .*: run `t5lab cache'):
     opened(tmp_path)
   assert build()[0] == 0 and numbers(opened(tmp_path)) == [1]
-  path.unlink()                                      # the cache alone was taken to another machine
+  path.unlink()                             # the cache was copied to another machine without it
   assert numbers(opened(tmp_path)) == [1]
 
 
 @pytest.mark.parametrize('text', ['', '{"identity": ', '{"identity": {}}', '[1]', '7', 'null'])
-def test_a_manifest_that_is_none_is_one_line(tmp_path, text):
+def test_a_damaged_manifest_is_one_line(tmp_path, text):
   (tmp_path / 'MANIFEST.json').write_text(text)
   with pytest.raises(DataError, match='MANIFEST.json is damaged or of an.*: run `t5lab cache`'):
     cache.Cached(tmp_path, {}, 't5lab cache')
 
 
 @pytest.mark.parametrize('wrong', [-1, 2048, 2**32 + 5, -2**32 + 5])
-def test_an_id_that_is_none_is_neither_trained_on_nor_cached(tmp_path, capsys, wrong):
+def test_an_id_outside_the_vocabulary_is_neither_trained_on_nor_cached(tmp_path, capsys, wrong):
   from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio, tf
   ids = {'inputs': [[3, 4], [5, 1], [6, 1]], 'targets': [[3, 1], [4, 1], [7, wrong]]}
   task = seqio.TaskRegistry.add(
@@ -324,20 +326,29 @@ def test_an_id_that_is_none_is_neither_trained_on_nor_cached(tmp_path, capsys, w
   assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('MANIFEST.json'))
 
 
-@pytest.mark.parametrize('processes', [1, 2, 4])
-def test_a_cached_stream_of_several_blocks_goes_on_anywhere(tmp_path, monkeypatch, processes):
-  monkeypatch.setattr(pipeline, 'BLOCK', 16)
-  path = tmp_path / 'train.jsonl'
+@pytest.fixture(scope='module')
+def cached_and_memory(tmp_path_factory):
+  """A folder with a cache of 50 examples, and a task in memory."""
+  folder = tmp_path_factory.mktemp('cached')
+  path = folder / 'train.jsonl'
   path.write_bytes(b'\n'.join(good(i) for i in range(50)) + b'\n')
   own = own_files.OwnFiles({'train': str(path), 'validation': str(path)},
                            {'inputs': 'q', 'targets': 'a'})
   job = cache_build.CacheJob('files', 'train', LENGTHS, 'byte', own)
-  cache_build.build(job, str(tmp_path / 'c'), shards=3, processes=1)
+  cache_build.build(job, str(folder / 'c'), shards=3, processes=1)
   memory, = registry.open_components('ha_ende', 'validation', LENGTHS, 'byte')
+  return folder, memory
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_a_cached_stream_of_several_blocks_resumes_at_any_step(
+    cached_and_memory, monkeypatch, processes):
+  monkeypatch.setattr(pipeline, 'BLOCK', 16)
+  folder, memory = cached_and_memory
 
   def stream(i=0, n=1):
-    return pipeline.Pipeline([opened(tmp_path), memory], LENGTHS, batch_size=4, seed=1,
-                             rows=part(4, i, n))
+    return pipeline.Pipeline([opened(folder), memory], LENGTHS, batch_size=4, seed=1,
+                             rows=process_rows(4, i, n))
   whole = stream()
   assert whole.rows[0].blocks == 4 and whole.rows[1].blocks == 1
   order = [whole.example_ids(step) for step in range(400)]
