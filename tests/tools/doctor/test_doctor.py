@@ -141,6 +141,39 @@ def test_the_hash_of_a_cache_is_that_of_its_manifest(tmp_path):
   assert differing == {'ha_ende, train: manifest of the cache'}
 
 
+# --- facts of several hosts ----------------------------------------------------------------------
+
+
+def data(vocabulary='v', error=None, **tasks):
+  return {'vocabulary': vocabulary, 'tasks': tasks, 'error': error}
+
+
+@pytest.mark.parametrize('compare, arguments, expected', [
+    ('versions', ([{'jax': '1', 'os': 'a'}, {'jax': '2'}, {'jax': '1', 'os': 'a'}],), {
+        'versions': 'jax is 1 on hosts 0, 2, 2 on host 1; os is a on hosts 0, 2, absent on host 1: '
+                    'install the same versions everywhere'}),
+    ('clocks', ({'0': (0., 0.), '1': (-61., .1), '2': (7., 3.)},), {
+        'clocks': 'the clock of host 1 is 61.0 s behind that of host 0, the limit is 5 s: start '
+                  'NTP there'}),
+    ('workdirs', ('/w', ['', 'cannot write to /w: disk full', ''], [[0, 2], [0, 2], [2]]), {
+        'workdir': 'host 1: cannot write to /w: disk full; host 2 does not see the file in /w that '
+                   'host 0 wrote: it is not the same folder on all hosts'}),
+    ('data', ([data(a='1'), data(a='2')],), {'data': 'a: 1 on host 0, 2 on host 1'}),
+    ('data', ([data(a='1'), data(error=[3, 'no file'])],), {'data': 'host 1: no file'}),
+    ('data', ([data('v', a='1'), data('w', a='1')],), {
+        'vocabulary': 'the vocabulary differs, its hash is v on host 0, w on host 1'}),
+    ('data', ([data(a='1'), data('', [3, 'cannot read'])],), {
+        'vocabulary': 'host 1: cannot read'}),
+    ('data', ([data(a='1'), data(a='1')],), {}),
+])
+def test_differences_between_hosts_are_named(compare, arguments, expected):
+  checks = examine._Checks(lambda check: None)
+  getattr(examine, f'_compare_{compare}')(checks, *arguments)
+  failures = {finding.check: finding.message for finding in checks.findings if not finding.ok}
+  assert failures == expected
+  assert checks.exit_code() == (examine.CODES[next(iter(expected))] if expected else 0)
+
+
 # --- two processes -------------------------------------------------------------------------------
 
 
