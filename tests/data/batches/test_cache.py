@@ -1,6 +1,8 @@
-"""The cache on disk: every row once, in any order of building, and nothing else is ever read."""
+"""The cache on disk: every record once, however it was built, and no other data is ever read."""
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -25,10 +27,10 @@ LENGTHS = {'inputs': 16, 'targets': 16}
 QUICKSTART = 'configs/quickstart.py'
 
 
-@pytest.fixture
-def files(tmp_path):
-  """23 rows of different lengths, each told by its number."""
-  path = tmp_path / 'train.jsonl'
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """23 records of different lengths, each with its number."""
+  path = tmp_path_factory.mktemp('records') / 'train.jsonl'
   path.write_text(''.join(json.dumps({'q': f'{i} ' + 'x' * (i % 7), 'a': f'{i}'}) + '\n'
                           for i in range(23)))
   return own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'})
@@ -42,6 +44,21 @@ def build(root, files, shards=4, **kwargs):
   return cache_build.build(job(files), str(root), shards=shards, processes=1, **kwargs)
 
 
+@pytest.fixture(scope='module')
+def whole(files, tmp_path_factory):
+  """A finished cache of 4 shards."""
+  root = tmp_path_factory.mktemp('whole')
+  build(root, files)
+  return root
+
+
+@pytest.fixture
+def built(whole, tmp_path):
+  """A copy of it, with the same modification times."""
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  return tmp_path
+
+
 def numbers(examples):
   return [vocab.load('byte').decode(e['targets']) for e in examples]
 
@@ -50,7 +67,7 @@ def open_cached(root, files, spec='byte', lengths=LENGTHS):
   return tasks.open_components('files', 'train', lengths, spec, files=files, cached=str(root))
 
 
-def test_every_row_once_and_what_it_was(tmp_path, files):
+def test_every_record_once_and_unchanged(tmp_path, files):
   ticks = []
   manifest = build(tmp_path / 'c', files, tick=ticks.append)
   assert manifest['rows'] == 23 == sum(ticks)
@@ -58,11 +75,11 @@ def test_every_row_once_and_what_it_was(tmp_path, files):
   component, = open_cached(tmp_path / 'c', files)
   assert numbers(component.examples) == [str(i) for k in range(4) for i in range(k, 23, 4)]
   plain, = tasks.open_components('files', 'train', LENGTHS, 'byte', files=files)
-  expect = {n: e for n, e in zip(numbers(plain.examples), plain.examples)}
-  for n, example in zip(numbers(component.examples), component.examples):
-    assert example.keys() == expect[n].keys()
+  expected = dict(zip(numbers(plain.examples), plain.examples))
+  for number, example in zip(numbers(component.examples), component.examples):
+    assert example.keys() == expected[number].keys()
     for name, tokens in example.items():
-      np.testing.assert_array_equal(tokens, expect[n][name])
+      np.testing.assert_array_equal(tokens, expected[number][name])
       assert tokens.dtype == np.int32
   lengths = component.examples.lengths
   assert lengths['inputs'].tolist() == [len(e['inputs']) for e in component.examples]
@@ -74,7 +91,7 @@ def test_records_hold_empty_features():
   assert back['inputs'].tolist() == [] and back['targets'].tolist() == [7, -1, 2**31 - 1]
 
 
-def test_a_build_that_was_stopped_goes_on_with_what_is_missing(tmp_path, files, monkeypatch):
+def test_a_build_that_was_stopped_resumes_with_the_missing_shards(tmp_path, files, monkeypatch):
   written = []
   real = cache.write_shard
 
@@ -90,34 +107,33 @@ def test_a_build_that_was_stopped_goes_on_with_what_is_missing(tmp_path, files, 
   where = cache.folder(str(tmp_path), 'files', 'train')
   with pytest.raises(DataError, match='a build was started and not finished.*run `t5lab cache'):
     open_cached(tmp_path, files)
-  (where / 'shard-00003-of-00004.99.part').write_bytes(b'half')
+  for name in ('shard-00003-of-00004.99.part', '.shard-00003-of-00004.npy.tmp'):
+    (where / name).write_bytes(b'half')
   monkeypatch.setattr(cache, 'write_shard', lambda where, k, *args: (
       written.append(k), real(where, k, *args))[1])
   build(tmp_path, files)
   assert written == [0, 1, 2, 3]
   assert sorted(map(int, numbers(open_cached(tmp_path, files)[0].examples))) == list(range(23))
-  assert not list(where.glob('*.part'))
-  build(tmp_path, files)                       # it is there: nothing is done
+  assert not list(where.glob('*.part')) and not list(where.glob('.*'))
+  build(tmp_path, files)                       # finished: nothing is written
   assert written == [0, 1, 2, 3]
 
 
-def test_a_build_with_other_shards_starts_over(tmp_path, files):
-  build(tmp_path, files, shards=4)
-  assert len(build(tmp_path, files, shards=2)['shards']) == 2
-  where = cache.folder(str(tmp_path), 'files', 'train')
+def test_a_build_with_other_shards_starts_over(built, files):
+  assert len(build(built, files, shards=2)['shards']) == 2
+  where = cache.folder(str(built), 'files', 'train')
   assert sorted(p.name for p in where.glob('*.array_record')) == [
       'shard-00000-of-00002.array_record', 'shard-00001-of-00002.array_record']
-  assert len(open_cached(tmp_path, files)[0].examples) == 23
+  assert len(open_cached(built, files)[0].examples) == 23
 
 
-def test_what_the_tokens_depend_on_is_part_of_the_cache(tmp_path, files):
-  build(tmp_path, files)
+def test_a_cache_of_other_data_is_refused(built, tmp_path, files):
   with pytest.raises(DataError, match='vocabulary: cached .*Rebuild it with `t5lab cache'):
-    open_cached(tmp_path, files, 't5lab_2048')
+    open_cached(built, files, 't5lab_2048')
   prompted = own_files.OwnFiles(files.files, files.fields, 'ask: {q}')
   with pytest.raises(DataError, match='source: cached'):
-    open_cached(tmp_path, prompted)
-  open_cached(tmp_path, files, lengths={'inputs': 99, 'targets': 99})   # nothing is cut to lengths
+    open_cached(built, prompted)
+  open_cached(built, files, lengths={'inputs': 99, 'targets': 99})   # nothing is cut to lengths
   text = own_files.OwnFiles(files.files, {'inputs': '', 'targets': 'q'}, objective='lm')
   short, long = {'targets': 4}, {'targets': 5}
   cache_build.build(job(text, lengths=short), str(tmp_path / 'text'), shards=1, processes=1)
@@ -130,7 +146,7 @@ def helper(text):
   return text
 
 
-def test_a_preprocessor_is_told_by_its_code_and_what_it_holds():
+def test_a_preprocessor_is_identified_by_its_code_and_its_settings():
   def made(word):
     def preprocess(dataset):
       return dataset.map(lambda row: {**row, 'x': helper(word)})
@@ -147,30 +163,29 @@ def test_a_preprocessor_is_told_by_its_code_and_what_it_holds():
     helper.__code__ = kept
 
 
-def test_a_shard_that_is_gone_or_changed_is_named(tmp_path, files):
-  build(tmp_path, files)
-  where = cache.folder(str(tmp_path), 'files', 'train')
+def test_a_shard_that_is_gone_or_changed_is_named(built, files):
+  where = cache.folder(str(built), 'files', 'train')
   shard = where / 'shard-00002-of-00004.array_record'
   whole, when = shard.read_bytes(), shard.stat().st_mtime_ns
-  os.utime(shard, ns=(when + 5, when + 5))         # copied: read and hashed, and it is the same
-  open_cached(tmp_path, files)
+  os.utime(shard, ns=(when + 5, when + 5))         # as after a copy: hashed, and the same
+  open_cached(built, files)
   shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
   with pytest.raises(DataError, match=r'shard-00002.*is not the shard that the manifest lists'):
-    open_cached(tmp_path, files)
+    open_cached(built, files)
   shard.write_bytes(whole[:1000])
   with pytest.raises(DataError, match='shard-00002'):
-    open_cached(tmp_path, files)
+    open_cached(built, files)
   shard.unlink()
   with pytest.raises(DataError, match='shard-00002.*is in the manifest but not on disk'):
-    open_cached(tmp_path, files)
+    open_cached(built, files)
   shard.write_bytes(whole)
   lengths = shard.with_suffix('.npy')
   lengths.write_bytes(lengths.read_bytes()[:-1] + b'\x09')
   with pytest.raises(DataError, match='shard-00002'):
-    open_cached(tmp_path, files)
+    open_cached(built, files)
   (where / cache.MANIFEST).write_text('{')
   with pytest.raises(DataError, match='is damaged'):
-    open_cached(tmp_path, files)
+    open_cached(built, files)
 
 
 def test_two_builders_of_one_folder(tmp_path, files):
@@ -183,17 +198,18 @@ def test_two_builders_of_one_folder(tmp_path, files):
   assert not (tmp_path / 'c' / 'files').exists()
 
 
-def test_the_command_builds_and_says_what_was_skipped(tmp_path, files, capsys):
-  with open(files.files['train'], 'a') as f:
-    f.write('{"q": 3, "a": "b"}\n')
+def test_the_command_builds_and_reports_what_was_skipped(tmp_path, files, capsys):
+  train = tmp_path / 'train.jsonl'
+  train.write_text(pathlib.Path(files.files['train']).read_text() + '{"q": 3, "a": "b"}\n')
   args = ['--config', QUICKSTART + ':tiny', f'--config.data.cache={tmp_path / "c"}',
-          f'--config.data.files.train={files.files["train"]}', '--config.data.vocab=byte',
-          f'--config.data.files.validation={files.files["train"]}', '--config.data.bad_rows=0.2',
+          f'--config.data.files.train={train}', '--config.data.vocab=byte',
+          f'--config.data.files.validation={train}', '--config.data.bad_rows=0.2',
           '--config.data.fields.inputs=q', '--config.data.fields.targets=a', '--processes=1',
           '--shards=2']
   assert command.main(args) == 0
-  said = capsys.readouterr().out
-  assert 'files: 23 examples of' in said and "train.jsonl:24: field 'q' is int, not text" in said
+  printed = capsys.readouterr().out
+  assert 'files: 23 examples of' in printed
+  assert "train.jsonl:24: field 'q' is int, not text" in printed
   with pytest.raises(UsageError, match='--config.data.cache=DIR'):
     command.main(args[:2])
 
@@ -223,7 +239,7 @@ print(sorted(path.name for path in where.iterdir()))
   assert 'run the same command' in lines[0] and lines[1:] == ['[]'], out.stderr
 
 
-def test_records_that_did_not_arrive_are_noticed(tmp_path, monkeypatch):
+def test_records_that_were_not_written_are_noticed(tmp_path, monkeypatch):
   class Deaf(array_record_module.ArrayRecordWriter):
     def write(self, record):
       return True
@@ -250,7 +266,7 @@ def build(name):
                              {'inputs': '', 'targets': 'text'}, objective='document_lm')
   cache_build.build(cache_build.CacheJob('files', 'train', {'targets': 500}, 'byte', files),
                     f'{sys.argv[1]}/{name}', shards=1, processes=1)
-build('small')                                         # what TensorFlow takes once
+build('small')                                         # TensorFlow's own memory
 with open('/proc/self/clear_refs', 'w') as f:
   f.write('5')                                         # the peak starts from here
 before = status('VmRSS')
@@ -263,12 +279,11 @@ print(status('VmHWM') - before)
   assert float(out.stdout) < 32 < 42 < size, (out.stdout, size, out.stderr)
 
 
-# -- what the pipeline makes of a cache ------------------------------------------------------------
+# -- batches from a cache -------------------------------------------------------------------------
 
 
-def test_blocks_pass_every_example_once_an_epoch_in_a_new_order(tmp_path, files, monkeypatch):
-  build(tmp_path, files)
-  components = open_cached(tmp_path, files)
+def test_blocks_visit_every_example_once_an_epoch_in_a_new_order(built, files, monkeypatch):
+  components = open_cached(built, files)
   monkeypatch.setattr(pipeline, 'BLOCK', 6)
   p = pipeline.Pipeline(components, LENGTHS, batch_size=1, seed=3)
   rows = p.rows[0]
@@ -276,30 +291,29 @@ def test_blocks_pass_every_example_once_an_epoch_in_a_new_order(tmp_path, files,
   epochs = [[x for i in range(rows.count) for x in rows.ids(e, i)] for e in range(3)]
   assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
-  for b in range(4):                    # each block packs its own sizes: every row is full or fits
+  for b in range(4):                    # each block packs its own sizes: every row fits
     sizes = rows._sizes[b::4]
     assert all((sizes[row].sum(axis=0) <= 16).all() for row in rows._block(b).layout)
   order = [p.example_ids(step) for step in range(rows.count)]
   assert sorted(sum(order, [])) == sorted(f'files:{i}' for i in range(23))
-  again = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=1, seed=3)
+  again = pipeline.Pipeline(open_cached(built, files), LENGTHS, batch_size=1, seed=3)
   assert again.fingerprint == p.fingerprint
   for step in (0, 7, 1_000_000):
     for name, x in p.batch(step).items():
       np.testing.assert_array_equal(x, again.batch(step)[name])
 
 
-def test_a_far_step_packs_two_blocks_at_most(tmp_path, files, monkeypatch):
-  build(tmp_path, files)
+def test_a_far_step_packs_two_blocks_at_most(built, files, monkeypatch):
   monkeypatch.setattr(pipeline, 'BLOCK', 6)
-  pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=2, seed=3)
-  assert list(cache.folder(str(tmp_path), 'files', 'train').glob('rows-*.npy'))
-  p = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=2, seed=3)
+  pipeline.Pipeline(open_cached(built, files), LENGTHS, batch_size=2, seed=3)
+  assert list(cache.folder(str(built), 'files', 'train').glob('rows-*.npy'))
+  p = pipeline.Pipeline(open_cached(built, files), LENGTHS, batch_size=2, seed=3)
   assert p.rows[0]._block.cache_info().misses == 0         # the counts are remembered
   p.batch(1_000_000)
   assert p.rows[0]._block.cache_info().misses <= 2
 
 
-def test_one_block_of_a_cache_is_what_memory_gives(tmp_path, files):
+def test_one_block_of_a_cache_equals_memory(tmp_path, files):
   build(tmp_path, files, shards=1)
   cached = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=4, seed=3)
   memory = pipeline.Pipeline(

@@ -43,7 +43,7 @@ def test_decoder_only_puts_inputs_before_targets_without_loss():
   }
 
 
-def test_start_and_end_are_the_vocabularys():
+def test_start_and_end_ids_of_the_vocabulary():
   row = features.build_row([example([7], [9, 2]), example([6], [4])], {'inputs': 2, 'targets': 3},
                            start=50)
   assert row['decoder_input_tokens'].tolist() == [50, 9, 50]
@@ -143,10 +143,10 @@ def test_trim_cuts_masked_texts_alike_and_predicts_no_closing_end():
   assert lost == 2 and lists(cut) == {
       'inputs': [101, 5, 103, 102, 102], 'targets': [101, 5, 7, 102, 102],
       'weights': [0, 0, 1, 0, 0], 'types': [0, 0, 0, 0, 1], 'next': [1]}
-  assert PAIR['weights'].tolist() == [0, 0, 1, 0, 1, 1, 0]              # the original stays
+  assert PAIR['weights'].tolist() == [0, 0, 1, 0, 1, 1, 0]              # the original is unchanged
   same, lost = features.trim(PAIR, {'inputs': 7}, eos=102)
   assert lost == 0 and lists(same) == lists(PAIR)
-  # an end of sequence that is id 1, or a text without one: weights and types are no tokens
+  # A text without an end of sequence: the ones in weights and types are not tokens.
   open_end = masked([2, 4, 6, 7], [2, 5, 6, 7], [0, 1, 1, 1], types=[0, 0, 1, 1])
   assert lists(features.trim(open_end, {'inputs': 3}, eos=1)[0]) == {
       'inputs': [2, 4, 6], 'targets': [2, 5, 6], 'weights': [0, 1, 1], 'types': [0, 0, 1]}

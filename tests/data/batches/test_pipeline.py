@@ -1,4 +1,4 @@
-"""The stream: pure in the step, the same for any processes, each example once an epoch."""
+"""The stream: pure in the step, equal on any number of processes, each example once per epoch."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def test_seeds_and_steps_differ():
 
 
 @pytest.mark.parametrize('processes', [2, 4])
-def test_processes_see_their_part_of_the_same_batch(processes):
+def test_each_process_builds_its_rows_of_the_same_batch(processes):
   parts = [component('a', 50), component('b', 30, seed=1, rate=2., first=1000)]
   whole = pipeline(parts)
   each = 4 // processes
@@ -102,24 +102,24 @@ def test_every_example_once_an_epoch_and_whole(pack):
   assert rows == 50 or pack
 
 
-def test_epochs_deal_examples_and_shuffle_rows_anew():
+def test_every_epoch_swaps_examples_and_shuffles_rows():
   p = pipeline(batch_size=1)
   rows = p.rows[0].count
   epochs = [[tuple(p.example_ids(e * rows + i)) for i in range(rows)] for e in range(3)]
   assert len({tuple(e) for e in epochs}) == 3
-  assert set(epochs[0]) != set(epochs[1])                 # other neighbours in a row, too
+  assert set(epochs[0]) != set(epochs[1])                 # rows hold other examples, too
 
 
 def test_a_mixture_keeps_its_rates_of_examples():
   parts = [component('short', 60, rate=3.), component('long', 40, seed=1, rate=1., first=500)]
   for example in parts[1].examples:
-    example['targets'] = np.array([9] * 11 + [1], np.int32)   # one a row: rows are no examples
+    example['targets'] = np.array([9] * 11 + [1], np.int32)   # one per row: a row is not an example
   p = pipeline(parts)
   names = [i.split(':')[0] for step in range(150) for i in p.example_ids(step)]
   assert names.count('short') / names.count('long') == pytest.approx(3., rel=0.05)
 
 
-def test_an_objective_draws_anew_each_epoch_and_repeats_for_the_same_step():
+def test_an_objective_draws_again_each_epoch_and_repeats_for_the_same_step():
   parts = [Component('lm', 1., [{'targets': np.arange(2, 12, dtype=np.int32) + 20 * i}
                                 for i in range(6)], Half())]
   p = pipeline(parts, batch_size=6)
@@ -192,19 +192,19 @@ def test_position_is_small_and_knows_its_data():
 
 
 def test_a_far_step_costs_what_a_near_one_does():
-  """Counted, not timed: a jump to step 10^6 deals one epoch, not all before it."""
+  """Counted, not timed: a jump to step 10^6 shuffles one epoch, not all before it."""
   p = pipeline()
   p.batch(1_000_000)
   assert p.rows[0]._block(0)._swapped.cache_info().misses <= 2
 
 
-def test_any_rows_of_a_batch_are_those_of_the_whole():
-  """A mesh may give a process rows that are no neighbours."""
+def test_any_rows_of_a_batch_equal_those_of_the_whole():
+  """A mesh may give a process rows that are not adjacent."""
   want, got = pipeline().batch(5), pipeline(rows=[1, 3]).batch(5)
   same(got, {k: x[[1, 3]] for k, x in want.items()})
 
 
-def test_a_feature_without_a_length_is_told():
+def test_a_feature_without_a_length_is_refused():
   with pytest.raises(UsageError, match='which have no length: set data.lengths.inputs'):
     Pipeline([component('a', 5)], {'inputs': 0, 'targets': 16}, batch_size=4, seed=3,
              kind='decoder')
