@@ -175,3 +175,20 @@ def test_a_terminals_line_is_redrawn_every_second(clock):
   assert file.getvalue() == '\rx: 20 rows · 20 rows/s   \rx: 40 rows · 20 rows/s   '
   progress.done()
   assert file.getvalue().endswith('\rx: 40 rows · 20 rows/s · done   \n')
+
+
+def test_short_work_prints_nothing(clock):
+  file = io.StringIO()
+  with files.Progress('x', 'rows', file=file) as progress:
+    clock[0] += 4.9
+    progress.add(10)
+  assert file.getvalue() == ''
+
+
+def test_a_block_that_fails_is_not_done_and_ends_the_line(clock):
+  file = Terminal()
+  with pytest.raises(KeyError), files.Progress('x', 'rows', file=file) as progress:
+    clock[0] += 2
+    progress.add(10)
+    raise KeyError
+  assert file.getvalue() == '\rx: 10 rows · 5 rows/s   \n'

@@ -1,4 +1,4 @@
-"""colab/quickstart.ipynb runs top to bottom at :tiny, imports, and defines nothing."""
+"""colab/quickstart.ipynb runs from top to bottom at :tiny and defines nothing itself."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ def notebook():
   return nbformat.read(COLAB / 'quickstart.ipynb', as_version=4)
 
 
-def test_it_is_valid_defines_nothing_and_stores_no_output(notebook):
+def test_it_is_valid_and_stores_no_output(notebook):
   nbformat.validate(notebook)
   for cell in notebook.cells:
     if cell.cell_type == 'code':
@@ -28,8 +28,8 @@ def test_it_is_valid_defines_nothing_and_stores_no_output(notebook):
                      for node in ast.walk(code)), cell.source
 
 
-def test_it_trains_draws_and_translates(notebook, tmp_path, monkeypatch):
-  # A kernel of this very Python, whatever kernels the person has installed.
+def test_it_trains_plots_and_translates(notebook, tmp_path, monkeypatch):
+  # A kernel of this Python, whatever kernels are installed.
   write_kernel_spec(tmp_path / 'kernels' / 'python3')
   monkeypatch.setenv('JUPYTER_PATH', str(tmp_path))
   monkeypatch.setenv('T5LAB_NOTEBOOK_ARG', ':tiny')
@@ -37,7 +37,7 @@ def test_it_trains_draws_and_translates(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(COLAB.parent / '.cache' / 'jax'))
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-  monkeypatch.delenv('XLA_FLAGS', raising=False)       # one device, as a person has
+  monkeypatch.delenv('XLA_FLAGS', raising=False)       # a single device, as for a user
   monkeypatch.delenv('MPLBACKEND', raising=False)      # ipykernel's own: figures inline
 
   notebook.cells.append(nbformat.v4.new_code_cell(
@@ -51,7 +51,7 @@ def test_it_trains_draws_and_translates(notebook, tmp_path, monkeypatch):
   assert any('copy of the source' in out.get('data', {}).get('text/plain', '') for out in outputs)
   scores, weights, translations = json.loads(notebook.cells[-1].outputs[-1].text)
   assert {'ha_ende/raw/bleu', 'ha_ende/ema/bleu', 'ha_ende/ema/chrf'} <= scores.keys()
-  assert 5 < scores['ha_ende/ema/loss'] < 20            # ten steps from ln 2048 = 7.6
+  assert 5 < scores['ha_ende/ema/loss'] < 20            # ten steps from about ln 2048 = 7.6
   assert weights == 'ema'
   assert len(translations) == 3 and all(isinstance(text, str) for text in translations)
   rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]

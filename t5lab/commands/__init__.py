@@ -1,4 +1,4 @@
-"""The commands of `t5lab`, a module each. Only here and in the loop do flags and configs appear."""
+"""The commands of `t5lab`, one module each. Command-line flags are parsed only here."""
 
 import argparse
 import os
@@ -10,21 +10,21 @@ from t5lab.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse whose complaints are a UsageError: one line, exit code 2."""
+  """An argparse parser that raises UsageError: one line, exit code 2."""
 
   def error(self, message):
     raise UsageError(f'{message} (see {self.prog} --help)')
 
 
 def split_overrides(argv: list[str], name: str = 'config') -> tuple[list[str], dict[str, str]]:
-  """['--config', 'c.py', '--config.optim.lr=1', …] -> (the rest, {'optim.lr': '1'})."""
+  """Splits ['--config', 'c.py', '--config.optim.lr=1', …] -> (the rest, {'optim.lr': '1'})."""
   rest, overrides, i = [], {}, 0
   while i < len(argv):
     if argv[i].startswith(f'--{name}.'):
       key, equals, value = argv[i].removeprefix(f'--{name}.').partition('=')
       if not equals:
         if i + 1 == len(argv):
-          raise UsageError(f'--{name}.{key} needs a value, as --{name}.{key}=…')
+          raise UsageError(f'--{name}.{key} needs a value: --{name}.{key}=VALUE')
         i += 1
         value = argv[i]
       overrides[key] = value
@@ -35,10 +35,10 @@ def split_overrides(argv: list[str], name: str = 'config') -> tuple[list[str], d
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs in ~/.cache/t5lab: the second start of a run skips most compiling.
+  """Caches compiled programs in ~/.cache/t5lab: the second start of a run skips most compilation.
 
-  Whoever can write there can run code here, so a folder that others may write is not used. A folder
-  of the person's own, JAX_COMPILATION_CACHE_DIR, goes before.
+  The folder is not used if others can write to it, because they could then run code here.
+  JAX_COMPILATION_CACHE_DIR takes precedence.
   """
   import jax
   if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -49,7 +49,7 @@ def use_compilation_cache() -> None:
     status = folder.stat()
   except OSError:
     return
-  # Where it cannot be written, the next start compiles again; there is nothing to say of that.
+  # A cache that cannot be written only means that the next start compiles again.
   warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
   if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -1,18 +1,19 @@
 """t5lab eval --workdir DIR [--step latest|best|all|N] [--split S] [--task NAME]
 
-Loss and accuracy of the split, and the task's own metrics on decoded text, of the raw and of the
-averaged weights. Writes DIR/eval/<step>.json, the predictions as DIR/eval/<step>.<weights>.jsonl,
-and prints a table. Options that start with --config.eval. change how it decodes, as
---config.eval.beams=4. Your own files, and what to do with them, go as in training:
---config.data.files.validation=dev.tsv, --config.data.fields.inputs=question, --config.data.prompt,
---config.data.metrics=squad,rouge. A module of yours that registers tasks is imported only if named
-here: --config.data.modules=my.tasks.
+Computes loss and accuracy on the split and the task's own metrics on decoded text, for the raw and
+the averaged weights. Writes the scores to DIR/eval/<step>.json and the predictions to
+DIR/eval/<step>.<weights>.jsonl, and prints a table.
+
+Options --config.eval.* change the decoding, e.g. --config.eval.beams=4. Your own files are given as
+in training: --config.data.files.validation=dev.tsv, --config.data.fields.inputs=question,
+--config.data.prompt, --config.data.metrics=squad,rouge. A module that registers your own tasks is
+imported only if it is named here: --config.data.modules=my.tasks.
 """
 
 import argparse
 import sys
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
 from t5lab.errors import CheckpointError, UsageError
 
@@ -24,46 +25,53 @@ def main(argv: list[str] | None = None) -> int:
   argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
   parser = Parser('t5lab eval', description=__doc__,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', required=True)
-  parser.add_argument('--step', default='latest', help='latest (default), best, all, or a number')
-  parser.add_argument('--split', help="default: the config's eval.split")
-  parser.add_argument('--task', help="a Task or Mixture; default: the config's")
+  parser.add_argument('--workdir', required=True, metavar='DIR',
+                      help='a run, or a checkpoint written by `t5lab convert`')
+  parser.add_argument('--step', default='latest',
+                      help='latest, best, all, or a number (default: latest)')
+  parser.add_argument('--split', help="a split of the task (default: the config's eval.split)")
+  parser.add_argument('--task', help="a Task or Mixture (default: the config's eval.mixture)")
   args = parser.parse_args(argv)
   for key in overrides:
     if not key.startswith(MAY_CHANGE):
-      raise UsageError(f'--config.{key}: eval takes changes of eval.* and of what the data is: '
-                       f'{", ".join(k.rstrip(".") for k in MAY_CHANGE[1:])}')
+      raise UsageError(f'--config.{key} cannot be set for eval, only keys of '
+                       f'{", ".join(prefix.rstrip(".") for prefix in MAY_CHANGE)}')
 
+  # The config of the run, with the changes of the command line.
   from t5lab.parallel import sharding
   from t5lab.programs import lab, loading, scoring
   use_compilation_cache()
   c = loading.read_config(args.workdir)
-  theirs, c.data.modules = tuple(c.data.modules), ()      # what lies in a folder is not imported
+  # A folder may come from somebody else: modules that it names are not imported.
+  modules_of_run, c.data.modules = tuple(c.data.modules), ()
   if args.task:
     c.eval.mixture = args.task
-    c.data.mixture = c.data.mixture or args.task       # converted weights were trained on none
-  configs.apply(c, overrides)
+    c.data.mixture = c.data.mixture or args.task     # converted weights have no training task
+  config.apply(c, overrides)
   c.eval.split = args.split or c.eval.split
-  c.data.split = c.eval.split                             # nothing is trained
-  configs.check_trainable(c)
-  checkpoints = loading.open_checkpoints(c, args.workdir)
-  numbers = checkpoints.steps()
-  if not numbers:
+  c.data.split = c.eval.split                        # the training split may not exist here
+  config.check_trainable(c)
+
+  # Open the data before any weights are loaded.
+  all_steps = loading.open_checkpoints(c, args.workdir).steps()
+  if not all_steps:
     raise CheckpointError(f'{args.workdir} has no checkpoint yet; train it with `t5lab train`')
-  chosen = numbers if args.step == 'all' else [args.step]
   mesh = sharding.make_mesh(**c.mesh.to_dict())
-  evaluator = scoring.Evaluator(c, mesh)   # compiles once for all steps and weights
+  evaluator = scoring.Evaluator(c, mesh)             # compiles once for all steps and weights
   try:
     evaluator.open()
   except UsageError as e:
-    if not theirs or c.data.modules:
+    if not modules_of_run or c.data.modules:
       raise
-    raise UsageError(f'{e} The run used {", ".join(theirs)}: if you trust it, add '
-                     f'--config.data.modules={",".join(theirs)}') from e
-  suffix = ''.join(f'.{x}' for x in (args.task, args.split) if x)
+    modules = ','.join(modules_of_run)
+    raise UsageError(f'{e} The run used {", ".join(modules_of_run)}: if you trust it, add '
+                     f'--config.data.modules={modules}') from e
+
+  # Score each step.
+  suffix = ''.join(f'.{name}' for name in (args.task, args.split) if name)
   results = []
-  for number in chosen:
-    labs = {weights: lab.load(args.workdir, number, weights, config=c, engine=evaluator.engine)
+  for chosen in all_steps if args.step == 'all' else [args.step]:
+    labs = {weights: lab.load(args.workdir, chosen, weights, config=c, engine=evaluator.engine)
             for weights in (('raw', 'ema') if c.optim.ema else ('raw',))}
     step = labs['raw'].step
     with sharding.use(mesh, c.rules):
@@ -78,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(result, title: str, samples: int = 0) -> None:
-  """Scores as a table, a row for each task and weights, then some predictions."""
+  """Prints a table of scores, with a row per task and weights, and then some predictions."""
   from rich.console import Console
   from rich.table import Table
 
@@ -89,10 +97,12 @@ def show(result, title: str, samples: int = 0) -> None:
     rows.setdefault(('/'.join(task), weights), {})[metric] = value
     columns[metric] = True
   last = list(result.predictions.values())[-1] if result.predictions else []
-  for task in {task for task, _ in rows if 'bleu' in columns}:
-    if pairs := [(p.target, p.source) for p in last if p.task == task]:
-      # What handing in the source scores: the floor of any translation.
-      rows[task, 'copy of the source'] = {**bleu(*zip(*pairs)), **chrf(*zip(*pairs))}
+  if 'bleu' in columns:
+    for task in dict.fromkeys(task for task, _ in rows):
+      if pairs := [(p.target, p.source) for p in last if p.task == task]:
+        # The baseline of every translation: the unchanged source.
+        rows[task, 'copy of the source'] = {**bleu(*zip(*pairs)), **chrf(*zip(*pairs))}
+
   table = Table(title=title)
   for name in ('task', 'weights', *columns):
     table.add_column(name, justify='left' if name in ('task', 'weights') else 'right')
@@ -100,8 +110,7 @@ def show(result, title: str, samples: int = 0) -> None:
     table.add_row(task, weights, *(f'{values[m]:.3f}' if m in values else '' for m in columns))
   console = Console()
   console.print(table)
-  names = (('source', 'source'), ('reference', 'target'), ('output', 'prediction'))
+  labels = (('source', 'source'), ('reference', 'target'), ('output', 'prediction'))
   for p in last[:samples]:
-    text = '\n'.join(f'{name:>10}  {getattr(p, field)}' for name, field in names)
+    text = '\n'.join(f'{label:>10}  {getattr(p, field)}' for label, field in labels)
     console.print(text + '\n', markup=False, highlight=False, soft_wrap=True)
-

@@ -1,10 +1,11 @@
 """t5lab train --config FILE[:ARG] --workdir DIR [--config.KEY=VALUE …]
 
-Trains and evaluates. Run again, it goes on where it was: after a crash, a kill, or a SIGTERM, which
-saves and exits 75. A workdir that holds another model or data is refused, naming what differs.
+Trains and evaluates. Stop it at any time and run the same command to resume; SIGTERM saves a
+checkpoint first and exits with code 75. A workdir with another model or other data is rejected, and
+the differences are listed.
 
-Your own files: --config.data.files.train=x.jsonl --config.data.files.validation=y.tsv
---config.data.fields.inputs=COLUMN --config.data.fields.targets=COLUMN, and if you like
+For your own files: --config.data.files.train=x.jsonl --config.data.files.validation=y.tsv
+--config.data.fields.inputs=COLUMN --config.data.fields.targets=COLUMN, and optionally
 --config.data.prompt='ask: {COLUMN}' --config.data.metrics=squad,rouge. `t5lab inspect` with the
 same options shows what the model will see.
 """
@@ -13,7 +14,7 @@ import argparse
 import os
 import sys
 
-from t5lab import config as configs
+from t5lab import config
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
 
 
@@ -22,16 +23,17 @@ def main(argv: list[str] | None = None) -> int:
   parser = Parser('t5lab train', description=__doc__,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
-                      help='a config file; ARG goes to its get_config, as :tiny')
-  parser.add_argument('--workdir', required=True, help='where everything of this run goes')
+                      help='a config file; ARG is passed to its get_config, e.g. FILE:tiny')
+  parser.add_argument('--workdir', required=True, metavar='DIR',
+                      help='folder for the checkpoints, metrics and predictions of the run')
   parser.add_argument('--resume', choices=('auto', 'never', 'must'), default='auto',
-                      help='what to do with a workdir that has checkpoints: go on (auto), refuse '
-                           'it (never), refuse one without (must)')
+                      help='auto: resume if the workdir has checkpoints; never: reject a workdir '
+                           'that has some; must: reject one that has none (default: auto)')
   parser.add_argument('--allow-data-change', action='store_true',
-                      help='resume even though the data is not that of the checkpoint')
+                      help='resume even if the data differs from that of the checkpoint')
   args = parser.parse_args(argv)
-  c = configs.load(args.config, overrides)
-  configs.check_names(c)
+  c = config.load(args.config, overrides)
+  config.check_names(c)
   from t5lab.parallel import multihost
   from t5lab.programs import loop
   use_compilation_cache()
@@ -44,14 +46,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(c, workdir, result) -> None:
-  """What came out, what to do with it, and where it lies."""
+  """Prints the scores, a command to try next, and the paths of the output."""
   from t5lab.commands.eval import show
   from t5lab.data.tasks import prompts
   show(result, f'{workdir} · step {c.total_steps} · {c.eval.split}', c.eval.samples)
   command = f'{os.path.relpath(sys.argv[0])} infer --workdir {workdir}'
   if not c.model.dec_layers:
-    use = 'classify' if c.model.classes else 'embed'
-    print(f"Try your own:  t5lab.load('{workdir}').{use}(['Turn on the light'])  in Python")
+    method = 'classify' if c.model.classes else 'embed'
+    print(f"Try your own:  t5lab.load('{workdir}').{method}(['Turn on the light'])  in Python")
   elif c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
     example = 'lighthouse' if c.data.mixture == 'g2p_en_us' else 'Turn on the light'
     print(f"Try your own:  echo '{example}' | {command}")
@@ -59,7 +61,6 @@ def summary(c, workdir, result) -> None:
     print(f"Try your own:  echo 'Once upon a time' | {command}")
   else:
     print(f'Try your own:  {command} --input rows.jsonl --output out.jsonl')
-  for what, where in (('checkpoints', 'checkpoints/'), ('metrics', 'metrics.jsonl'),
-                      ('predictions', 'eval/'), ('TensorBoard', 'tensorboard/')):
-    print(f'{what:>12}:  {os.path.join(workdir, where)}')
-
+  for name, path in (('checkpoints', 'checkpoints/'), ('metrics', 'metrics.jsonl'),
+                     ('predictions', 'eval/'), ('TensorBoard', 'tensorboard/')):
+    print(f'{name:>12}:  {os.path.join(workdir, path)}')

@@ -1,4 +1,4 @@
-"""A person's own files, and their own tasks, through train, eval and infer: no Python, or some."""
+"""Own files and own tasks through train, eval and infer."""
 import csv
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from t5lab import cli
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import registry
 
 pytestmark = pytest.mark.usefixtures('plain_registry')
 
@@ -30,15 +30,15 @@ SMALL = ['--config.total_steps=2', '--config.optim.ema=0', '--config.eval.beams=
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  where = tmp_path_factory.mktemp('own')
-  (where / 'train-0.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in ROWS[:12]))
-  (where / 'train-1.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in ROWS[12:]))
-  with open(where / 'dev.tsv', 'w') as f:
+  path = tmp_path_factory.mktemp('own')
+  (path / 'train-0.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in ROWS[:12]))
+  (path / 'train-1.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in ROWS[12:]))
+  with open(path / 'dev.tsv', 'w') as f:
     f.write('q\tc\ta\n' + ''.join(f'{i}?\tin {i}\t{i}\n' for i in range(5)))
-  (where / 'none.tsv').write_text('q\tc\ta\nonly one\n')
-  with open(where / 'ask.csv', 'w', newline='') as f:
+  (path / 'none.tsv').write_text('q\tc\ta\nonly one\n')
+  with open(path / 'ask.csv', 'w', newline='') as f:
     csv.writer(f).writerows([['q', 'c'], ['how, many?', 'two\nlines'], ['x', 'y {z}']])
-  return where
+  return path
 
 
 @pytest.fixture(scope='module')
@@ -77,26 +77,27 @@ def test_infer_reads_the_same_columns(run, folder, tmp_path, capsys):
   assert rows[0]['c'] == 'two\nlines'
   code, _, err = call('infer', '--workdir', run, '--input', folder / 'ask.csv', '--output', target,
                       '--config.data.prompt={q} {d}', capsys=capsys)
-  assert code == 2 and 'needs the text columns q, d; missing: d; the row has: q, c' in err
+  assert code == 2 and 'needs the text columns q, d; missing: d; the record has: q, c' in err
   code, _, err = call('infer', '--workdir', run, '--config.optim.lr=1', capsys=capsys)
-  assert code == 2 and 'infer takes changes of data.prompt, data.fields.inputs only' in err
+  assert code == 2 and ('--config.optim.lr cannot be set for infer, only data.prompt and '
+                        'data.fields.inputs') in err
 
 
 @pytest.mark.parametrize('flags, code, message', [
     (['--config.data.bad_rows=0.1'], 3, 'bad.jsonl:3: '),
     (['--config.data.fields.targets=b'], 3, "no field 'b'. Known: a, c, q"),
     (['--config.data.metrics=bleu,blue'], 2, "data.metrics names 'blue'. Did you mean 'bleu'?"),
-    (['--config.data.prompt={q'], 2, "data.prompt = '{q': "),
+    (['--config.data.prompt={q'], 2, "data.prompt='{q': "),
     (['--config.data.files.validation='], 2, 'data.files.validation is empty'),
     (['--config.data.files.train=none*.jsonl'], 3, "no file matches 'none*.jsonl'"),
     (['--config.data.objective=lm'], 2, "set data.fields.inputs='' and data.prompt=''"),
     (['--config.data.mixture=files,ha_endee'], 2, "no task or mixture 'ha_endee'. Did you mean"),
     (['--config.data.files.validation={folder}/none.tsv', '--config.data.bad_rows=0.5'], 3,
-     'none.tsv:2: expected 3 fields, found 1'),
+     'none.tsv:2: expected 3 fields, got 1'),
     (['--config.eval.mixture=ha_ende', '--config.eval.split=validatoin'], 3,
      "'ha_ende' has no split 'validatoin'. Did you mean 'validation'"),
 ])
-def test_what_is_wrong_is_one_line_before_training(folder, tmp_path, capsys, flags, code, message):
+def test_an_error_is_one_line_before_training(folder, tmp_path, capsys, flags, code, message):
   bad = tmp_path / 'bad.jsonl'
   bad.write_text('{"q": "a", "c": "b", "a": "c"}\n' * 2 + '{"q": 1, "c": "b", "a": "c"}\n' * 2
                  + '{"q": "a", "c": "b", "a": "c"}\n')
@@ -108,7 +109,7 @@ def test_what_is_wrong_is_one_line_before_training(folder, tmp_path, capsys, fla
   assert 'step 1/' not in out and not list(tmp_path.glob('run/checkpoints/step_*'))
 
 
-def test_text_alone_with_an_objective(folder, tmp_path, capsys):
+def test_unlabelled_text_with_an_objective(folder, tmp_path, capsys):
   text = tmp_path / 'text.txt'
   text.write_text('One sentence here. Another one there.\n' * 60)
   code, out, err = call(
@@ -123,9 +124,9 @@ def test_text_alone_with_an_objective(folder, tmp_path, capsys):
 def test_files_and_a_task_are_mixed_by_their_sizes(folder, capsys, tmp_path):
   code, out, err = call(
       'train', '--config', CONFIG, '--workdir', tmp_path / 'run', *SMALL, *FIELDS,
-      f'--config.data.files.train={folder}/train-*.jsonl', '--config.eval.mixture=ha_ende',
-      '--config.data.mixture=files,ha_ende', '--config.data.mixing.limit=100', capsys=capsys)
-  assert code == 0 and 'files: 20 examples' in out and 'ha_ende: 8,901 examples' in out, err
+      f'--config.data.files.train={folder}/train-*.jsonl', '--config.eval.mixture=ha_enfr',
+      '--config.data.mixture=files,ha_enfr', '--config.data.mixing.limit=100', capsys=capsys)
+  assert code == 0 and 'files: 20 examples' in out and 'ha_enfr: 3,692 examples' in out, err
 
 
 MODULE = """
@@ -142,7 +143,7 @@ if 'own_task' not in seqio.TaskRegistry.names():
 """
 
 
-def test_a_module_of_ones_own_is_imported_when_it_is_named(tmp_path, monkeypatch, capsys):
+def test_an_own_module_is_imported_when_it_is_named(tmp_path, monkeypatch, capsys):
   (tmp_path / 'my_tasks.py').write_text(MODULE)
   monkeypatch.chdir(tmp_path)
   config = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), CONFIG)
@@ -155,9 +156,9 @@ def test_a_module_of_ones_own_is_imported_when_it_is_named(tmp_path, monkeypatch
   try:
     code, out, err = call(*train, '--config.data.modules=my_tasks', capsys=capsys)
     assert code == 0 and 'own_task: 2 examples' in out, err
-    # What lies in a run's folder says nothing to import: only the command line does.
+    # Only modules named on the command line are imported, never those of a run's folder.
     sys.modules.pop('my_tasks')
-    tasks.seqio.TaskRegistry.remove('own_task')
+    registry.seqio.TaskRegistry.remove('own_task')
     code, out, err = call('eval', '--workdir', 'run', capsys=capsys)
     assert code == 2 and 'if you trust it, add --config.data.modules=my_tasks' in err
     assert 'module imported' not in out
@@ -166,4 +167,4 @@ def test_a_module_of_ones_own_is_imported_when_it_is_named(tmp_path, monkeypatch
     assert code == 0 and 'module imported' in out, err
   finally:
     sys.modules.pop('my_tasks', None)
-    tasks.seqio.TaskRegistry.remove('own_task')
+    registry.seqio.TaskRegistry.remove('own_task')

@@ -350,6 +350,14 @@ def test_a_packed_row():
   assert row.sequences[0].padding == 1
 
 
+def test_inputs_with_a_table_of_their_own_are_shown_as_numbers():
+  tables = dataclasses.replace(WORDS, target_encoder=WORDS.encoder)
+  encoder, decoder = view.row(rows_of(pairs(([3, 1], [5]))), tables).sequences
+  assert [slot.read for slot in encoder.slots] == [
+      view.Span('number', '3'), view.Span('number', '1')]
+  assert drawn(decoder) == [(1, 0, '<pad>', 'c', True)]
+
+
 def test_a_row_of_an_encoder():
   row = view.row(rows_of(pairs(([3, 1], [4])), kind='encoder'), WORDS)
   assert row.labels == {'encoder_target_tokens': 4, 'encoder_loss_weights': 1}
