@@ -32,7 +32,7 @@ def replacing(path, mode: str = 'wb', *, suffix: str = '') -> Iterator[IO]:
 
   After a kill or a full disk `path` holds the old content or the new, never a mixture. The
   temporary file is `.NAME.tmp` beside it, so a killed writer leaves at most one, which the next
-  writer reuses; processes that may write the same path at once need a `suffix` each.
+  writer reuses. Processes that may write the same path at once each need their own `suffix`.
   Errors: OSError, of the file system.
   """
   path = Path(path)
@@ -107,7 +107,7 @@ def read_json(path, limit: int = CONFIG_BYTES, error=UsageError) -> dict:
 
 
 class Progress:
-  """A progress line on standard error: what, count, rate, and the time left where it is known.
+  """A progress line on standard error: task, count, rate, and the remaining time if it is known.
 
   Example: `cleaning: 12,800 rows · 4,210 rows/s · ETA 1:05`
   On a terminal the line is redrawn every second; elsewhere a new line is printed every 5 seconds.
@@ -125,7 +125,7 @@ class Progress:
     self._has_printed = False
 
   def add(self, count: int, fraction: float | None = None) -> None:
-    """Counts `count` more. fraction: of the work that is done, instead of count / total."""
+    """Adds `count` to the counter. fraction: of the work done, instead of count / total."""
     self._done += count
     now = time.monotonic()
     if now - self._printed >= self._every:
@@ -137,8 +137,8 @@ class Progress:
       fraction = self._done / self._total
     if not fraction or fraction > 1:
       return ''
-    left = int((now - self._start) * (1 / fraction - 1))
-    return f' · ETA {left // 60}:{left % 60:02d}'
+    seconds = int((now - self._start) * (1 / fraction - 1))
+    return f' · ETA {seconds // 60}:{seconds % 60:02d}'
 
   def _print(self, now: float, end: str) -> None:
     rate = self._done / max(now - self._start, 1e-9)

@@ -130,7 +130,7 @@ def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
     if bare:
       break
   else:
-    raise DataError(f'{spec} encodes every text as no tokens')
+    raise DataError(f'{spec} encodes every text as an empty list')
   whole = tokenizer.encode(probe)
   added = whole.special_tokens_mask
   starts = range(len(added) - len(bare) + 1)

@@ -8,7 +8,7 @@ from t5lab.data.sources import corpora
 from t5lab.errors import DataError, UsageError
 
 
-def test_rows_of_each_corpus():
+def test_the_size_of_each_corpus():
   assert {name: (corpora.num_records(name, 'train'), corpora.num_records(name, 'validation'))
           for name in corpora.names()} == {
               'ende': (8901, 272), 'enes': (8880, 274), 'enfr': (3692, 126),
@@ -16,13 +16,13 @@ def test_rows_of_each_corpus():
               'g2p': (6000, 300)}
 
 
-def test_first_row():
+def test_the_first_record():
   assert dict(corpora.load('ende', 'train')[0]) == {
       'group': 'abode', 'en': 'Enter your MFA code for Abode',
       'de': 'Gib deinen MFA-Code für Abode ein'}
 
 
-def test_rows_are_read_only_and_the_list_is_ones_own():
+def test_records_are_read_only_and_the_list_is_a_copy():
   rows = corpora.load('ende', 'train')
   with pytest.raises(TypeError):
     rows[0]['en'] = 'x'
@@ -32,12 +32,12 @@ def test_rows_are_read_only_and_the_list_is_ones_own():
 
 @pytest.mark.parametrize('name, target', [
     ('ende', 'de'), ('enfr', 'fr'), ('summarize', 'summary'), ('g2p', 'phonemes'), ('g2p', 'word')])
-def test_no_validation_target_stands_in_train(name, target):
+def test_no_validation_target_occurs_in_train(name, target):
   train = {row[target] for row in corpora.load(name, 'train')}
   assert not train & {row[target] for row in corpora.load(name, 'validation')}
 
 
-def test_answers_stand_where_they_say():
+def test_answers_start_at_their_offset():
   for row in corpora.load('qa', 'validation'):
     for text, start in zip(row['answers']['text'], row['answers']['answer_start']):
       assert row['context'][start:start + len(text)] == text
@@ -62,12 +62,12 @@ def test_match_gives_each_summary_once_half_of_them_to_another_document(split):
   assert 0.4 < sum(a == b for a, b in zip(classes, classes[1:])) / len(rows) < 0.6
 
 
-def test_match_trades_until_no_one_has_its_own_words():
+def test_match_swaps_until_no_document_has_its_own_words():
   rows = [{'document': str(i), 'summary': 'same' if i % 4 == 0 else str(i)} for i in range(60)]
   for n in range(20, 61):
-    made = corpora.match_pairs(rows[:n])
-    assert all((a['summary'] == b['summary']) == a['match'] for a, b in zip(made, rows))
-    assert sorted(r['summary'] for r in made) == sorted(r['summary'] for r in rows[:n])
+    pairs = corpora.match_pairs(rows[:n])
+    assert all((a['summary'] == b['summary']) == a['match'] for a, b in zip(pairs, rows))
+    assert sorted(pair['summary'] for pair in pairs) == sorted(r['summary'] for r in rows[:n])
 
 
 def test_sample_of_a_pronouncing_dictionary(monkeypatch):
@@ -92,7 +92,7 @@ def test_subset_keeps_validation_and_about_a_third_of_train():
   assert corpora.subset_books(lines[::-1]) == kept[::-1]
 
 
-def test_subset_file_is_made_again_from_itself(tmp_path):
+def test_the_subset_of_the_shipped_file_is_itself(tmp_path):
   shipped = resources.files('t5lab.data').joinpath('files', corpora.FILES['books'])
   with resources.as_file(shipped) as path:
     corpora.main([str(path), str(tmp_path / 'again.gz')])

@@ -182,7 +182,7 @@ def test_memory_is_bounded(tmp_path, name):
 
 @pytest.mark.parametrize('place', ['', 'file://'])
 def test_parquet_is_streamed(tmp_path, place):
-  """20 MB of text in one row group: Python's share and Arrow's stay far under it."""
+  """20 MB of text in one row group: the memory of Python and of Arrow stays far below."""
   path = str(tmp_path / 'a.parquet')
   big = [f'{i:04} ' + 'word ' * 2000 for i in range(2000)]
   pq.write_table(table(x=big), path, use_dictionary=False, row_group_size=2000, compression='none',
@@ -199,7 +199,7 @@ def test_parquet_is_streamed(tmp_path, place):
   assert (peak < 6e6, arrow - before < 10e6) == (True, True), (peak, arrow - before)
 
 
-# ---- files that end the reading ----
+# ---- unusable files ----
 
 def test_nothing_in_a_file(tmp_path):
   for name, data in (('a.jsonl', b''), ('b.jsonl', b'\n \r\n'), ('a.txt.gz', b''), ('a.csv', b''),
@@ -219,7 +219,7 @@ def test_nothing_in_a_file(tmp_path):
     read(str(tmp_path / '[01].txt'))
 
 
-def test_fewer_rows_than_shards_is_no_empty_file(tmp_path):
+def test_a_file_with_fewer_records_than_shards(tmp_path):
   assert read(put(tmp_path / 'a.txt', b'one\n'), shard=(1, 2))[0] == []
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as Hugging Face does, and never more than text."""
+"""Chat templates: rendered as by Hugging Face, in a sandbox."""
 
 import pytest
 
@@ -23,9 +23,9 @@ assistant:
 {%- endif %}
 {{ pad_token is defined }}{{ tools is none }}"""
   messages = [{'role': 'system', 'content': ' Be brief. '}, {'role': 'tool', 'content': 'x'}, *HI]
-  said = '<s>system: Be brief.</s>\n<s>user: Hi</s>\n'
-  assert render(template, messages) == said + 'assistant:FalseTrue'
-  assert render(template, messages, prompt=False, pad='<p>') == said + 'TrueTrue'
+  turns = '<s>system: Be brief.</s>\n<s>user: Hi</s>\n'
+  assert render(template, messages) == turns + 'assistant:FalseTrue'
+  assert render(template, messages, prompt=False, pad='<p>') == turns + 'TrueTrue'
 
 
 def test_hugging_face_renders_the_same():
@@ -33,9 +33,9 @@ def test_hugging_face_renders_the_same():
   template = ("{%- for m in messages %}\n  {%- if m.role == 'user' %}\n[{{ m.content|tojson }}]\n"
               '  {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt %}\n  >{% endif %}\n')
   messages = [*HI, {'role': 'assistant', 'content': 'x'}, {'role': 'user', 'content': '"é"<\n'}]
-  theirs, _ = rendering.render_jinja_template(
+  expected, _ = rendering.render_jinja_template(
       [messages], chat_template=template, add_generation_prompt=True)
-  assert render(template, messages) == theirs[0]
+  assert render(template, messages) == expected[0]
 
 
 @pytest.mark.parametrize('template, message', [
@@ -59,6 +59,6 @@ def test_a_template_that_fails_or_overreaches(template, message):
 
 @pytest.mark.parametrize('messages', [[], 'Hi', [{'role': 'user'}], [{'role': 1, 'content': 'x'}],
                                       ['Hi'], [{'role': 'user', 'content': None}]])
-def test_messages_of_another_form(messages):
+def test_malformed_messages(messages):
   with pytest.raises(DataError, match='a chat must be a list of .*; got '):
     render('x', messages)

@@ -1,4 +1,4 @@
-"""Tokenizers inside .gguf files: read without the model, damaged files refused, written out."""
+"""Tokenizers inside .gguf files: read without the model and exported; damaged files refused."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from t5lab.data.sources import corpora
 from t5lab.data.vocab import gguf as vocab_gguf
 from t5lab.errors import DataError, UsageError
 
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())     # the 256 bytes as such files spell them
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())     # how such files spell the 256 bytes
 MERGES = ['t h', 'th e', 'Ġ the', '1 2', '12 3', 'Ġ 1', '! !']
 TOKENS = [*LETTERS, *(m.replace(' ', '') for m in MERGES), '<s>', '<|end|>', '<tool>']
 BOS, EOS, TOOL = range(len(TOKENS) - 3, len(TOKENS))
@@ -88,7 +88,7 @@ def test_where_text_is_cut_before_merging(pre, cut, tmp_path):
   assert pieces(v, 'the\n\n the') == ['the', 'Ċ', 'Ċ', 'Ġthe']
 
 
-def test_bos_and_eos_as_the_file_asks(tmp_path):
+def test_bos_and_eos_follow_the_file(tmp_path):
   opens = vocab.load(gguf(tmp_path / 'a.gguf', bpe(add_bos_token=True)))
   assert opens.starts_with_bos and opens.prefix == () and opens.eos_id == EOS
   assert vocab.load(gguf(tmp_path / 'b.gguf', bpe(pre='llama-bpe'))).starts_with_bos
@@ -104,8 +104,9 @@ def test_export_is_the_same_vocabulary(tmp_path):
   assert w.sha256 == v.sha256 and w.pad_id == v.pad_id == 0 and w.starts_with_bos
   hi = [{'role': 'user', 'content': 'the 1'}]
   assert w.chat(hi) == v.chat(hi) and w.encode(w.chat(hi)) == v.encode(v.chat(hi))
-  said = json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())
-  assert (said['eos_token'], said['bos_token'], said['add_bos_token']) == ('<|end|>', '<s>', True)
+  settings = json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())
+  assert settings['add_bos_token'] is True
+  assert (settings['eos_token'], settings['bos_token']) == ('<|end|>', '<s>')
   assert vocab.export(str(tmp_path / 'm.gguf'), tmp_path / 'too') == str(
       tmp_path / 'too' / 'tokenizer.json')
 
@@ -157,7 +158,7 @@ def test_llamas_sentencepiece(tmp_path):
      'has type 9; known: 1 to 6'),
     (dict(model='llama', scores=[0.] * 266), DataError, 'is not a sentencepiece model'),
 ])
-def test_tokenizers_that_cannot_be(changes, error, message, tmp_path):
+def test_invalid_tokenizers(changes, error, message, tmp_path):
   with pytest.raises(error, match=message) as e:
     vocab.load(gguf(tmp_path / 'm.gguf', bpe(**changes)))
   assert '\n' not in str(e.value)
@@ -177,6 +178,7 @@ def test_damaged_files(tmp_path):
       (b'GGML' + whole[4:], "is not a GGUF file: it begins with b'GGML'"),
       (b'GGUF' + struct.pack('<I', 1) + whole[8:], 'GGUF version 1; known: 2 and 3'),
       (head + struct.pack('<Q', 2**60), f'claims {2**60} metadata keys; the limit is 65536'),
+      (head + struct.pack('<Q', 60_000), 'list of 60000 metadata keys takes 780000 bytes at 24'),
       (head + struct.pack('<QQ', 1, 2**62), f'a key takes {2**62} bytes at 32, of 96 .*100000000'),
       (head + one + key + struct.pack('<IIQ', 9, 4, 2**60), f"claims {2**60} numbers of 'k'; .* 8"),
       (head + one + key + struct.pack('<I', 77), "the value of 'k' has type 77; known: 0 to 12"),
@@ -201,7 +203,7 @@ def smollm():
 
 
 def merged(word, ranks):
-  """Byte pairs merged by rank, the plain way, for one piece of text."""
+  """Merges the byte pairs of one piece of text by rank, one at a time."""
   parts = list(word)
   while len(parts) > 1:
     rank, i = min((ranks.get((a, b), 1e9), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
@@ -218,7 +220,7 @@ def test_smollm2_against_merging_by_hand(smollm):
   meta = vocab_gguf.metadata(v.spec)
   ids = {t: i for i, t in enumerate(meta['tokenizer.ggml.tokens'])}
   ranks = {tuple(m.split(' ')): i for i, m in enumerate(meta['tokenizer.ggml.merges'])}
-  # GPT-2's rule for ASCII, after each digit stands alone.
+  # GPT-2's rule for ASCII, after digits are split off.
   words = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s+(?!\S)|\s+")
   for row in corpora.load('qa', 'validation')[:40]:
     text = row['context'].encode('ascii', 'ignore').decode()

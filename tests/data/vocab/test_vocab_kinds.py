@@ -1,4 +1,4 @@
-"""Vocabularies from files: sentencepiece of others, tokenizer.json, vocab.txt, characters.json."""
+"""Vocabularies from files: sentencepiece models, tokenizer.json, vocab.txt, characters.json."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def train(path, **options):
 @pytest.mark.parametrize('order, step', [((2, 1, 0), -1), ((0, 1, 2), 1), ((0, 2, 1), 0)])
 @pytest.mark.parametrize('mark', ['', '\u2581'])
 def test_sentinels_inside_the_file_keep_their_ids(order, step, mark, tmp_path):
-  """mT5's file holds <extra_id_N>: none come on top."""
+  """mT5's file holds <extra_id_N>: none are added."""
   path = tmp_path / 'mt5.model'
   sp = train(path, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
              user_defined_symbols=[f'{mark}<extra_id_{n}>' for n in order])
@@ -123,7 +123,7 @@ def byte_level(post=None, special=('<|endoftext|>',), decoder=True):
 
 @pytest.fixture(scope='module')
 def gpt2(tmp_path_factory):
-  """As openai's gpt2 is kept: no file beside it names a special token."""
+  """Like openai's gpt2: no file beside it names a special token."""
   folder = tmp_path_factory.mktemp('gpt2')
   return vocab.load(str(write(folder, tokenizer__json=byte_level(),
                               tokenizer_config__json={'model_max_length': 1024})
@@ -135,7 +135,7 @@ def test_gpt2s_kind_of_tokenizer(gpt2):
   end = v.size - 1
   assert (v.eos_id, v.bos_id, v.pad_id, v.unk_id) == (end, end, end, None)
   assert (v.prefix, v.starts_with_bos, v.num_sentinels) == ((), False, 0)
-  for text in HOSTILE:                                # neither cut at 2 nor padded to 9
+  for text in HOSTILE:                                # neither truncated to 2 nor padded to 9
     assert v.decode(v.encode(text)) == text
   assert v.encode('!') == [0] and v.decode([0, 0, end, 5]) == '!!'    # id 0 is a real token
   assert v.encode('a<|endoftext|>')[-1] == end
@@ -147,11 +147,11 @@ def test_gpt2s_kind_of_tokenizer(gpt2):
     v.encode('\ud800')
 
 
-def test_a_tokenizer_that_only_opens_texts(tmp_path):
-  opens = lambda t: processors.TemplateProcessing(
+def test_a_tokenizer_that_only_starts_texts(tmp_path):
+  starts = lambda t: processors.TemplateProcessing(
       single='<|begin_of_text|> $A',
       special_tokens=[('<|begin_of_text|>', t.token_to_id('<|begin_of_text|>'))])
-  write(tmp_path, tokenizer__json=byte_level(opens, ('<|begin_of_text|>', '<|eot|>', '<|user|>')),
+  write(tmp_path, tokenizer__json=byte_level(starts, ('<|begin_of_text|>', '<|eot|>', '<|user|>')),
         tokenizer_config__json={'eos_token': {'content': '<|eot|>'}},
         special_tokens_map__json={'eos_token': '<|user|>', 'pad_token': '<|user|>'},
         chat_template__jinja='{{ bos_token }}{{ messages[0]["content"] }}{{ eos_token }}')
@@ -166,7 +166,7 @@ def test_a_tokenizer_that_only_opens_texts(tmp_path):
 
 
 def test_a_tokenizer_that_closes_texts(tmp_path):
-  """RoBERTa's and BART's frame: <s> text </s>, with eos from the post-processor."""
+  """RoBERTa's and BART's framing: <s> text </s>, with eos from the post-processor."""
   frames = lambda t: processors.RobertaProcessing(
       ('</s>', t.token_to_id('</s>')), ('<s>', t.token_to_id('<s>')))
   write(tmp_path, tokenizer__json=byte_level(frames, ('<s>', '</s>', '<pad>', '<mask>')))
@@ -305,7 +305,7 @@ def test_characters(tmp_path):
     ({'eos_id': 1}, r'\[0, 1, 1, 3\] must be four different ids'),
     ({'eos_id': 6}, r'\[0, 1, 6, 3\] must be .* have 7 and 6 characters'),
 ])
-def test_characters_that_cannot_be(change, message, tmp_path):
+def test_invalid_characters_files(change, message, tmp_path):
   write(tmp_path, characters__json={**TABLES, **change})
   with pytest.raises(DataError, match=message):
     vocab.load(str(tmp_path / 'characters.json'))
