@@ -49,9 +49,7 @@ def _memory(p, out):
   fits = '[green]fits[/]' if p['fits'] else '[bold red]does NOT fit[/]'
   out.print(f'\n[bold]Memory of a chip[/]: {fits}, {gib(h["total"])} of {gib(h["usable"])} usable, '
             f'headroom {gib(h["headroom"])}')
-  table = Table(box=None, padding=(0, 2), show_header=False)
-  for column in ('left', 'right', 'left'):
-    table.add_column(justify=column)
+  table = _key_value_table()
   scale = 50 / max(h['usable'], h['total'])
   for kind, size in h['kinds'].items():
     if size > 0:
@@ -65,23 +63,20 @@ def _memory(p, out):
   if 'unfit' in p:
     out.print(f'  the compiler: {escape(p["unfit"][:600])}')
   for row in p.get('largest_buffers', [])[:4]:
-    head = f'  {gib(row["bytes"]):>10} {row["shape"]} '
-    out.print(escape(head + short(row['where'], WIDTH - len(head))))
+    _print_op(out, f'  {gib(row["bytes"]):>10} {row["shape"]} ', row['where'])
 
 
 def _time(p, out):
   out.print(f'\n[bold]A step, estimated[/]: {ms(p["step_seconds"])}, MFU {p["mfu"]:.1%}, '
             f'{p["tokens_per_second_chip"]:,.0f} tokens/s/chip; limited by '
             f'[bold]{p["limiting"]}[/]')
-  table = Table(box=None, padding=(0, 2), show_header=False)
-  table.add_column()
-  table.add_column(justify='right')
-  table.add_column()
-  table.add_row('compute', ms(p['compute_seconds']), 'estimated cycles'
-                if p['source'] == 'compiler' else 'formula')
-  table.add_row('waiting for collectives', ms(p['exposed_seconds']),
-                f'of {ms(p["collective_seconds"])} on the network' if 'collective_seconds' in p
-                else '')
+  table = _key_value_table()
+  source = 'estimated cycles' if p['source'] == 'compiler' else 'formula'
+  table.add_row('compute', ms(p['compute_seconds']), source)
+  network = ''
+  if 'collective_seconds' in p:
+    network = f'of {ms(p["collective_seconds"])} on the network'
+  table.add_row('waiting for collectives', ms(p['exposed_seconds']), network)
   if 'wait_seconds' in p:
     table.add_row('waiting for copies', ms(p['wait_seconds']), 'between HBM and VMEM')
   table.add_row('model FLOPs', tera(p['model_flops']), f'{p["what"]}, per chip')
@@ -95,13 +90,12 @@ def _time(p, out):
   if p.get('unpriced'):
     out.print(f'  not counted, because the compiler gives no cost: {p["unpriced_count"]} '
               f'operations, at least {ms(p["unpriced_floor_seconds"])}')
-    for r in p['unpriced'][:3]:
-      head = f'  {gib(r["bytes"]):>10} {r["count"]} x '
-      out.print(escape(head + short(r['op'], WIDTH - len(head))))
+    for row in p['unpriced'][:3]:
+      _print_op(out, f'  {gib(row["bytes"]):>10} {row["count"]} x ', row['op'])
   if p.get('hottest'):
     out.print('  most of the compute:')
   for row in p.get('hottest', [])[:5]:
-    out.print(escape(f'  {ms(row["seconds"]):>10} {short(row["op"], 86)}'))
+    _print_op(out, f'  {ms(row["seconds"]):>10} ', row['op'])
 
 
 def _traffic(p, out):
@@ -203,7 +197,15 @@ def tera(flops: float) -> str:
   return f'{flops / 1e12:.3f} T'
 
 
-def short(name: str, width: int) -> str:
-  """The end of an op name, its most specific part."""
-  name = name.replace('jit(train_step)/', '').replace('Transformer.', '')
-  return name if len(name) <= width else '…' + name[-width + 1:]
+def _print_op(out, start: str, op_name: str) -> None:
+  """Prints a line that ends in an op name, or in its end, which is the most specific part."""
+  name = op_name.replace('jit(train_step)/', '').replace('Transformer.', '')
+  width = WIDTH - len(start)
+  out.print(escape(start + (name if len(name) <= width else '…' + name[-width + 1:])))
+
+
+def _key_value_table() -> Table:
+  table = Table(box=None, padding=(0, 2), show_header=False)
+  for justify in ('left', 'right', 'left'):
+    table.add_column(justify=justify)
+  return table
