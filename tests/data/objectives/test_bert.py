@@ -46,11 +46,11 @@ def test_pairs_draw_by_draw():
       ((0, 2), 1), ((0, 2), 1),   # 13 14 15 are alone, so the second is random
       .09, ((2, 6), 2),       # the second document is short: 2 tokens
       ((1, 2), 1), .5)        # cut in two, and the second follows
-  made = bert.pairs(documents, rng, 8)
+  output = bert.pairs(documents, rng, 8)
   assert not rng.draws
-  assert plain(made) == [([10, 11, 12], [21, 22], [1]), ([13, 14, 15], [21, 22], [1]),
+  assert plain(output) == [([10, 11, 12], [21, 22], [1]), ([13, 14, 15], [21, 22], [1]),
                          ([20], [21, 22], [0])]
-  assert all(x.dtype == np.int32 for instance in made for x in instance.values())
+  assert all(x.dtype == np.int32 for instance in output for x in instance.values())
 
 
 def test_the_longer_loses_its_front_or_back():
@@ -83,14 +83,14 @@ def test_pairs_of_few_or_no_sentences(rng):
 def test_pairs_lose_no_sentence_and_half_follow(rng):
   """Sentences of one token each are never cut: firsts and true seconds are the document again."""
   documents = [[[100 * d + s] for s in range(60)] for d in range(40)]
-  made = bert.pairs(documents, rng, 13)
-  text = [t for i in made for t in [*i['first'], *(i['second'] if not i['next'][0] else [])]]
+  output = bert.pairs(documents, rng, 13)
+  text = [t for i in output for t in [*i['first'], *(i['second'] if not i['next'][0] else [])]]
   assert text == [t for document in documents for sentence in document for t in sentence]
-  random = [i for i in made if i['next'][0]]
+  random = [i for i in output if i['next'][0]]
   assert all(i['first'][0] // 100 != i['second'][0] // 100 for i in random)
-  assert all((np.diff(i['second']) == 1).all() for i in made)
-  assert all(len(i['first']) + len(i['second']) <= 10 and min(map(len, i.values())) for i in made)
-  assert abs(len(random) - len(made) / 2) < 5 * len(made)**0.5 / 2
+  assert all((np.diff(i['second']) == 1).all() for i in output)
+  assert all(len(i['first']) + len(i['second']) <= 10 and min(map(len, i.values())) for i in output)
+  assert abs(len(random) - len(output) / 2) < 5 * len(output)**0.5 / 2
   short = bert.pairs(documents, np.random.default_rng(1), 13, short_probability=1.)
   assert np.mean([len(i['first']) + len(i['second']) for i in short]) < 6.5
   full = bert.pairs(documents, np.random.default_rng(1), 13, short_probability=0.)
@@ -140,14 +140,14 @@ def test_shares_of_masks(rng):
 
 def test_mlm_of_a_pair(rng):
   example = {'first': np.array([5, 6, 7]), 'second': np.array([8, 9]), 'next': np.array([1])}
-  made = bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50)
-  assert made['targets'].tolist() == [1, 5, 6, 7, 2, 8, 9, 2]
-  assert made['types'].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
-  assert made['next'].tolist() == [1] and made['weights'].sum() == 1
-  changed = made['inputs'] != made['targets']
-  assert (made['weights'][changed] == 1).all()
-  assert all(x.dtype == np.int32 for x in made.values())
-  assert {f: len(x) for f, x in made.items()} == bert.mlm_sizes(lengths(example)) == {
+  output = bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50)
+  assert output['targets'].tolist() == [1, 5, 6, 7, 2, 8, 9, 2]
+  assert output['types'].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+  assert output['next'].tolist() == [1] and output['weights'].sum() == 1
+  changed = output['inputs'] != output['targets']
+  assert (output['weights'][changed] == 1).all()
+  assert all(x.dtype == np.int32 for x in output.values())
+  assert {f: len(x) for f, x in output.items()} == bert.mlm_sizes(lengths(example)) == {
       'inputs': 8, 'targets': 8, 'weights': 8, 'types': 8, 'next': 1}
   again = [tuple(bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50)['inputs'])
            for _ in range(30)]
@@ -156,16 +156,16 @@ def test_mlm_of_a_pair(rng):
 
 def test_mlm_of_one_text(rng):
   example = {'targets': np.array([5, 2, 1, 6])}
-  made = bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50, density=1.)
-  assert made['targets'].tolist() == [1, 5, 2, 1, 6, 2]
-  assert made['weights'].tolist() == [0, 1, 0, 0, 1, 0]    # a mark inside the text is none to guess
-  assert made['types'].tolist() == [0] * 6
-  assert {f: len(x) for f, x in made.items()} == bert.mlm_sizes(lengths(example))
-  assert 'next' not in made
+  output = bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50, density=1.)
+  assert output['targets'].tolist() == [1, 5, 2, 1, 6, 2]
+  assert output['weights'].tolist() == [0, 1, 0, 0, 1, 0]    # marks in the text are not masked
+  assert output['types'].tolist() == [0] * 6
+  assert {f: len(x) for f, x in output.items()} == bert.mlm_sizes(lengths(example))
+  assert 'next' not in output
   few = bert.mlm(example, rng, cls=1, sep=2, mask=3, vocab_size=50, density=1., max_predictions=1)
   assert few['weights'].sum() == 1
-  made = bert.mlm({'targets': []}, rng, cls=1, sep=2, mask=3, vocab_size=50)
-  assert made['inputs'].tolist() == [1, 2] and made['weights'].sum() == 0
+  output = bert.mlm({'targets': []}, rng, cls=1, sep=2, mask=3, vocab_size=50)
+  assert output['inputs'].tolist() == [1, 2] and output['weights'].sum() == 0
 
 
 def test_segments():
@@ -177,6 +177,6 @@ def test_segments():
 
 def test_a_vocabulary_without_an_opening_token_opens_with_none():
   pair = {'first': np.array([5, 6]), 'second': np.array([7]), 'next': np.array([1])}
-  made = bert.mlm(pair, np.random.default_rng(0), cls=None, sep=2, mask=3, vocab_size=50)
-  assert made['targets'].tolist() == [5, 6, 2, 7, 2]
-  assert made['types'].tolist() == [0, 0, 0, 1, 1] and made['next'].tolist() == [1]
+  output = bert.mlm(pair, np.random.default_rng(0), cls=None, sep=2, mask=3, vocab_size=50)
+  assert output['targets'].tolist() == [5, 6, 2, 7, 2]
+  assert output['types'].tolist() == [0, 0, 0, 1, 1] and output['next'].tolist() == [1]

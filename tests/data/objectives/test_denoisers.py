@@ -32,10 +32,10 @@ def runs(tokens, sentinels):
   return out
 
 
-def undo(made, sentinels):
+def undo(pair, sentinels):
   """Puts kept runs and dropped runs together again; whichever text has no sentinel first, starts.
   """
-  kept, dropped = (runs(made[f].tolist()[:-1], sentinels) for f in ('inputs', 'targets'))
+  kept, dropped = (runs(pair[f].tolist()[:-1], sentinels) for f in ('inputs', 'targets'))
   pairs = [kept, dropped] if kept[0] else [dropped, kept]
   pairs[1] = pairs[1][1:]   # what stands before the first sentinel is nothing
   return [t for both in itertools.zip_longest(*pairs, fillvalue=[]) for run in both for t in run]
@@ -46,10 +46,10 @@ def undo(made, sentinels):
 
 def test_iid_denoising_of_six_tokens():
   draws = Drawn([.9, .1, .14, .15, .9, .05])
-  made = denoisers.iid_denoising(range(5, 11), draws, sentinel=99, sentinels=9, eos=1)
-  assert made['inputs'].tolist() == [5, 99, 8, 9, 98, 1]
-  assert made['targets'].tolist() == [99, 6, 7, 98, 10, 1]
-  assert made['inputs'].dtype == made['targets'].dtype == np.int32
+  pair = denoisers.iid_denoising(range(5, 11), draws, sentinel=99, sentinels=9, eos=1)
+  assert pair['inputs'].tolist() == [5, 99, 8, 9, 98, 1]
+  assert pair['targets'].tolist() == [99, 6, 7, 98, 10, 1]
+  assert pair['inputs'].dtype == pair['targets'].dtype == np.int32
   up = denoisers.iid_denoising(range(5, 11), Drawn([.1, .9, .9, .1, .9, .9]), sentinel=90,
                                sentinels=9, eos=1, step=1)
   assert up['inputs'].tolist() == [90, 6, 7, 91, 9, 10, 1]
@@ -58,32 +58,32 @@ def test_iid_denoising_of_six_tokens():
 
 def test_iid_denoising_of_no_noise_or_hardly_a_token(rng):
   options = dict(sentinel=99, sentinels=9, eos=1)
-  made = denoisers.iid_denoising([5, 6], Drawn([.9, .9]), **options)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([5, 6, 1], [99, 1])
-  made = denoisers.iid_denoising([5, 6], Drawn([0, 0]), **options)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([99, 1], [5, 6, 1])
-  made = denoisers.iid_denoising([5], Drawn([0]), **options)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([99, 1], [5, 1])
-  made = denoisers.iid_denoising([], rng, **options)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([1], [1])
+  pair = denoisers.iid_denoising([5, 6], Drawn([.9, .9]), **options)
+  assert (pair['inputs'].tolist(), pair['targets'].tolist()) == ([5, 6, 1], [99, 1])
+  pair = denoisers.iid_denoising([5, 6], Drawn([0, 0]), **options)
+  assert (pair['inputs'].tolist(), pair['targets'].tolist()) == ([99, 1], [5, 6, 1])
+  pair = denoisers.iid_denoising([5], Drawn([0]), **options)
+  assert (pair['inputs'].tolist(), pair['targets'].tolist()) == ([99, 1], [5, 1])
+  pair = denoisers.iid_denoising([], rng, **options)
+  assert (pair['inputs'].tolist(), pair['targets'].tolist()) == ([1], [1])
 
 
 def test_a_token_that_equals_a_sentinel_passes_through():
-  made = denoisers.iid_denoising([99, 98, 1], Drawn([.9, .1, .9]), sentinel=99, sentinels=9, eos=1)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([99, 99, 1, 1], [99, 98, 98, 1])
+  pair = denoisers.iid_denoising([99, 98, 1], Drawn([.9, .1, .9]), sentinel=99, sentinels=9, eos=1)
+  assert (pair['inputs'].tolist(), pair['targets'].tolist()) == ([99, 99, 1, 1], [99, 98, 98, 1])
 
 
 def test_a_mask_beyond_the_limits_is_drawn_anew(rng):
   many, one = [.9, .1, .9, .1, .9, .9], [.9, .9, .9, .1, .1, .1]
-  made = denoisers.iid_denoising(range(5, 11), Drawn(many, one), sentinel=99, sentinels=1, eos=1)
-  assert made['inputs'].tolist() == [5, 6, 7, 99, 1]
+  pair = denoisers.iid_denoising(range(5, 11), Drawn(many, one), sentinel=99, sentinels=1, eos=1)
+  assert pair['inputs'].tolist() == [5, 6, 7, 99, 1]
   middle = [.9, .9, .9, .1, .9, .9]     # one noise span, but two sentinels in the targets
-  made = denoisers.iid_denoising(range(5, 11), Drawn(middle, one), sentinel=99, sentinels=1, eos=1)
-  assert made['targets'].tolist() == [99, 8, 9, 10, 1]
+  pair = denoisers.iid_denoising(range(5, 11), Drawn(middle, one), sentinel=99, sentinels=1, eos=1)
+  assert pair['targets'].tolist() == [99, 8, 9, 10, 1]
   long, short = [.1, .9] * 32, [.1] + [.9] * 63    # 65 targets, the limit is 39
-  made = denoisers.iid_denoising(range(5, 69), Drawn(long, short), sentinel=999, sentinels=99,
+  pair = denoisers.iid_denoising(range(5, 69), Drawn(long, short), sentinel=999, sentinels=99,
                                  eos=1)
-  assert made['targets'].tolist() == [5, 999, 1]
+  assert pair['targets'].tolist() == [5, 999, 1]
   with pytest.raises(ValueError, match='64 tokens need more than 8 sentinels on average'):
     denoisers.iid_denoising(range(64), None, sentinel=999, sentinels=8, eos=1)
   denoisers.iid_denoising(range(64), rng, sentinel=999, sentinels=9, eos=1)   # 8.2 on average
@@ -122,16 +122,16 @@ def test_iid_denoising_is_invertible_and_within_its_bounds(rng, length, density)
   tokens = rng.integers(2, 500, length)
   limits = denoisers.iid_sizes(length, density)
   for _ in range(200):
-    made = denoisers.iid_denoising(tokens, rng, sentinel=999, sentinels=40, eos=1, density=density)
-    assert undo(made, range(900, 1000)) == tokens.tolist()
-    assert all(len(made[f]) <= limits[f] for f in limits)
+    pair = denoisers.iid_denoising(tokens, rng, sentinel=999, sentinels=40, eos=1, density=density)
+    assert undo(pair, range(900, 1000)) == tokens.tolist()
+    assert all(len(pair[f]) <= limits[f] for f in limits)
 
 
 def test_iid_noise_is_independent(rng):
   kept = np.zeros((4000, 32), bool)
   for row in kept:
-    made = denoisers.iid_denoising(np.arange(32), rng, sentinel=999, sentinels=40, eos=99)
-    row[made['inputs'][made['inputs'] < 32]] = True
+    pair = denoisers.iid_denoising(np.arange(32), rng, sentinel=999, sentinels=40, eos=99)
+    row[pair['inputs'][pair['inputs'] < 32]] = True
   noise = ~kept
   assert np.abs(noise.mean(0) - 0.15).max() < 5 * 0.0057        # sqrt(.15 * .85 / 4000)
   both = (noise[:, 1:] & noise[:, :-1]).mean()
@@ -165,9 +165,9 @@ def test_iid_segments():
 
 def test_ul2_of_two_tokens(rng):
   """All that can come of them: a span denoiser drops the second, S cuts between them."""
-  made = {tuple(map(tuple, (m['inputs'].tolist(), m['targets'].tolist())))
+  pair = {tuple(map(tuple, (m['inputs'].tolist(), m['targets'].tolist())))
           for m in (denoisers.ul2([7, 8], rng, **UL2) for _ in range(200))}
-  assert made == {((41, 7, 999, 1), (999, 8, 1)), ((42, 43, 7, 1), (8, 1)),
+  assert pair == {((41, 7, 999, 1), (999, 8, 1)), ((42, 43, 7, 1), (8, 1)),
                   ((44, 7, 999, 1), (999, 8, 1))}
   with pytest.raises(ValueError, match=r'2 tokens or more, got 1 token\(s\)'):
     denoisers.ul2([7], rng, **UL2)
@@ -180,8 +180,8 @@ def test_ul2_draws_its_table(rng):
   counts = dict.fromkeys(['S', *names.values()], 0)
   tokens, limits = rng.integers(100, 500, 100), denoisers.ul2_sizes(100, MODES)
   for _ in range(3000):
-    made = denoisers.ul2(tokens, rng, **UL2)
-    inputs, targets = made['inputs'], made['targets']
+    pair = denoisers.ul2(tokens, rng, **UL2)
+    inputs, targets = pair['inputs'], pair['targets']
     assert inputs.dtype == targets.dtype == np.int32
     assert len(inputs) <= limits['inputs'] and len(targets) <= limits['targets']
     if inputs[0] == 42:
@@ -189,18 +189,18 @@ def test_ul2_draws_its_table(rng):
       assert [*inputs[:2], *inputs[2:-1], *targets[:-1]] == [42, 43, *tokens]
     else:
       counts[names[inputs[0], len(inputs), len(targets)]] += 1
-      assert undo({**made, 'inputs': inputs[1:]}, range(900, 1000)) == tokens.tolist()
+      assert undo({**pair, 'inputs': inputs[1:]}, range(900, 1000)) == tokens.tolist()
   assert abs(counts.pop('S') - 600) < 5 * 22
   assert all(abs(n - 400) < 5 * 19 for n in counts.values())
 
 
 def test_ul2_without_modes_and_of_another_share(rng):
   options = {**UL2, 'modes': ((), (), ()), 'step': 1}
-  made = denoisers.ul2([7, 8, 9], rng, share=1., **options)
-  assert [*made['inputs'][:-1], *made['targets'][:-1]] == [7, 8, 9]
+  pair = denoisers.ul2([7, 8, 9], rng, share=1., **options)
+  assert [*pair['inputs'][:-1], *pair['targets'][:-1]] == [7, 8, 9]
   for _ in range(20):
-    made = denoisers.ul2(np.arange(100), rng, share=0., **{**options, 'sentinel': 500})
-    found = made['inputs'][made['inputs'] >= 400].tolist()
+    pair = denoisers.ul2(np.arange(100), rng, share=0., **{**options, 'sentinel': 500})
+    found = pair['inputs'][pair['inputs'] >= 400].tolist()
     assert found == list(range(500, 500 + len(found))) and found
 
 
@@ -223,7 +223,7 @@ def test_ul2_segments_fit_every_denoiser():
 
 def test_ul2_sizes_are_reached(rng):
   """Bounds of 12 tokens: exactly the longest that comes up."""
-  made = [denoisers.ul2(np.arange(100, 112), rng, **UL2) for _ in range(1000)]
+  pair = [denoisers.ul2(np.arange(100, 112), rng, **UL2) for _ in range(1000)]
   assert denoisers.ul2_sizes(12, MODES) == {
-      f: max(len(m[f]) for m in made) for f in ('inputs', 'targets')}
+      f: max(len(m[f]) for m in pair) for f in ('inputs', 'targets')}
   assert spans.prefix_lm_sizes(12)['inputs'] + 2 == 14

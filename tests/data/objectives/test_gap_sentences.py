@@ -13,7 +13,7 @@ DOCUMENT = {'targets': np.array([10, 11, 12, 10, 13, 10, 14, 15, 10, 12], np.int
             'sentences': np.array([0, 2, 3, 6, 8])}
 
 
-def made(example, rng, **options):
+def gapped(example, rng, **options):
   features = gap_sentences.gap_sentences(example, rng, **IDS, **options)
   assert list(features) == ['inputs', 'targets']
   assert all(x.dtype == np.int32 for x in features.values())
@@ -60,33 +60,33 @@ def test_counts_are_the_released_codes():
 
 def test_strategies_of_a_document():
   """The third and fifth score the same: the later one first."""
-  assert made(DOCUMENT, None, ratio=.3) == [[10, 11, 12, 10, 13, 10, 14, 15, 3, 1], [10, 12, 1]]
-  assert made(DOCUMENT, None, ratio=.4) == [
+  assert gapped(DOCUMENT, None, ratio=.3) == [[10, 11, 12, 10, 13, 10, 14, 15, 3, 1], [10, 12, 1]]
+  assert gapped(DOCUMENT, None, ratio=.4) == [
       [10, 11, 12, 3, 14, 15, 3, 1], [10, 13, 10, 10, 12, 1]]
-  assert made(DOCUMENT, None, ratio=.4, strategy='lead') == [
+  assert gapped(DOCUMENT, None, ratio=.4, strategy='lead') == [
       [3, 3, 10, 13, 10, 14, 15, 10, 12, 1], [10, 11, 12, 1]]
-  assert made(DOCUMENT, None, ratio=1.) == [[3, 3, 3, 3, 3, 1], [*DOCUMENT['targets'], 1]]
+  assert gapped(DOCUMENT, None, ratio=1.) == [[3, 3, 3, 3, 3, 1], [*DOCUMENT['targets'], 1]]
   with pytest.raises(UsageError, match="unknown strategy 'principle' .* Did you mean 'principal'"):
-    made(DOCUMENT, None, strategy='principle')
+    gapped(DOCUMENT, None, strategy='principle')
 
 
 def test_documents_of_one_sentence_and_of_none():
   one = {'targets': np.array([5, 6]), 'sentences': np.array([0])}
-  assert made(one, None) == [[3, 1], [5, 6, 1]]
+  assert gapped(one, None) == [[3, 1], [5, 6, 1]]
   none = {'targets': np.zeros(0, np.int32), 'sentences': np.zeros(0, np.int64)}
   for strategy in gap_sentences.STRATEGIES:
-    assert made(none, np.random.default_rng(0), strategy=strategy) == [[1], [1]]
+    assert gapped(none, np.random.default_rng(0), strategy=strategy) == [[1], [1]]
     assert gap_sentences.gap_sentences_sizes(none, strategy=strategy) == {
         'inputs': 1, 'targets': 1}
   empty = {'targets': np.array([5]), 'sentences': np.array([0, 0, 1])}   # two sentences of no token
-  assert made(empty, None, strategy='lead', ratio=.4) == [[3, 5, 1], [1]]
-  assert made(empty, None, strategy='lead', ratio=1.) == [[3, 3, 3, 1], [5, 1]]
+  assert gapped(empty, None, strategy='lead', ratio=.4) == [[3, 5, 1], [1]]
+  assert gapped(empty, None, strategy='lead', ratio=1.) == [[3, 3, 3, 1], [5, 1]]
   assert gap_sentences.gap_sentences_sizes(empty, strategy='random') == {'inputs': 3, 'targets': 2}
 
 
 def test_ids_of_the_text_that_equal_the_marks_pass_through():
   example = {'targets': np.array([3, 1, 3, 1]), 'sentences': np.array([0, 2])}
-  assert made(example, None, strategy='lead') == [[3, 3, 1, 1], [3, 1, 1]]
+  assert gapped(example, None, strategy='lead') == [[3, 3, 1, 1], [3, 1, 1]]
 
 
 def test_random_takes_every_sentence_alike(rng):
@@ -122,7 +122,7 @@ def test_sizes_hold_and_gaps_filled_give_the_text(rng, options):
     sentences = np.split(example['targets'], example['sentences'][1:])
     sizes, seen = gap_sentences.gap_sentences_sizes(example, **options), []
     for _ in range(100):
-      inputs, targets = made(example, rng, **options)
+      inputs, targets = gapped(example, rng, **options)
       seen.append((len(inputs), len(targets)))
       masks = inputs.count(3)
       assert any(  # some choice of so many sentences explains both features

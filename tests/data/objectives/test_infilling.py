@@ -36,9 +36,9 @@ def unfim(targets, *, prefix, suffix, middle):
 def fim(tokens, *draws):
   rng = Drawn(*draws)
   rng.room = len(tokens) + 1
-  made = infilling.fim(tokens, rng, eos=1, **IDS)
-  assert list(made) == ['targets'] and made['targets'].dtype == np.int32 and not rng.draws
-  return made['targets'].tolist()
+  output = infilling.fim(tokens, rng, eos=1, **IDS)
+  assert list(output) == ['targets'] and output['targets'].dtype == np.int32 and not rng.draws
+  return output['targets'].tolist()
 
 
 def test_orders_of_five_tokens():
@@ -69,23 +69,23 @@ def test_unfim_of_the_example():
 def test_fim_is_invertible_and_within_its_bound(rng, length):
   tokens = rng.integers(2, 90, length)
   for _ in range(100):
-    made = infilling.fim(tokens, rng, eos=1, **IDS)['targets']
-    assert unfim(made, **IDS).tolist() == tokens.tolist()
-    assert len(made) in (length + 1, infilling.fim_sizes(length)['targets'])
+    output = infilling.fim(tokens, rng, eos=1, **IDS)['targets']
+    assert unfim(output, **IDS).tolist() == tokens.tolist()
+    assert len(output) in (length + 1, infilling.fim_sizes(length)['targets'])
 
 
 def test_shares_and_cuts(rng):
   """Half stay. Of the rest, half either order, of two tokens and two cuts of 0, 1 and 2 each."""
   eighteenths = {'90 91 5 6 92 1': 2, '90 5 91 6 92 1': 1, '90 5 6 91 92 1': 1,
                  '90 91 6 92 5 1': 5, '90 91 92 5 6 1': 7, '90 5 91 92 6 1': 2}
-  made = [' '.join(map(str, infilling.fim([5, 6], rng, eos=1, **IDS)['targets'].tolist()))
+  output = [' '.join(map(str, infilling.fim([5, 6], rng, eos=1, **IDS)['targets'].tolist()))
           for _ in range(7200)]
-  assert abs(made.count('5 6 1') - 3600) < 5 * 43
-  assert {*eighteenths, '5 6 1'} == set(made)
+  assert abs(output.count('5 6 1') - 3600) < 5 * 43
+  assert {*eighteenths, '5 6 1'} == set(output)
   for text, parts in eighteenths.items():
-    assert abs(made.count(text) - 200 * parts) < 5 * (200 * parts)**0.5
-  made = [infilling.fim([5, 6], rng, eos=1, rate=1., **IDS)['targets'] for _ in range(50)]
-  assert all(m[0] == 90 for m in made)
+    assert abs(output.count(text) - 200 * parts) < 5 * (200 * parts)**0.5
+  output = [infilling.fim([5, 6], rng, eos=1, rate=1., **IDS)['targets'] for _ in range(50)]
+  assert all(m[0] == 90 for m in output)
 
 
 def test_segments():

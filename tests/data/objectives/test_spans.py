@@ -94,16 +94,16 @@ def _undo(inputs, targets, sentinel, eos):
 def test_span_corruption_is_invertible_and_of_the_stated_size(rng, length):
   tokens = rng.integers(0, 500, length).astype(np.int32)
   for _ in range(10):
-    made = spans.span_corruption(tokens, rng, sentinel=999, eos=1)
-    assert _undo(made['inputs'].tolist(), made['targets'].tolist(), 999, 1) == tokens.tolist()
-    assert {k: len(v) for k, v in made.items()} == spans.span_corruption_sizes(length)
-    assert made['inputs'].dtype == made['targets'].dtype == np.int32
+    output = spans.span_corruption(tokens, rng, sentinel=999, eos=1)
+    assert _undo(output['inputs'].tolist(), output['targets'].tolist(), 999, 1) == tokens.tolist()
+    assert {k: len(v) for k, v in output.items()} == spans.span_corruption_sizes(length)
+    assert output['inputs'].dtype == output['targets'].dtype == np.int32
 
 
 def test_span_corruption_of_twenty_tokens(rng):
-  made = spans.span_corruption(np.arange(100, 120), rng, sentinel=999, eos=1)
-  assert made['inputs'].tolist() == [*range(100, 117), 999, 1]
-  assert made['targets'].tolist() == [999, 117, 118, 119, 1]
+  output = spans.span_corruption(np.arange(100, 120), rng, sentinel=999, eos=1)
+  assert output['inputs'].tolist() == [*range(100, 117), 999, 1]
+  assert output['targets'].tolist() == [999, 117, 118, 119, 1]
 
 
 def test_sizes_fill_t5s_lengths():
@@ -115,18 +115,18 @@ def test_prefix_lm_cuts_uniformly(rng):
   tokens = np.array([10, 11, 12, 13])
   cuts = []
   for _ in range(3000):
-    made = spans.prefix_lm(tokens, rng, eos=1)
-    cut = len(made['inputs']) - 1
-    assert made['inputs'].tolist() == [*range(10, 10 + cut), 1]
-    assert made['targets'].tolist() == [*range(10 + cut, 14), 1]
+    output = spans.prefix_lm(tokens, rng, eos=1)
+    cut = len(output['inputs']) - 1
+    assert output['inputs'].tolist() == [*range(10, 10 + cut), 1]
+    assert output['targets'].tolist() == [*range(10 + cut, 14), 1]
     cuts.append(cut)
   assert np.abs(np.bincount(cuts, minlength=4) - [0, 1000, 1000, 1000]).max() < 5 * 26
 
 
 def test_prefix_lm_of_two_tokens_and_of_one(rng):
-  made = spans.prefix_lm([7, 8], rng, eos=1)
-  assert (made['inputs'].tolist(), made['targets'].tolist()) == ([7, 1], [8, 1])
-  assert {k: len(v) for k, v in made.items()} == spans.prefix_lm_sizes(2)
+  output = spans.prefix_lm([7, 8], rng, eos=1)
+  assert (output['inputs'].tolist(), output['targets'].tolist()) == ([7, 1], [8, 1])
+  assert {k: len(v) for k, v in output.items()} == spans.prefix_lm_sizes(2)
   with pytest.raises(ValueError, match=r'2 tokens or more, got 1 token\(s\)'):
     spans.prefix_lm([7], rng, eos=1)
 
@@ -136,11 +136,11 @@ def test_sentinels_that_count_upwards():
   assert spans.noise_span_to_sentinel(range(5, 11), mask, 90, 1).tolist() == [5, 90, 8, 91, 10]
   assert spans.nonnoise_span_to_sentinel(range(5, 11), mask, 90, 1).tolist() == [
       90, 6, 7, 91, 9, 92]
-  made = spans.span_corruption(np.arange(5, 45), np.random.default_rng(0), sentinel=90, eos=1,
+  output = spans.span_corruption(np.arange(5, 45), np.random.default_rng(0), sentinel=90, eos=1,
                                     step=1)
-  for tokens in made.values():
-    found = [t for t in tokens if t >= 90]
-    assert found == [90, 91] and tokens[-1] == 1
+  for tokens in output.values():
+    marks = [t for t in tokens if t >= 90]
+    assert marks == [90, 91] and tokens[-1] == 1
 
 
 def test_segments_want_sentinels():
@@ -172,11 +172,11 @@ def test_segments_of_other_spans_fill_their_lengths():
 
 @pytest.mark.parametrize('length, sizes', [(1, (2, 2)), (0, (1, 1))])
 def test_span_corruption_of_a_token_or_none_keeps_it(rng, length, sizes):
-  made = spans.span_corruption([7][:length], rng, sentinel=99, eos=1)
-  assert made['inputs'].tolist() == [7][:length] + [1]
-  assert made['targets'].tolist() == [99][:length] + [1]
-  assert tuple(map(len, made.values())) == sizes
-  assert all(len(made[f]) <= n for f, n in spans.span_corruption_sizes(length).items())
+  output = spans.span_corruption([7][:length], rng, sentinel=99, eos=1)
+  assert output['inputs'].tolist() == [7][:length] + [1]
+  assert output['targets'].tolist() == [99][:length] + [1]
+  assert tuple(map(len, output.values())) == sizes
+  assert all(len(output[f]) <= n for f, n in spans.span_corruption_sizes(length).items())
 
 
 def test_pieces_are_the_document_closed():

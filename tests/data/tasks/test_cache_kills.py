@@ -1,4 +1,4 @@
-"""`t5lab cache` killed for real, again and again: what comes out is what an untouched one makes."""
+"""`t5lab cache`, killed repeatedly, builds the same cache as an undisturbed build."""
 import json
 import os
 import random
@@ -60,8 +60,8 @@ def untouched(source, tmp_path_factory):
 
 
 def living(group):
-  found = subprocess.run(['pgrep', '-g', str(group)], capture_output=True, text=True)
-  return found.stdout.split()
+  processes = subprocess.run(['pgrep', '-g', str(group)], capture_output=True, text=True)
+  return processes.stdout.split()
 
 
 @pytest.mark.parametrize('seed', range(2))
@@ -77,7 +77,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_twice(source, untouched, tm
       if rng.random() < 0.5:
         os.killpg(process.pid, signal.SIGKILL)
       else:
-        process.kill()                                # its workers are left alone
+        process.kill()                                # without its workers
       process.wait()
       deadline = time.monotonic() + 30
       while living(process.pid) and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ from t5lab.errors import DataError
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch, tmp_path):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  registry._registered = 'none'                       # sources look there when they are made
+  registry._registered = 'none'        # sources look there when they are created
   yield
   monkeypatch.undo()
   registry._registered = 'none'

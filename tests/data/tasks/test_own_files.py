@@ -38,33 +38,33 @@ def test_examples_of_pairs(tmp_path):
 def test_prompt_of_several_columns(tmp_path):
   path = tmp_path / 'a.csv'
   path.write_text('my question,con.text[0],answer\nWho?,"It was\nme.",me\n')
-  made = own(path, 'question: {my question} context: {con.text[0]}',
-             {'inputs': 'unused', 'targets': 'answer'})
-  made.check()
-  assert made.columns() == ['my question', 'con.text[0]', 'answer']
-  assert list(made.examples('train')) == [
+  own_data = own(path, 'question: {my question} context: {con.text[0]}',
+                 {'inputs': 'unused', 'targets': 'answer'})
+  own_data.check()
+  assert own_data.columns() == ['my question', 'con.text[0]', 'answer']
+  assert list(own_data.examples('train')) == [
       {'inputs': 'question: Who? context: It was\nme.', 'targets': 'me', 'answers': ['me']}]
-  assert made.fill_prompt({'my question': 'a', 'con.text[0]': '{my question}'}) == (
+  assert own_data.fill_prompt({'my question': 'a', 'con.text[0]': '{my question}'}) == (
       'question: a context: {my question}')
   with pytest.raises(DataError, match=r"needs the column 'con.text\[0\]'. Did you mean 'con.text'"):
-    made.fill_prompt({'my question': 'a', 'con.text': 'b'})
+    own_data.fill_prompt({'my question': 'a', 'con.text': 'b'})
 
 
 def test_text_alone(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_text('one {x}\ntwo\n')
-  made = own(path, fields={'inputs': '', 'targets': 'text'})
-  made.check()
-  assert made.columns() == ['text']
-  assert list(made.examples('train')) == [
+  own_data = own(path, fields={'inputs': '', 'targets': 'text'})
+  own_data.check()
+  assert own_data.columns() == ['text']
+  assert list(own_data.examples('train')) == [
       {'inputs': '', 'targets': 'one {x}', 'answers': ['one {x}']},
       {'inputs': '', 'targets': 'two', 'answers': ['two']}]
 
 
 def test_several_answers(tmp_path):
   rows = [{'en': 'a', 'de': ['x', 'y']}, {'en': 'b', 'de': 'z'}]
-  made = own(put(tmp_path / 'a.jsonl', rows))
-  assert list(made.examples('train')) == [
+  own_data = own(put(tmp_path / 'a.jsonl', rows))
+  assert list(own_data.examples('train')) == [
       {'inputs': 'a', 'targets': 'x', 'answers': ['x', 'y']},
       {'inputs': 'b', 'targets': 'z', 'answers': ['z']}]
   pq.write_table(pa.table({'en': ['a'], 'de': [['x', 'y']]}), tmp_path / 'a.parquet')
@@ -82,10 +82,10 @@ def test_bad_rows_and_shards(tmp_path):
   path = put(tmp_path / 'a.jsonl', [{'en': str(i), 'de': 'x' if i % 10 else ''} for i in range(30)])
   with pytest.raises(DataError, match='^3 of 30 records are bad, 10 %; the limit is 1 %'):
     list(own(path).examples('train'))
-  made = own(path, bad_rows=0.1)
-  assert [row['inputs'] for row in made.examples('train', (1, 2))] == [
+  own_data = own(path, bad_rows=0.1)
+  assert [row['inputs'] for row in own_data.examples('train', (1, 2))] == [
       str(i) for i in range(1, 30, 2)]
-  assert len(list(made.examples('train', (0, 2)))) == 12     # all bad ones: the whole is judged
+  assert len(list(own_data.examples('train', (0, 2)))) == 12     # all bad ones: the whole is judged
 
 
 def test_unknown_split():
@@ -106,7 +106,7 @@ def test_prompts_with_wrong_braces(prompt, message):
   assert str(e.value).endswith('a column is {name}, a brace {{ or }}')
 
 
-@pytest.mark.parametrize('made, message', [
+@pytest.mark.parametrize('own_data, message', [
     (own(prompt='translate: '), "names no column, so all inputs would be the same; did you mean "
      "'translate: {en}'?"),
     (own(prompt='{{en}}'), "did you mean '{{en}}{en}'?"),
@@ -116,16 +116,16 @@ def test_prompts_with_wrong_braces(prompt, message):
     (own(fields={'input': 'en', 'targets': 'de'}), "'targets': column}, got {'input': 'en', "),
     (own(path=''), "data.files must name files for every split, got {'train': ''}"),
     (OwnFiles({}, FIELDS), 'data.files must name files for every split, got {}')])
-def test_settings_that_make_no_examples(made, message):
+def test_settings_that_make_no_examples(own_data, message):
   with pytest.raises(UsageError) as e:
-    made.check()
+    own_data.check()
   assert message in str(e.value)
 
 
-@pytest.mark.parametrize('made', [own(), own(prompt='{{en}} {en}: '), own(bad_rows=0.),
-                                  own(fields={'inputs': '', 'targets': 'text'})])
-def test_settings_that_do(made):
-  made.check()
+@pytest.mark.parametrize('own_data', [own(), own(prompt='{{en}} {en}: '), own(bad_rows=0.),
+                                      own(fields={'inputs': '', 'targets': 'text'})])
+def test_settings_that_do(own_data):
+  own_data.check()
 
 
 def test_fingerprint():
@@ -135,4 +135,4 @@ def test_fingerprint():
   others = [own(), own('y.jsonl', '{en}'), own(prompt='{en} '),
             OwnFiles({'test': 'x.jsonl'}, FIELDS, '{en}'),
             own(prompt='{en}', fields={'inputs': 'en', 'targets': 'fr'})]
-  assert len({made.fingerprint() for made in [*others, same]}) == 6
+  assert len({own_data.fingerprint() for own_data in [*others, same]}) == 6

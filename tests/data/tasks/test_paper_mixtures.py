@@ -65,14 +65,14 @@ def test_glue_and_super_glue():
 @pytest.mark.parametrize('size, virtual', [
     ('small', 710e3), ('base', 2.62e6), ('large', 8.66e6), ('3b', 33.5e6), ('11b', 133e6)])
 def test_t5s_multitask_mixture(counted, size, virtual):
-  found = rates(f't5_multitask_{size}')
-  assert found['c4_v220_span_corruption'] == virtual
-  assert {name: found[name] for name in OWN} == {
+  task_rates = rates(f't5_multitask_{size}')
+  assert task_rates['c4_v220_span_corruption'] == virtual
+  assert {name: task_rates[name] for name in OWN} == {
       'cnn_dailymail_v002': 287_113, 'squad_v010_allanswers': 87_599, 'wmt16_enro_v003': 610_320,
       'wmt_t2t_ende_v003': 1_000_000, 'wmt15_enfr_v003': 1_000_000}
-  assert found['glue_rte_v002'] == found['super_glue_rte_v102'] == 1245
-  assert found['glue_mnli_v002'] == 392_702 and found['super_glue_record_v102'] == 138_854
-  assert len(found) == 11 + 12 + 1 + 5
+  assert task_rates['glue_rte_v002'] == task_rates['super_glue_rte_v102'] == 1245
+  assert task_rates['glue_mnli_v002'] == 392_702 and task_rates['super_glue_record_v102'] == 138_854
+  assert len(task_rates) == 11 + 12 + 1 + 5
 
 
 def test_mc4_has_mt5s_temperature(monkeypatch):

@@ -1,4 +1,4 @@
-"""The papers' tasks as seqio has them: names, TFDS's columns, tokens of hand-made rows, scores."""
+"""The papers' tasks in seqio: names, TFDS's columns, tokens of handwritten records, scores."""
 import numpy as np
 import pytest
 
@@ -60,9 +60,9 @@ def test_tfds_has_every_data_set_column_and_class():
 
 @pytest.mark.parametrize('benchmark', sorted(t5_text.LABELS))
 def test_class_names_are_in_tfds_order(benchmark):
-  found = [name for name in papers.SUPERVISED if name.split('_v')[0] in (
+  names = [name for name in papers.SUPERVISED if name.split('_v')[0] in (
       f'glue_{benchmark}', f'super_glue_{benchmark}')]
-  for name in found or pytest.fail():
+  for name in names or pytest.fail():
     assert tuple(builder(name).info.features['label'].names) == t5_text.LABELS[benchmark]
 
 
@@ -101,7 +101,7 @@ def test_metric_functions():
                       'super_glue_wsc_v102_simple_train']
 
 
-def test_no_test_set_without_labels_is_a_split():
+def test_unlabelled_test_sets_are_not_splits():
   splits = lambda name: tuple(papers.SUPERVISED[name].splits)
   assert splits('glue_mnli_v002') == ('train', 'validation_matched', 'validation_mismatched')
   assert splits('glue_mnli_mismatched_v002') == ('validation',)
@@ -119,8 +119,8 @@ def test_no_test_set_without_labels_is_a_split():
 
 
 @pytest.mark.parametrize('name', [*papers.NAMES, *paper_mixtures.MIXTURES])
-def test_data_that_is_not_here(name):
-  """Nothing is evaluated as if it were there, and what the error says to run can be run."""
+def test_missing_data_names_a_command(name):
+  """Missing data is an error, whose command can be run."""
   how = (r'copy the folder c4/en/2\.2\.0 ' if name.startswith(('c4_v220', 't5_multitask'))
          else r'run `tfds build \1 --data_dir DIR`')
   with pytest.raises(DataError, match=r"task '\S+': the data of (\S+) is not on this machine .*"
@@ -135,13 +135,13 @@ def test_plain_seqio_downloads_nothing(monkeypatch):
     seqio.get_mixture_or_task('glue_cola_v002').get_dataset(LONG, 'train')
 
 
-# Whole tasks over hand-made rows, in the structure that TFDS has
+# --- whole tasks over handwritten records, in the structure of TFDS ------------------------------
 
 
 @pytest.fixture
-def rows_of(monkeypatch):
+def with_records(monkeypatch):
   def give(name, rows):
-    """Puts the task on these rows, as all of its splits."""
+    """Gives the task these records in all of its splits."""
     task = seqio.TaskRegistry.get(name)
     spec = builder(name).info.features.get_tensor_spec()
     def dataset(split, shuffle_files, seed=None):
@@ -155,7 +155,7 @@ def rows_of(monkeypatch):
 
 
 def _blank(spec):
-  """What a column that the test does not name holds."""
+  """The value of a column that the test does not name."""
   if isinstance(spec, dict):
     return {k: _blank(s) for k, s in spec.items()}
   value = '' if spec.dtype == tf.string else 0
@@ -163,7 +163,7 @@ def _blank(spec):
 
 
 class Opened:
-  """The task's examples of the validation split, as plain seqio gives them."""
+  """The task's examples of the validation split, from plain seqio."""
 
   def __init__(self, task):
     self.task = task
@@ -171,14 +171,14 @@ class Opened:
         task.get_dataset(LONG, 'validation', shuffle=False).as_numpy_iterator())
 
   def text(self):
-    """[(inputs, targets)], of which the tokens must say the same."""
-    found = []
+    """[(inputs, targets)]; the tokens must encode the same texts."""
+    pairs = []
     for x in self.examples:
       pair = tuple(x[f'{f}_pretokenized'].decode() for f in ('inputs', 'targets'))
       assert [x[f].tolist() for f in ('inputs', 'targets')] == [
           [3 + b for b in text.encode()] + [1] for text in pair]
-      found.append(pair)
-    return found
+      pairs.append(pair)
+    return pairs
 
   def score(self, *predictions):
     """{metric: value} of predicted texts, by the calls that seqio's evaluator makes."""
@@ -190,8 +190,8 @@ class Opened:
     return {k: v for fn in self.task.metric_fns for k, v in fn(targets, values).items()}
 
 
-def test_classes(rows_of):
-  task = Opened(rows_of('glue_cola_v002', [{'sentence': 'Ü', 'label': 0, 'idx': 1},
+def test_classes(with_records):
+  task = Opened(with_records('glue_cola_v002', [{'sentence': 'Ü', 'label': 0, 'idx': 1},
                                            {'sentence': 'ok', 'label': 1, 'idx': 2}]))
   assert task.text() == [('cola sentence: Ü', 'unacceptable'), ('cola sentence: ok', 'acceptable')]
   assert [x['idx'] for x in task.examples] == [1, 2]
@@ -199,19 +199,19 @@ def test_classes(rows_of):
   assert task.score('acceptable', 'unacceptable') == {'matthews_corrcoef': -100.}
 
 
-def test_stsb(rows_of):
+def test_stsb(with_records):
   """Targets 0, 2.4, 5 and predictions -1, 3, 7: from their means -37/15, -1/15, 38/15; -4, 0, 4."""
   row = {'sentence1': 'a', 'sentence2': 'b'}
-  task = Opened(rows_of('glue_stsb_v002', [{**row, 'label': x} for x in (0.1, 2.5, 5.)]))
+  task = Opened(with_records('glue_stsb_v002', [{**row, 'label': x} for x in (0.1, 2.5, 5.)]))
   assert [target for _, target in task.text()] == ['0.0', '2.4', '5.0']
   assert task.score('x', '3', '7.') == pytest.approx({
       'pearson_corrcoef': 100 * 4 * 75 / 15 / (2814 / 225 * 32) ** .5, 'spearman_corrcoef': 100.})
 
 
-def test_multirc(rows_of):
+def test_multirc(with_records):
   """Question (0, 1) is wrong; F1 of True: 2 right of 2 predicted and 3 there are."""
   row = {'paragraph': 'P<br>Q', 'question': 'q'}
-  task = Opened(rows_of('super_glue_multirc_v102', [
+  task = Opened(with_records('super_glue_multirc_v102', [
       {**row, 'answer': answer, 'label': label,
        'idx': {'paragraph': paragraph, 'question': question, 'answer': 0}}
       for answer, label, paragraph, question in [
@@ -224,15 +224,15 @@ def test_multirc(rows_of):
 WSC = {'text': 'Ada told Bo that she won', 'span2_index': 4, 'span2_text': 'she'}
 
 
-def test_wsc_in_training(rows_of):
+def test_wsc_in_training(with_records):
   rows = [{**WSC, 'span1_text': 'Bo', 'label': 0}] * 300 + [
       {**WSC, 'span1_text': 'Ada', 'label': 1}]
-  task = Opened(rows_of('super_glue_wsc_v102_simple_train', rows))  # no row is left of a batch
+  task = Opened(with_records('super_glue_wsc_v102_simple_train', rows))  # a batch becomes empty
   assert task.text() == [('wsc: Ada told Bo that *she* won', 'Ada')]
 
 
-def test_wsc_in_evaluation(rows_of):
-  task = Opened(rows_of('super_glue_wsc_v102_simple_eval', [
+def test_wsc_in_evaluation(with_records):
+  task = Opened(with_records('super_glue_wsc_v102_simple_eval', [
       {**WSC, 'span1_text': 'Ada', 'label': 1}, {**WSC, 'span1_text': 'Bo', 'label': 0}]))
   inputs = 'wsc: Ada told Bo that *she* won'
   assert task.text() == [(inputs, 'Ada'), (inputs, 'Bo')]
@@ -240,16 +240,16 @@ def test_wsc_in_evaluation(rows_of):
   assert task.score('Bo', 'Bo') == {'accuracy': 0.}
 
 
-def test_a_list_of_fixed_length(rows_of):
-  task = Opened(rows_of('dpr_v001_simple', [{
+def test_a_list_of_fixed_length(with_records):
+  task = Opened(with_records('dpr_v001_simple', [{
       'sentence': 'Ada told Bo she won', 'pronoun': 'she', 'candidates': ['Ada', 'Bo'],
       'label': 1}]))
   assert task.text() == [('wsc: Ada told Bo *she* won', 'Bo')]
   assert task.score('Bo') == {'accuracy': 100.}
 
 
-def test_squad_with_and_without_an_answer(rows_of):
-  task = Opened(rows_of('squad_v2', [
+def test_squad_with_and_without_an_answer(with_records):
+  task = Opened(with_records('squad_v2', [
       {'question': 'Who?', 'context': 'b (1-2).',
        'answers': {'text': ['1-2', 'b'], 'answer_start': [3, 0]}},
       {'question': 'x', 'context': 'y', 'answers': {'text': [], 'answer_start': []}}]))
@@ -259,8 +259,8 @@ def test_squad_with_and_without_an_answer(rows_of):
   assert task.score('1 2 3', 'y') == {'em': 0., 'f1': pytest.approx(40.)}
 
 
-def test_closed_book(rows_of):
-  task = Opened(rows_of('trivia_qa_open', [{'question': 'Who?', 'answer': {
+def test_closed_book(with_records):
+  task = Opened(with_records('trivia_qa_open', [{'question': 'Who?', 'answer': {
       'aliases': ['Lady-L', 'Ada'], 'value': 'Ada', 'normalized_aliases': [],
       'matched_wiki_entity_name': '', 'normalized_matched_wiki_entity_name': '',
       'normalized_value': '', 'type': ''}}]))
@@ -268,37 +268,39 @@ def test_closed_book(rows_of):
   assert task.score('lady l') == {'em': 100., 'f1': 100.}
 
 
-def test_more_rows_than_a_batch(rows_of):
+def test_more_records_than_a_batch(with_records):
   rows = [{'document': f'd{i}', 'summary': str(i)} for i in range(600)]
-  assert Opened(rows_of('xsum', rows)).text() == [(f'summarize: d{i}', str(i)) for i in range(600)]
+  task = Opened(with_records('xsum', rows))
+  assert task.text() == [(f'summarize: d{i}', str(i)) for i in range(600)]
 
 
-def test_an_evaluation(rows_of):
+def test_an_evaluation(with_records):
   """Through the evaluator of `t5lab eval`: both answers of one query count once."""
   row = {'query': '@placeholder', 'entities': ['x', 'y', 'z'], 'passage': 'p'}
-  rows_of('super_glue_record_v102', [
+  with_records('super_glue_record_v102', [
       {**row, 'answers': ['x', 'y'], 'idx': {'passage': 0, 'query': 0}},
       {**row, 'answers': ['z'], 'idx': {'passage': 0, 'query': 1}}])
   evaluation = evaluators.Evaluation('super_glue_record_v102', 'validation', vocab_spec='byte',
                                      lengths=LONG)
-  scores, found = evaluation.decode(lambda requests: np.array([[3 + ord('y'), 1]] * len(requests)))
+  answer_y = [3 + ord('y'), 1]
+  scores, predictions = evaluation.decode(lambda requests: np.array([answer_y] * len(requests)))
   assert scores == {'super_glue_record_v102': {'em': 50., 'f1': 50.}}
   inputs = 'record query: @placeholder entities: x, y, z passage: p'
-  assert [(p.source, p.target) for p in found] == [(inputs, x) for x in 'xyz']
+  assert [(p.source, p.target) for p in predictions] == [(inputs, x) for x in 'xyz']
 
 
-def test_text_with_noise(rows_of):
+def test_text_with_noise(with_records):
   """10 bytes: the last two are the noise; documents are joined."""
-  rows_of('c4_v220_span_corruption', [{'text': 'abcde'}, {'text': 'fghij'}])
+  with_records('c4_v220_span_corruption', [{'text': 'abcde'}, {'text': 'fghij'}])
   component, = registry.open_components('c4_v220_span_corruption', 'train',
                                      {'inputs': 10, 'targets': 4}, 'byte')
-  made = component.objective.apply(component.examples[0], np.random.default_rng(0))
-  assert made['inputs'].tolist() == [3 + b for b in b'abcdefgh'] + [358, 1]
-  assert made['targets'].tolist() == [358] + [3 + b for b in b'ij'] + [1]
+  features = component.objective.apply(component.examples[0], np.random.default_rng(0))
+  assert features['inputs'].tolist() == [3 + b for b in b'abcdefgh'] + [358, 1]
+  assert features['targets'].tolist() == [358] + [3 + b for b in b'ij'] + [1]
 
 
-def test_text_without_noise(rows_of):
-  rows_of('c4_v220_full_lm', [{'text': 'a'}, {'text': 'bcd'}])
+def test_text_without_noise(with_records):
+  with_records('c4_v220_full_lm', [{'text': 'a'}, {'text': 'bcd'}])
   component, = registry.open_components('c4_v220_full_lm', 'train', {'targets': 4}, 'byte')
   assert component.objective is None
   assert [x['targets'].tolist() for x in component.examples] == [

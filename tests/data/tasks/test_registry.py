@@ -22,7 +22,7 @@ LONG = {'inputs': 4096, 'targets': 4096}
 
 @pytest.fixture
 def tiny(monkeypatch):
-  """Two rows a split in each corpus, small enough to write the tokens down."""
+  """Two records per split in each corpus, small enough to write the tokens down."""
   rows = {
       'ende': [{'en': 'Hi', 'de': 'Ja'}, {'en': 'No', 'de': 'Ö'}],
       'enfr': [{'en': 'Hi', 'fr': 'Oui'}] * 2, 'enes': [{'en': 'Hi', 'es': 'Sí'}] * 2,
@@ -35,14 +35,14 @@ def tiny(monkeypatch):
       'books': [{'id': 'b1', 'text': 'abcdef'}, {'id': 'b2', 'text': 'ghij'}]}
   monkeypatch.setattr(corpora, 'load', lambda name, split: rows[name])
   monkeypatch.setattr(corpora, 'num_rows', lambda name, split: len(rows[name]))
-  registry._registered = 'none'  # the sources count their rows when made
+  registry._registered = 'none'  # the sources count their records when they are created
   registry.register('byte')
   yield
   registry._registered = 'none'
 
 
 def bounds(component):
-  """Upper bounds of what the objective makes of the first example."""
+  """Upper bounds of the objective's features for the first example."""
   return component.objective.sizes({'targets': len(component.examples[0]['targets'])})
 
 
@@ -51,7 +51,7 @@ def ids(text, eos=True):
 
 
 def both_ways(name, lengths=LONG, **kwargs):
-  """[{feature: ids}] through seqio's get_dataset and through open_components, which must agree."""
+  """The examples of seqio's get_dataset, and the component of open_components."""
   dataset = seqio.get_mixture_or_task(name).get_dataset(
       lengths, 'train', shuffle=False, **kwargs)
   plain = list(dataset.as_numpy_iterator())
@@ -79,7 +79,7 @@ def test_supervised_tokens(tiny, name, inputs, targets):
   assert plain[0]['targets_pretokenized'].decode() == targets
 
 
-def test_second_row_and_literal_ids(tiny):
+def test_second_record_and_literal_ids(tiny):
   _, component = both_ways('ha_ende')
   assert component.examples[0]['targets'].tolist() == [77, 100, 1]
   assert component.examples[1]['targets'].tolist() == [198, 153, 1]
@@ -173,8 +173,8 @@ def test_prefix_lm_segments_and_cuts(tiny):
   plain, component = both_ways('books_prefix_lm', lengths, seed=3)
   segments = ['abcd', 'efgh', 'ij']
   assert [x['targets'].tolist() for x in component.examples] == [ids(s, False) for s in segments]
-  made = [component.objective.apply(x, np.random.default_rng(0)) for x in component.examples]
-  for segment, *both in zip(segments, plain, made):
+  drawn = [component.objective.apply(x, np.random.default_rng(0)) for x in component.examples]
+  for segment, *both in zip(segments, plain, drawn):
     for x in both:
       assert x['inputs'][-1] == x['targets'][-1] == 1
       assert x['inputs'][:-1].tolist() + x['targets'][:-1].tolist() == ids(segment, False)
@@ -186,8 +186,8 @@ def test_span_corruption_tokens(tiny):
   plain, component = both_ways('books_span_corruption', {'inputs': 10, 'targets': 4}, seed=0)
   assert component.examples[0]['targets'].tolist() == ids('abcdefghij', eos=False)
   assert bounds(component) == {'inputs': 10, 'targets': 4}
-  made = component.objective.apply(component.examples[0], np.random.default_rng(0))
-  for example in (plain[0], made):
+  drawn = component.objective.apply(component.examples[0], np.random.default_rng(0))
+  for example in (plain[0], drawn):
     assert example['inputs'].tolist() == ids('abcdefgh', eos=False) + [358, 1]
     assert example['targets'].tolist() == [358] + ids('ij')
 
@@ -289,7 +289,7 @@ def test_seqio_vocabulary_has_the_same_ids(spec):
   assert s == seqio_tf.SeqioVocabulary(spec) != seqio_tf.SeqioVocabulary('t5lab_8192')
 
 
-# Other people's tasks
+# --- tasks of the user ---------------------------------------------------------------------------
 
 
 def _user_task(name, preprocessors=(), source=None, vocabulary=None):
@@ -308,12 +308,12 @@ def _user_task(name, preprocessors=(), source=None, vocabulary=None):
 
 @pytest.fixture
 def user_task():
-  made = []
+  added = []
   def add(*args, **kwargs):
-    made.append('users_task')
+    added.append('users_task')
     return _user_task('users_task', *args, **kwargs)
   yield add
-  for name in made:
+  for name in added:
     seqio.TaskRegistry.remove(name)
 
 
@@ -331,7 +331,7 @@ def test_an_empty_split(user_task):
 
 
 @pytest.mark.parametrize('wrong', [BYTE.size, -1])
-def test_an_id_that_is_none_is_refused_where_it_stands(user_task, wrong):
+def test_an_id_outside_the_vocabulary_is_refused_with_its_place(user_task, wrong):
   import tensorflow as tf
   spoil = lambda dataset: dataset.map(lambda row: {
       **row, 'targets': tf.where(row['targets'] == 3 + ord('f'), wrong, row['targets'])})
@@ -355,7 +355,7 @@ def test_an_objective_that_is_not_last(user_task):
 
 
 @pytest.mark.parametrize('splits', [None, {'train': 'train[:9]', 'validation': 'validation'}])
-def test_tfds_data_that_is_not_here(user_task, splits, monkeypatch, tmp_path):
+def test_missing_tfds_data(user_task, splits, monkeypatch, tmp_path):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   user_task(source=seqio.TfdsDataSource('wmt14_translate/de-en:1.0.0', splits=splits))
   with pytest.raises(DataError, match=r'data of wmt14_translate/de-en:1.0.0 is not on this machine'
@@ -392,7 +392,7 @@ def test_unknown_names():
     registry.open_components('ha_ende', 'train', LONG, 'bytes')
 
 
-# Prompts
+# --- prompts -------------------------------------------------------------------------------------
 
 
 def test_pad_punctuation_of_the_reference_example():
