@@ -40,6 +40,8 @@ FORMS = ('inputs', 'classes', 'mlm', 'nsp')
 ALONE = ('classes', 'nsp')
 EOS, BOS = 1, 0                   # T5's: it starts the decoder with the padding id
 
+Row = dict[str, np.ndarray]       # int32[length of its sequence] by model feature
+
 
 def form_of(names: Collection[str]) -> str:
   """The form of an encoder's examples that have these features: one of FORMS.
@@ -106,7 +108,7 @@ def row_sizes(sizes: dict[str, int], kind: str) -> dict[str, int]:
 
 def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
               kind: str = 'encoder_decoder', form: str = 'inputs', start: int = BOS,
-              eos: int = EOS) -> dict[str, np.ndarray]:
+              eos: int = EOS) -> Row:
   """One row of `row_lengths(lengths)` with the examples in order; they must fit.
 
   form: of an encoder's examples. start: the decoder's first input token of every example. eos:
@@ -151,11 +153,11 @@ def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
   return row
 
 
-def _zeros(prefix: str, names: Sequence[str], length: int) -> dict[str, np.ndarray]:
+def _zeros(prefix: str, names: Sequence[str], length: int) -> Row:
   return {f'{prefix}_{name}': np.zeros(length, np.int32) for name in names}
 
 
-def _encoder_inputs(length: int) -> dict[str, np.ndarray]:
+def _encoder_inputs(length: int) -> Row:
   return _zeros('encoder', ('input_tokens', 'segment_ids', 'positions'), length)
 
 

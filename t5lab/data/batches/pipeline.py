@@ -17,7 +17,8 @@ import grain
 import numpy as np
 
 from t5lab.data.batches import features
-from t5lab.data.batches.examples import as_examples
+from t5lab.data.batches.examples import Example, as_examples
+from t5lab.data.batches.features import Row
 from t5lab.errors import DataError, UsageError
 
 # Threads share the GIL, so a second one only helps while numpy copies; one keeps up (see the
@@ -25,6 +26,8 @@ from t5lab.errors import DataError, UsageError
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 BLOCK = 2**16     # examples of a cache that are packed and shuffled together
+
+Batch = dict[str, np.ndarray]     # int32[rows, length] by model feature
 
 
 class _Block:
@@ -76,15 +79,17 @@ class TaskRows:
       self._check_examples(kind, form)
       sizes, self.cut = _trimmed_sizes(self.examples.lengths, lengths)
     else:
-      bounds = _objective_sizes(self.objective, self.examples.lengths)
-      sizes = {name: np.minimum(size, lengths.get(name, size)) for name, size in bounds.items()}
+      sizes = _objective_sizes(self.objective, self.examples.lengths)
+      for name in sizes.keys() & lengths.keys():
+        sizes[name] = np.minimum(sizes[name], lengths[name])
       self.cut = np.zeros(0, np.int64)
 
     # int[examples, sequences] and int[sequences]: what an example takes of a row, and has of it.
     count = len(self.examples)
-    taken = features.row_sizes(sizes, kind)
-    self._sizes = np.stack([np.broadcast_to(size, count) for size in taken.values()], axis=1)
-    self._room = np.array(list(features.row_lengths(lengths, kind).values()))
+    taken = features.row_sizes(sizes, kind).values()
+    self._sizes = np.stack([np.broadcast_to(size, count) for size in taken], axis=1)
+    room = features.row_lengths(lengths, kind).values()
+    self._room = np.array(list(room))
 
     # Blocks are packed when they are needed; two stay in memory.
     in_memory = self.examples.fingerprint is None
@@ -98,8 +103,8 @@ class TaskRows:
     if self.blocks == 1:
       self._counts = np.array([len(self._block(0).layout)])
     else:
-      self._counts = self.examples.remember('rows', self._key, lambda: np.array(
-          [len(self._layout(b)) for b in range(self.blocks)]))
+      count_rows = lambda: np.array([len(self._layout(b)) for b in range(self.blocks)])
+      self._counts = self.examples.remember('rows', self._key, count_rows)
     self.count = int(self._counts.sum())
 
   def _check_examples(self, kind: str, form: str) -> None:
@@ -129,7 +134,8 @@ class TaskRows:
 
     def make():                # as one array: the number of rows, their sizes, their places
       layout = features.pack(sizes, self._room)
-      return np.concatenate([[len(layout)], list(map(len, layout)), *layout]).astype(np.int32)
+      row_sizes = [len(row) for row in layout]
+      return np.concatenate([[len(layout)], row_sizes, *layout]).astype(np.int32)
 
     # Packing takes a second per block, so the layout is stored with the cache.
     stored = self.examples.remember(f'layout{b}', self._key, make)
@@ -164,11 +170,11 @@ class TaskRows:
 
   # --- building ---
 
-  def uncut(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+  def uncut(self, epoch: int, i: int) -> Example:
     """Example i in this epoch, after its objective, before it is cut to the lengths."""
     return self._apply_objective(epoch, i, self.examples[i])
 
-  def example(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+  def example(self, epoch: int, i: int) -> Example:
     return self._trim(self.uncut(epoch, i))
 
   def _apply_objective(self, epoch, i, stored):
@@ -180,7 +186,7 @@ class TaskRows:
     trimmed, _ = features.trim(example, self.lengths, self._eos)
     return trimmed
 
-  def build(self, places: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+  def build(self, places: Sequence[tuple[int, int]]) -> list[Row]:
     """Model features of each (epoch, row). All examples are read from a cache in one call."""
     ids = [self.ids(epoch, i) for epoch, i in places]
     stored = iter(self.examples.many([i for row in ids for i in row]))
@@ -190,7 +196,7 @@ class TaskRows:
       rows.append(self._build_row(examples))
     return rows
 
-  def row(self, epoch: int, i: int) -> dict[str, np.ndarray]:
+  def row(self, epoch: int, i: int) -> Row:
     return self.build([(epoch, i)])[0]
 
   @functools.cached_property
@@ -200,8 +206,9 @@ class TaskRows:
       return self._sizes.sum() / (self.count * self._room.sum())
     every = -(-self.count // 64)
     rows = self.build([(0, i) for i in range(0, self.count, every)])
-    tokens = sum((x > 0).sum() for row in rows for name, x in row.items()
-                 if name.endswith('segment_ids'))
+    tokens = 0
+    for row in rows:
+      tokens += sum((row[name] > 0).sum() for name in row if name.endswith('segment_ids'))
     return tokens / (len(rows) * self._room.sum())
 
 
@@ -220,8 +227,13 @@ def _objective_sizes(objective, stored) -> dict[str, np.ndarray]:
   """
   columns = np.stack(list(stored.values()), axis=1)
   distinct, which = np.unique(columns, axis=0, return_inverse=True)
-  bounds = [objective.sizes(dict(zip(stored, map(int, combination)))) for combination in distinct]
-  return {name: np.array([bound[name] for bound in bounds])[which.ravel()] for name in bounds[0]}
+  bounds = []
+  for combination in distinct.tolist():
+    bounds.append(objective.sizes(dict(zip(stored, combination))))
+  sizes = {}
+  for name in bounds[0]:
+    sizes[name] = np.array([bound[name] for bound in bounds])[which.ravel()]
+  return sizes
 
 
 def form_of(component, kind: str) -> str:
@@ -257,17 +269,21 @@ class Pipeline:
           f'{form!r} ({name})' for form, name in forms.items()))
     form, = forms
     pack = pack and form not in features.ALONE
-    self.rows = [TaskRows(c, lengths, seed=seed + 7919 * i, pack=pack, kind=kind, form=form,
-                          eos=eos, start=start) for i, c in enumerate(components)]
+    self.rows = []
+    for i, component in enumerate(components):
+      self.rows.append(TaskRows(component, lengths, seed=seed + 7919 * i, pack=pack, kind=kind,
+                                form=form, eos=eos, start=start))
 
     # A rate counts examples, but the mixture draws rows: a task whose rows hold more examples is
     # drawn less often. Rates are rounded to 1e-4: grain turns them into small integers.
-    order = [self._epochs(i, rows) for i, rows in enumerate(self.rows)]
-    weights = [c.rate * rows.count / len(rows.examples) for c, rows in zip(components, self.rows)]
-    if len(order) == 1:
-      self._order = order[0]
-    else:
-      self._order = grain.MapDataset.mix(order, [round(w / max(weights), 4) for w in weights])
+    order, weights = [], []
+    for i, (component, rows) in enumerate(zip(components, self.rows)):
+      order.append(self._epochs(i, rows))
+      weights.append(component.rate * rows.count / len(rows.examples))
+    self._order = order[0]
+    if len(order) > 1:
+      relative = [round(weight / max(weights), 4) for weight in weights]
+      self._order = grain.MapDataset.mix(order, relative)
     self._notes = [c.note for c in components]
     self.fingerprint = self._fingerprint(components, pack, kind, eos, start)
 
@@ -276,13 +292,15 @@ class Pipeline:
     dataset = grain.MapDataset.range(rows.count)
     if rows.blocks == 1:
       dataset = dataset.seed(self.seed + component).shuffle()
-    return dataset.repeat().map_with_index(lambda i, row: (component, i // rows.count, int(row)))
+    place = lambda i, row: (component, i // rows.count, int(row))
+    return dataset.repeat().map_with_index(place)
 
   def _fingerprint(self, components, pack, kind, eos, start) -> str:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run notices a change."""
     digest = hashlib.sha256()
     for c, rows in zip(components, self.rows):
-      digest.update(json.dumps([c.name, float(c.rate), repr(c.objective)]).encode())
+      settings = [c.name, float(c.rate), repr(c.objective)]
+      digest.update(json.dumps(settings).encode())
       if rows.examples.fingerprint is not None:
         digest.update(f'{rows.examples.fingerprint} {BLOCK}'.encode())
         continue
@@ -302,8 +320,8 @@ class Pipeline:
     """(component, epoch, row of the component) of rows of the batch of `step`."""
     return [self._order[step * self.batch_size + row] for row in rows]
 
-  def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """This process's rows of the batch of `step`, or the given ones: int32[rows, length]."""
+  def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+    """This process's rows of the batch of `step`, or the given ones."""
     places = self._places(step, self._own_rows if rows is None else rows)
     built = {}
     for component in {component for component, _, _ in places}:
@@ -311,7 +329,7 @@ class Pipeline:
       built[component] = iter(self.rows[component].build(needed))
     return _stack([next(built[component]) for component, _, _ in places])
 
-  def epoch(self) -> Iterator[dict[str, np.ndarray]]:
+  def epoch(self) -> Iterator[Batch]:
     """Every row of every task once, in a fixed order, for evaluation; the same in all processes.
 
     The last batch is filled with empty rows, which carry no loss.
@@ -330,7 +348,7 @@ class Pipeline:
     return [[f'{self.rows[c].name}:{i}' for i in self.rows[c].ids(epoch, row)]
             for c, epoch, row in self._places(step, range(self.batch_size))]
 
-  def iterate(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+  def iterate(self, start: int, stop: int) -> Iterator[Batch]:
     """batch(start) ... batch(stop - 1), prefetched by a thread."""
     batches = grain.MapDataset.range(start, stop).map(lambda step: self.batch(int(step)))
     return iter(batches.to_iter_dataset(PREFETCH))
@@ -366,5 +384,5 @@ class Pipeline:
     return lines
 
 
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _stack(rows: list[Row]) -> Batch:
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
