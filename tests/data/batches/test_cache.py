@@ -14,9 +14,7 @@ import tensorflow as tf
 from t5lab.commands import cache as command
 from t5lab.data import vocab
 from t5lab.data.batches import cache, pipeline
-from t5lab.data.tasks import cache_build, own_files
-from t5lab.data.tasks import identity as task_identity
-from t5lab.data.tasks import registry as tasks
+from t5lab.data.tasks import cache_build, identity, own_files, registry
 from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio
 from t5lab.errors import DataError, UsageError
 from t5lab.runs.lock import RunLock
@@ -64,7 +62,7 @@ def numbers(examples):
 
 
 def open_cached(root, files, spec='byte', lengths=LENGTHS):
-  return tasks.open_components('files', 'train', lengths, spec, files=files, cached=str(root))
+  return registry.open_components('files', 'train', lengths, spec, files=files, cached=str(root))
 
 
 def test_every_record_once_and_unchanged(tmp_path, files):
@@ -74,7 +72,7 @@ def test_every_record_once_and_unchanged(tmp_path, files):
   assert [s['rows'] for s in manifest['shards']] == [6, 6, 6, 5]
   component, = open_cached(tmp_path / 'c', files)
   assert numbers(component.examples) == [str(i) for k in range(4) for i in range(k, 23, 4)]
-  plain, = tasks.open_components('files', 'train', LENGTHS, 'byte', files=files)
+  plain, = registry.open_components('files', 'train', LENGTHS, 'byte', files=files)
   expected = dict(zip(numbers(plain.examples), plain.examples))
   for number, example in zip(numbers(component.examples), component.examples):
     assert example.keys() == expected[number].keys()
@@ -147,20 +145,20 @@ def helper(text):
 
 
 def test_a_preprocessor_is_identified_by_its_code_and_its_settings():
-  def made(word):
+  def preprocessor(word):
     def preprocess(dataset):
       return dataset.map(lambda row: {**row, 'x': helper(word)})
     return preprocess
-  describe = task_identity.describe
-  assert describe(made('a')) == describe(made('a')) != describe(made('b'))
+  describe = identity.describe
+  assert describe(preprocessor('a')) == describe(preprocessor('a')) != describe(preprocessor('b'))
   assert describe(lambda x: x + 1) != describe(lambda x: x + 2)
-  before = describe(made('a'))
-  kept = helper.__code__
+  before = describe(preprocessor('a'))
+  original = helper.__code__
   helper.__code__ = (lambda text: text + '!').__code__
   try:
-    assert describe(made('a')) != before
+    assert describe(preprocessor('a')) != before
   finally:
-    helper.__code__ = kept
+    helper.__code__ = original
 
 
 def test_a_shard_that_is_gone_or_changed_is_named(built, files):
@@ -317,7 +315,7 @@ def test_one_block_of_a_cache_equals_memory(tmp_path, files):
   build(tmp_path, files, shards=1)
   cached = pipeline.Pipeline(open_cached(tmp_path, files), LENGTHS, batch_size=4, seed=3)
   memory = pipeline.Pipeline(
-      tasks.open_components('files', 'train', LENGTHS, 'byte', files=files), LENGTHS,
+      registry.open_components('files', 'train', LENGTHS, 'byte', files=files), LENGTHS,
       batch_size=4, seed=3)
   for step in (0, 5):
     for name, x in memory.batch(step).items():
@@ -349,12 +347,12 @@ def test_seqios_own_cache_is_read(tmp_path):
             {'inputs': np.array([i, i]), 'targets': np.array([i])}).SerializeToString())
     (where / 'COMPLETED').write_text('')
   try:
-    component, = tasks.open_components('cached_task', 'train', LENGTHS, 'byte',
+    component, = registry.open_components('cached_task', 'train', LENGTHS, 'byte',
                                        cached=str(tmp_path))
     assert [{k: v.tolist() for k, v in e.items()} for e in component.examples] == [
         {'inputs': [5, 5, 1], 'targets': [5, 1]}, {'inputs': [6, 6, 1], 'targets': [6, 1]}]
     with pytest.raises(UsageError, match='has no CacheDatasetPlaceholder'):
-      tasks.open_components('plain_task', 'train', LENGTHS, 'byte', cached=str(tmp_path))
+      registry.open_components('plain_task', 'train', LENGTHS, 'byte', cached=str(tmp_path))
   finally:
     for name in ('cached_task', 'plain_task'):
       seqio.TaskRegistry.remove(name)

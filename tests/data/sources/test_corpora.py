@@ -85,11 +85,11 @@ def test_sample_of_a_pronouncing_dictionary(monkeypatch):
 def test_subset_keeps_validation_and_about_a_third_of_train():
   lines = [json.dumps({'split': split, 'id': f'{split}{i}', 'text': ''})
            for split in ('train', 'validation') for i in range(1000)]
-  kept = corpora.subset_books(lines)
-  assert kept[-1000:] == lines[1000:]
-  assert 290 < len(kept) - 1000 < 370  # 330, standard deviation 15
-  assert corpora.subset_books(kept) == kept
-  assert corpora.subset_books(lines[::-1]) == kept[::-1]
+  subset = corpora.subset_books(lines)
+  assert subset[-1000:] == lines[1000:]
+  assert 290 < len(subset) - 1000 < 370  # 330, standard deviation 15
+  assert corpora.subset_books(subset) == subset
+  assert corpora.subset_books(lines[::-1]) == subset[::-1]
 
 
 def test_the_subset_of_the_shipped_file_is_itself(tmp_path):

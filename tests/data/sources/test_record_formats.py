@@ -27,8 +27,8 @@ from t5lab.errors import DataError
      [(1, {'text': ' one '}), (3, {'text': '\u2028two\x0cthree'})]),
 ])
 def test_text_formats(tmp_path, name, data, expected, packing):
-  found, reader = read(put(tmp_path / (name + packing), data), bad_rows=0)
-  assert found == expected
+  pairs, reader = read(put(tmp_path / (name + packing), data), bad_rows=0)
+  assert pairs == expected
   assert (reader.good, reader.bad, reader.summary()) == (2, 0, '2 records')
 
 
@@ -46,15 +46,15 @@ def test_parquet_and_arrow(tmp_path):
   assert read(str(tmp_path / 'a.parquet'))[0] == expected
   assert read(arrow_stream(tmp_path / 'a.arrow', data))[0] == expected
   long = [str(i) for i in range(600)]
-  found = read(arrow_stream(tmp_path / 'c.arrow', table(x=long), batch=600))[0]
-  assert found == [(i + 1, {'x': text}) for i, text in enumerate(long)]
+  pairs = read(arrow_stream(tmp_path / 'c.arrow', table(x=long), batch=600))[0]
+  assert pairs == [(i + 1, {'x': text}) for i, text in enumerate(long)]
   with pa.ipc.new_file(tmp_path / 'b.arrow', data.schema) as out:
     out.write_table(data, max_chunksize=1)
   assert read(str(tmp_path / 'b.arrow'))[0] == expected
   folder = saved(tmp_path / 'set', data, 3)
-  found = [(record.file[len(folder):], record.line, record.fields['q'])
+  pairs = [(record.file[len(folder):], record.line, record.fields['q'])
            for record in records.RecordReader(folder)]
-  assert found == [('/data-00000-of-00002.arrow', 1, 'a'), ('/data-00000-of-00002.arrow', 2,
+  assert pairs == [('/data-00000-of-00002.arrow', 1, 'a'), ('/data-00000-of-00002.arrow', 2,
                    '{b}\n'), ('/data-00000-of-00002.arrow', 3, 'c'),
                    ('/data-00001-of-00002.arrow', 1, 'é')]
 
@@ -114,8 +114,8 @@ def test_parquet_and_arrow(tmp_path):
 ])
 def test_bad_rows(tmp_path, name, data, options, good, problems):
   path = put(tmp_path / name, data)
-  found, reader = read(path, **ALL_BAD, **options)
-  assert [line for line, _ in found] == good
+  pairs, reader = read(path, **ALL_BAD, **options)
+  assert [line for line, _ in pairs] == good
   assert reader.problems == [(path, line, reason) for line, reason in problems]
   assert (reader.good, reader.bad) == (len(good), len(problems))
 
@@ -128,8 +128,8 @@ def test_bad_records(tmp_path):
   arrow_stream(tmp_path / 'a.arrow', data, batch=2)
   for name in ('a.parquet', 'a.arrow'):
     path = str(tmp_path / name)
-    found, reader = read(path, **ALL_BAD)
-    assert found == [(1, {'x': 'a', 'y': b'a', 'z': 'p'})]
+    pairs, reader = read(path, **ALL_BAD)
+    assert pairs == [(1, {'x': 'a', 'y': b'a', 'z': 'p'})]
     assert reader.problems == [(path, 2, 'not UTF-8: byte 0xc3 at byte 0 of a field'),
                                (path, 3, "field 'z' holds NUL at character 1")]
     reader = records.RecordReader(path, **ALL_BAD, required=['y'])
@@ -140,15 +140,15 @@ def test_long_texts(tmp_path):
   limit = dict(max_line=9, **ALL_BAD)
   for name, head in (('a.txt', b''), ('a.tsv', b'x\n'), ('a.csv', b'x\n')):
     path = put(tmp_path / name, head + b'123456789\r\n1234567890\n123456789')
-    found, reader = read(path, **limit)
+    pairs, reader = read(path, **limit)
     first = 1 + bool(head)
-    assert [line for line, _ in found] == [first, first + 2]
+    assert [line for line, _ in pairs] == [first, first + 2]
     assert reader.problems == [(path, first + 1, 'the line has over 9 bytes, the limit')]
   path = put(tmp_path / 'b.txt', b'123456789\r0\n123456789\r\r\n')
   assert read(path, **limit)[1].bad == 2
   path = put(tmp_path / 'b.csv', b'x,y\n"a\n1234567890\n",b\nc,d\n')
-  found, reader = read(path, **limit)
-  assert found == [(5, {'x': 'c', 'y': 'd'})]
+  pairs, reader = read(path, **limit)
+  assert pairs == [(5, {'x': 'c', 'y': 'd'})]
   assert reader.problems == [(path, 2, 'the line has over 9 bytes, the limit')]
   pq.write_table(table(x=['123456789', '1234567890']), tmp_path / 'a.parquet')
   path = str(tmp_path / 'a.parquet')
@@ -224,8 +224,8 @@ def test_a_file_with_fewer_records_than_shards(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.parquet', 'a.arrow'])
-@pytest.mark.parametrize('kept', [0.0, 0.5, 0.98])
-def test_files_cut_short(tmp_path, name, kept):
+@pytest.mark.parametrize('fraction', [0.0, 0.5, 0.98])
+def test_truncated_files(tmp_path, name, fraction):
   path = tmp_path / name
   data = [json.dumps({'x': f'{i * i % 9973} {i}'}) for i in range(3000)]
   if name == 'a.parquet':
@@ -235,7 +235,7 @@ def test_files_cut_short(tmp_path, name, kept):
   else:
     put(path, '\n'.join(data).encode())
   whole = path.read_bytes()
-  path.write_bytes(whole[:max(5, int(kept * len(whole)))])
+  path.write_bytes(whole[:max(5, int(fraction * len(whole)))])
   with pytest.raises(DataError, match=f'^{path} is damaged or truncated: '):
     read(str(path), **ALL_BAD)
 

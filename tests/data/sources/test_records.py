@@ -49,9 +49,9 @@ def test_a_fraction_far_over_the_limit_ends_early(tmp_path):
 
 def test_no_bad_record_allowed(tmp_path):
   path = planted(tmp_path / 'a.jsonl', 2, 2, 5)
-  reader, found = records.RecordReader(path, bad_rows=0), []
+  reader, pairs = records.RecordReader(path, bad_rows=0), []
   with pytest.raises(DataError, match=f'^{path}:3: not valid JSON: .*bad_rows=0.01'):
-    found.extend(record.line for record in reader)
+    pairs.extend(record.line for record in reader)
   assert reader.bad == 1 and reader.good == 2
 
 
@@ -104,8 +104,8 @@ def test_shards_hold_every_record_once(tmp_path, name):
   pattern = many(tmp_path, name)
   for n in (1, 2, 7):
     for k in range(n):
-      found, reader = read(pattern, shard=(k, n), **ALL_BAD)
-      assert [int(fields['text']) for _, fields in found] == [
+      pairs, reader = read(pattern, shard=(k, n), **ALL_BAD)
+      assert [int(fields['text']) for _, fields in pairs] == [
           i for i in range(k, 31, n) if i % 5 != 4]
       assert reader.bad == len([i for i in range(k, 31, n) if i % 5 == 4])
 
@@ -231,16 +231,16 @@ def test_remote_files(tmp_path):
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst'])
 def test_write_and_read_back(tmp_path, name):
-  made = [{'text': 'é\n\u2028"{', 'n': 1, 'a': ['x']}, {'text': 'b', 'when': '2024-02-01'}]
+  values = [{'text': 'é\n\u2028"{', 'n': 1, 'a': ['x']}, {'text': 'b', 'when': '2024-02-01'}]
   with records.write(tmp_path / name) as write:
-    write(made[0])
-    write(made[1] | {'when': datetime.date(2024, 2, 1)})
+    write(values[0])
+    write(values[1] | {'when': datetime.date(2024, 2, 1)})
     assert os.listdir(tmp_path) == [f'.{name}.tmp']
   first = (tmp_path / name).read_bytes()
   assert os.listdir(tmp_path) == [name]
-  assert read(str(tmp_path / name))[0] == [(1, made[0]), (2, made[1])]
+  assert read(str(tmp_path / name))[0] == [(1, values[0]), (2, values[1])]
   with records.write(tmp_path / name) as write:
-    for fields in made:
+    for fields in values:
       write(fields)
   assert (tmp_path / name).read_bytes() == first
   assert name != 'a.jsonl.gz' or first[4:8] == b'\0\0\0\0'            # no time in its header

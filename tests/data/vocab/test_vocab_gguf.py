@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 
 from t5lab.data import vocab
 from t5lab.data.sources import corpora
-from t5lab.data.vocab import gguf as vocab_gguf
+from t5lab.data.vocab import gguf
 from t5lab.errors import DataError, UsageError
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())     # how such files spell the 256 bytes
@@ -37,7 +37,7 @@ def pack(value):
   return 9, struct.pack('<IQ', kinds.pop(), len(value)) + b''.join(pack(x)[1] for x in value)
 
 
-def gguf(path, meta, tail=b''):
+def write_gguf(path, meta, tail=b''):
   """Writes a .gguf file of metadata alone. -> its path as a spec"""
   data = b'GGUF' + struct.pack('<IQQ', 3, 0, len(meta))
   for key, value in meta.items():
@@ -62,7 +62,7 @@ def pieces(v, text):
 
 
 def test_byte_level_bpe(tmp_path):
-  v = vocab.load(gguf(tmp_path / 'm.gguf', bpe()))
+  v = vocab.load(write_gguf(tmp_path / 'm.gguf', bpe()))
   assert (v.size, v.bos_id, v.eos_id, v.pad_id, v.unk_id) == (len(TOKENS), BOS, EOS, EOS, None)
   assert (v.num_sentinels, v.prefix, v.starts_with_bos) == (0, (), False)
   assert pieces(v, 'the the') == ['the', 'Ġthe'] and v.encode('') == []
@@ -83,21 +83,21 @@ def test_byte_level_bpe(tmp_path):
 def test_where_text_is_cut_before_merging(pre, cut, tmp_path):
   meta = bpe(pre=pre, tokens=[*TOKENS, "'S"], merges=[*MERGES, "' S"],
              token_type=[1] * (len(TOKENS) + 1))
-  v = vocab.load(gguf(tmp_path / 'm.gguf', meta))
+  v = vocab.load(write_gguf(tmp_path / 'm.gguf', meta))
   assert pieces(v, " 1234'S") == cut
   assert pieces(v, 'the\n\n the') == ['the', 'Ċ', 'Ċ', 'Ġthe']
 
 
 def test_bos_and_eos_follow_the_file(tmp_path):
-  opens = vocab.load(gguf(tmp_path / 'a.gguf', bpe(add_bos_token=True)))
+  opens = vocab.load(write_gguf(tmp_path / 'a.gguf', bpe(add_bos_token=True)))
   assert opens.starts_with_bos and opens.prefix == () and opens.eos_id == EOS
-  assert vocab.load(gguf(tmp_path / 'b.gguf', bpe(pre='llama-bpe'))).starts_with_bos
-  both = vocab.load(gguf(tmp_path / 'c.gguf', bpe(add_bos_token=True, add_eos_token=True)))
+  assert vocab.load(write_gguf(tmp_path / 'b.gguf', bpe(pre='llama-bpe'))).starts_with_bos
+  both = vocab.load(write_gguf(tmp_path / 'c.gguf', bpe(add_bos_token=True, add_eos_token=True)))
   assert both.prefix == (BOS,) and not both.starts_with_bos
 
 
 def test_export_is_the_same_vocabulary(tmp_path):
-  v = vocab.load(gguf(tmp_path / 'm.gguf', bpe(add_bos_token=True, padding_token_id=0)))
+  v = vocab.load(write_gguf(tmp_path / 'm.gguf', bpe(add_bos_token=True, padding_token_id=0)))
   spec = vocab.export_gguf(tmp_path / 'm.gguf', tmp_path / 'out')
   assert sorted(os.listdir(tmp_path / 'out')) == ['tokenizer.json', 'tokenizer_config.json']
   w = vocab.load(spec)
@@ -123,14 +123,14 @@ def test_llamas_sentencepiece(tmp_path):
   meta = bpe(model='llama', pre=None, merges=None, tokens=[p.piece for p in proto.pieces],
              scores=[p.score for p in proto.pieces], token_type=[p.type for p in proto.pieces],
              bos_token_id=1, eos_token_id=2, unknown_token_id=0)
-  v = vocab.load(gguf(tmp_path / 'm.gguf', meta))
+  v = vocab.load(write_gguf(tmp_path / 'm.gguf', meta))
   assert (v.unk_id, v.bos_id, v.eos_id, v.starts_with_bos) == (0, 1, 2, True)
   for text in [*texts[:30], '  é 日本\n', "don't 123"]:
     assert v.encode(text) == sp.encode(text) and v.decode(v.encode(text)) == text
   assert v.encode('<s>a</s>') == [1, *sp.encode('a'), 2]
   spec = vocab.export(str(tmp_path / 'm.gguf'), tmp_path / 'out')
   assert spec.endswith('tokenizer.model') and vocab.load(spec).sha256 == v.sha256
-  bare = vocab.load(gguf(tmp_path / 'm.gguf', {
+  bare = vocab.load(write_gguf(tmp_path / 'm.gguf', {
       **meta, 'tokenizer.ggml.add_space_prefix': False, 'tokenizer.ggml.add_bos_token': False}))
   assert bare.pieces(bare.encode('a'))[0] == 'a' and not bare.starts_with_bos
 
@@ -160,18 +160,18 @@ def test_llamas_sentencepiece(tmp_path):
 ])
 def test_invalid_tokenizers(changes, error, message, tmp_path):
   with pytest.raises(error, match=message) as e:
-    vocab.load(gguf(tmp_path / 'm.gguf', bpe(**changes)))
+    vocab.load(write_gguf(tmp_path / 'm.gguf', bpe(**changes)))
   assert '\n' not in str(e.value)
 
 
 def test_damaged_files(tmp_path):
   path = tmp_path / 'm.gguf'
-  gguf(path, bpe())
+  write_gguf(path, bpe())
   whole = path.read_bytes()
   for end in [*range(0, 60), *range(60, len(whole), 97), len(whole) - 1]:
     path.write_bytes(whole[:end])
     with pytest.raises(DataError, match='is truncated or not a GGUF file: .* bytes at'):
-      vocab_gguf.metadata(path)
+      gguf.metadata(path)
   head = b'GGUF' + struct.pack('<IQ', 3, 0)
   one, key = struct.pack('<Q', 1), struct.pack('<Q', 1) + b'k'
   for data, message in [
@@ -187,11 +187,11 @@ def test_damaged_files(tmp_path):
   ]:
     path.write_bytes(data + bytes(64))
     with pytest.raises(DataError, match=message):
-      vocab_gguf.metadata(path)
+      gguf.metadata(path)
   path.unlink()
   os.mkfifo(path)
   with pytest.raises(DataError, match='is not a regular file'):
-    vocab_gguf.metadata(path)
+    gguf.metadata(path)
   vocab.load.cache_clear()
   with pytest.raises(DataError, match='cannot read vocabulary .*No such file'):
     vocab.load(str(tmp_path / 'none.gguf'))
@@ -217,7 +217,7 @@ def merged(word, ranks):
 def test_smollm2_against_merging_by_hand(smollm):
   v = smollm
   assert (v.size, v.bos_id, v.eos_id, v.unk_id, v.starts_with_bos) == (49152, 1, 2, 0, False)
-  meta = vocab_gguf.metadata(v.spec)
+  meta = gguf.metadata(v.spec)
   ids = {t: i for i, t in enumerate(meta['tokenizer.ggml.tokens'])}
   ranks = {tuple(m.split(' ')): i for i, m in enumerate(meta['tokenizer.ggml.merges'])}
   # GPT-2's rule for ASCII, after digits are split off.

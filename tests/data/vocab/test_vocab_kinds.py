@@ -198,17 +198,19 @@ def test_t5s_tokenizer_json_has_the_ids_of_its_sentencepiece_model(tmp_path):
   tokenizer.add_special_tokens(['<pad>', '</s>', '<unk>', *(f'<extra_id_{n}>' for n in range(100))])
   write(tmp_path, tokenizer__json=tokenizer.to_str(), special_tokens_map__json={
       'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<pad>'})
-  ours, theirs = (vocab.load(str(tmp_path / name)) for name in ('spiece.model', 'tokenizer.json'))
-  for v in (ours, theirs):
+  from_model = vocab.load(str(tmp_path / 'spiece.model'))
+  from_json = vocab.load(str(tmp_path / 'tokenizer.json'))
+  for v in (from_model, from_json):
     assert (v.size, v.num_sentinels, v.sentinel(0), v.sentinel_step) == (
-        ours.size, 100, ours.size - 1, -1)
+        from_model.size, 100, from_model.size - 1, -1)
     assert (v.pad_id, v.eos_id, v.unk_id, v.prefix, v.starts_with_bos) == (0, 1, 2, (), False)
   for text in TEXTS[:50]:
-    assert ours.encode(text) == theirs.encode(text)
-    assert ours.decode([*ours.encode(text), 0, 0]) == theirs.decode([*theirs.encode(text), 0, 0])
-  assert theirs.encode('the<extra_id_7>')[-1] == theirs.sentinel(7)
-  assert theirs.decode([theirs.sentinel(7), 1]) == '<extra_id_7>'
-  assert theirs.decode([2]) == ' \u2047 ' and theirs.decode([theirs.size]) == ' \u2047 '
+    ids = from_model.encode(text)
+    assert from_json.encode(text) == ids
+    assert from_json.decode([*ids, 0, 0]) == from_model.decode([*ids, 0, 0])
+  assert from_json.encode('the<extra_id_7>')[-1] == from_json.sentinel(7)
+  assert from_json.decode([from_json.sentinel(7), 1]) == '<extra_id_7>'
+  assert from_json.decode([2]) == ' \u2047 ' and from_json.decode([from_json.size]) == ' \u2047 '
 
 
 def test_broken_tokenizer_files(tmp_path):
