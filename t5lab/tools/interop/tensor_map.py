@@ -5,6 +5,7 @@ arrays tensor by tensor and writing one yields its tensors one by one, so neithe
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import math
 from typing import NamedTuple, Protocol
@@ -105,27 +106,25 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
       raise UsageError(f'{what}: {name} has {size:,} numbers, the whole model has {model_size:,}')
 
   params = {path: aligned_empty(leaf.shape) for path, leaf in ours.items()}
-  line = progress(len(by_name)) if progress else None
   not_finite = []
-  for name, its_rows in by_name.items():
-    tensor = reader.read(name)
-    if tensor.dtype.kind in 'iubcSUO':
-      raise UsageError(f'{what}: {name} is {tensor.dtype}; weights must be floating-point numbers, '
-                       'and quantised ones are read from GGUF only')
-    if not _is_finite(tensor):
-      not_finite.append(name)
-    for row in its_rows:
-      value = _take_part(row, _forward(row, tensor, what))
-      target = row.layer_of(params)
-      if value.shape != target.shape:
-        raise UsageError(f'{what}: {name} has shape {tensor.shape}, {row.path} needs '
-                         f'{target.shape}: the config is of another architecture or size')
-      target[...] = value
-    del tensor
-    if line:
-      line.add(1)
-  if line:
-    line.done()
+  with progress(len(by_name)) if progress else contextlib.nullcontext() as line:
+    for name, its_rows in by_name.items():
+      tensor = reader.read(name)
+      if tensor.dtype.kind in 'iubcSUO':
+        raise UsageError(f'{what}: {name} is {tensor.dtype}; weights must be floating-point '
+                         'numbers, and quantised ones are read from GGUF only')
+      if not _is_finite(tensor):
+        not_finite.append(name)
+      for row in its_rows:
+        value = _take_part(row, _forward(row, tensor, what))
+        target = row.layer_of(params)
+        if value.shape != target.shape:
+          raise UsageError(f'{what}: {name} has shape {tensor.shape}, {row.path} needs '
+                           f'{target.shape}: the config is of another architecture or size')
+        target[...] = value
+      del tensor
+      if line:
+        line.add(1)
   if not_finite:
     raise UsageError(f'{what}: {name_list(not_finite)} not finite (NaN or infinity)')
   return trees.unflatten(params, like=abstract)
