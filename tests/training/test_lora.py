@@ -235,6 +235,7 @@ def test_configs_that_cannot_train_adapters(base, adapted, tmp_path):
     loop.train(tiny(lora__rank=2), tmp_path / 'a')
   with pytest.raises(UsageError, match='is a run of adapters: export it'):
     loop.train(tiny(adapted), tmp_path / 'b')
-  with pytest.raises(UsageError, match='with lora.rank=2: new weights would keep their random values'):
+  message = 'with lora.rank=2: new weights would keep their random values'
+  with pytest.raises(UsageError, match=message):
     loop.train(tiny(base, init__fresh="('logits/.*',)"), tmp_path / 'c')
   assert not list(tmp_path.glob('*/checkpoints/step_*'))
