@@ -85,6 +85,7 @@ def derive(c, sizes: dict[str, int]) -> Twin:
   notes = _replace_data(t, c) + _replace_weights(t, c)
 
   t.total_steps, t.log.every, t.checkpoint.every, t.eval.every = STEPS, 1, STEPS, 0
+  t.log.profile = 0
   t.optim.warmup = min(2, c.optim.warmup)
   t.loss.chunks = min(2, c.loss.chunks)
   t.checkpoint.best = ''
