@@ -1,7 +1,7 @@
-"""pip install .  |  pip install -c constraints.txt '.[test]'  |  '.[tpu]' or '.[cuda]' there.
+"""pip install .  |  pip install -c constraints/py311.txt '.[test]'  |  pip install '.[tpu]'
 
-Lower bounds are the versions that the suite runs on (constraints.txt pins them all); upper bounds
-are the next release in which that project may break its users.
+Lower bounds are the versions that the test suite runs with (constraints/ pins all of them, one file
+for each Python); upper bounds are the next release in which a project may break its users.
 """
 
 import pathlib
@@ -24,8 +24,11 @@ setup(
     package_data={'t5lab.data': ['files/*'], 't5lab.tools.planning': ['prices.json']},
     entry_points={'console_scripts': ['t5lab = t5lab.cli:main']},
     install_requires=[
-        'jax>=0.10.2,<0.11',
-        'flax>=0.12.8,<0.13',
+        # jax 0.11 dropped Python 3.11, and a flax release works with few jax releases.
+        "jax>=0.10.2,<0.11; python_version < '3.12'",
+        "flax>=0.12.8,<0.13; python_version < '3.12'",
+        "jax>=0.12,<0.13; python_version >= '3.12'",
+        "flax>=0.12.12,<0.13; python_version >= '3.12'",
         'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12.8,<0.13',
         'numpy>=2.4,<3',

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from t5lab.data.tasks import names as task_names
 from t5lab.data.tasks import own_files
+from t5lab.decoding import options
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models import families
 
@@ -116,10 +117,7 @@ def base(family: str, **model) -> ConfigDict:
   e.batch_size = 64
   e.max_length = 0                   # tokens to generate at most; 0: data.lengths.targets
   e.samples = 5                      # predictions shown with source and reference
-  e.temperature = 0.                 # 0: greedy
-  e.beams = 1                        # more than 1: beam search
-  e.alpha = 0.6                      # length penalty of beam search [Wu et al. 2016]
-  e.forced_first = -1                # token id that every output starts with (BART); -1: none
+  e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py
   c.lock()
   return c
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'data': 'errors files evaluation',
     'models': 'errors trees parallel',
     'decoding': 'errors trees parallel',
-    'config': 'errors data models',
+    'config': 'errors data models decoding',
     'training': 'errors trees parallel models',
     'runs': 'errors trees files parallel training',
     'programs': 'errors trees files evaluation parallel data models decoding config training runs',

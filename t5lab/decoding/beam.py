@@ -1,6 +1,6 @@
-"""Beam search over a step function: T5's, with live and finished hypotheses kept apart.
+"""Beam search over a step function, as T5's: live and finished hypotheses are kept apart.
 
-B batch, V vocabulary; `beams` hypotheses a row. Rows of a beam batch [B * beams] are row-major:
+B batch, V vocabulary; each row has `beams` hypotheses. A batch of beams [B * beams] is row-major:
 beam k of row b is b * beams + k.
 """
 
@@ -16,8 +16,8 @@ from t5lab.errors import UsageError
 
 Array = jax.Array
 
-# (regex of a cache path, batch axis). Leaves with an axis belong to a hypothesis; those with None
-# (the encoder's keys and values, its mask) are the same for all beams of a row and keep B rows.
+# (regex of a cache path, batch axis). Leaves with an axis belong to a hypothesis. Leaves with None
+# (the encoder's keys, values and mask) are the same for all beams of a row and keep B rows.
 CACHE_AXES = (('self/.*', 1), ('.*', None))
 
 
@@ -27,7 +27,7 @@ class _State(NamedTuple):
   live: Array         # int32[B, beams, length]
   live_log_p: Array   # [B, beams], best first
   done: Array         # int32[B, beams, length], hypotheses that ended with eos
-  done_scores: Array  # [B, beams], best first, -inf where there is none yet
+  done_scores: Array  # [B, beams], best first, -inf if there is none yet
 
 
 def length_penalty(length, alpha: float):
@@ -49,14 +49,15 @@ def beam_search(
   """int[B] start tokens -> (tokens int32[B, beams, length], scores[B, beams]), best first.
 
   Scores are log p / length_penalty(length, alpha); after eos a hypothesis holds PAD.
-  The first call is step(tokens[B, 1], cache, 0) and may change the cache's structure; the later
-  ones are step(tokens[B * beams, 1], cache, index). cache_axes, where the first row that fits a
-  leaf's path wins: leaves with a batch axis grow to B * beams and follow their hypotheses; leaves
-  with None stay at B rows for the step to share (row b serves rows b * beams … + beams - 1).
+  The first call is step(tokens[B, 1], cache, 0) and may change the structure of the cache; the
+  later ones are step(tokens[B * beams, 1], cache, index).
+  cache_axes: the first row that matches the path of a leaf counts. Leaves with a batch axis grow to
+  B * beams and follow their hypotheses; leaves with None keep B rows, which the step shares (row b
+  serves rows b * beams to b * beams + beams - 1).
 
-  Each step keeps the 2 * beams best continuations: as at most beams of them end, beams can go on.
-  A row stops when its worst finished score beats the best that a live hypothesis could still
-  reach, its log p so far / length_penalty(length). A row that finished fewer than `beams` has
+  Each step keeps the 2 * beams best continuations: at most `beams` of them end, so `beams` remain.
+  A row stops when its worst finished score beats the best that a live hypothesis could still reach,
+  which is its log p so far / length_penalty(length). A row that finished fewer than `beams` has
   score -inf and PAD in the rest; one that finished none returns its live hypotheses, cut off.
   With beams = 1 an eos that is only second best is finished too, so it is not greedy decoding.
   [Wu et al. 2016; T5X decoding.py, which returns the best *last*]
@@ -66,13 +67,14 @@ def beam_search(
     token 0: a .5, b .4, eos .1.            live a, b.   finished eos -2.303
     token 1: b-eos .36, aa .25, ab .15, a-eos .10 are the best four.
              live aa, ab.   finished b-eos log .36 / (7/6) = -0.876, a-eos -1.974 (drops eos)
-             the best live could reach log .25 / (8/6) = -1.040 > -1.974: go on
+             the best live could reach log .25 / (8/6) = -1.040 > -1.974: continue
     token 2: ab-eos .135, aaa .125, aab .075, aa-eos .05.
              finished b-eos -0.876, ab-eos log .135 / (8/6) = -1.502 (drops a-eos)
     -> tokens [[3, 1, 0], [2, 3, 1]], scores [-0.876, -1.502]; greedy would go a a a.
   """
   if beams < 1 or length < 1 or alpha < 0:
-    raise UsageError(f'beams {beams}, length {length}, alpha {alpha}: at least 1, 1 and 0.')
+    raise UsageError('beam search needs beams >= 1, length >= 1 and alpha >= 0, got '
+                     f'beams={beams}, length={length}, alpha={alpha}')
   batch = start.shape[0]
   row = jnp.arange(batch)[:, None]  # [B, 1]
 
@@ -86,22 +88,24 @@ def beam_search(
     """logits[B, beams, V] -> (the state without its cache after one more token, parents)."""
     vocab = logits.shape[-1]
     log_p = s.live_log_p[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p, at = jax.lax.top_k(log_p.reshape(batch, beams * vocab), 2 * beams)
-    parents, token = at // vocab, (at % vocab).astype(jnp.int32)
+    log_p, index = jax.lax.top_k(log_p.reshape(batch, beams * vocab), 2 * beams)
+    parents, token = index // vocab, (index % vocab).astype(jnp.int32)
     tokens = s.live[row, parents].at[:, :, s.index].set(token)
     ended = token == eos
 
-    live_log_p, keep = jax.lax.top_k(jnp.where(ended, -jnp.inf, log_p), beams)
-    live, parents = tokens[row, keep], parents[row, keep]
+    # The best hypotheses that have not ended.
+    live_log_p, best = jax.lax.top_k(jnp.where(ended, -jnp.inf, log_p), beams)
+    live, parents = tokens[row, best], parents[row, best]
 
+    # The best of the finished ones, old and new.
     scores = jnp.where(ended, log_p / length_penalty(s.index + 1, alpha), -jnp.inf)
-    done_scores, keep = jax.lax.top_k(jnp.concatenate([s.done_scores, scores], axis=1), beams)
-    done = jnp.concatenate([s.done, tokens], axis=1)[row, keep]
+    done_scores, best = jax.lax.top_k(jnp.concatenate([s.done_scores, scores], axis=1), beams)
+    done = jnp.concatenate([s.done, tokens], axis=1)[row, best]
     return _State(s.index + 1, None, live, live_log_p, done, done_scores), parents
 
-  def go_on(s):
+  def is_running(s):
     reachable = s.live_log_p[:, 0] / length_penalty(length, alpha)
-    # An equal score would not displace a finished one, so >= stops no row too early.
+    # An equal score would not replace a finished one, so >= does not stop a row too early.
     return (s.index < length) & ~jnp.all(s.done_scores[:, -1] >= reachable)
 
   def body(s):
@@ -112,12 +116,12 @@ def beam_search(
 
   nothing = jnp.full((batch, beams), -jnp.inf)
   empty = jnp.full((batch, beams, length), PAD, jnp.int32)
-  # All beams start alike, so all but the first start as impossible.
+  # All beams start with the same token, so all but the first start with probability 0.
   first = _State(jnp.int32(0), None, empty, nothing.at[:, 0].set(0.), empty, nothing)
   logits, cache = step(start[:, None].astype(jnp.int32), cache, 0)
   state, _ = choose(first, jnp.repeat(logits[:, None], beams, axis=1))
   state = state._replace(cache=follow(cache, jnp.repeat(jnp.arange(batch), beams)))
-  s = jax.lax.while_loop(go_on, body, state)
+  s = jax.lax.while_loop(is_running, body, state)
 
   finished = s.done_scores[:, :1] > -jnp.inf
   scores = jnp.where(finished, s.done_scores, s.live_log_p / length_penalty(length, alpha))

@@ -12,17 +12,18 @@ from t5lab.models.layers import Dense, dropout, kernel_init
 from t5lab.models.positions import rope
 from t5lab.parallel.sharding import constrain
 
-MASKED = -1e10   # not -inf: a row with no key must give finite numbers, and -1e10 fits bfloat16
+MASKED = -1e10   # not -inf: a query without a key must give finite numbers; bfloat16 can hold it
 
 
 def segment_mask(query_segments, key_segments):
-  """int[B, T], int[B, S] -> bool[B, 1, T, S]: same segment, and the key is not padding (0)."""
+  """int[B, T], int[B, S] -> bool[B, 1, T, S], true for keys of the same segment except padding (0).
+  """
   same = query_segments[:, :, None] == key_segments[:, None, :]
   return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
 def add_bias(scores, bias):
-  """scores[B, ...] + bias[R, ...], each of whose rows is for B / R rows of scores."""
+  """scores[B, ...] + bias[R, ...], where each row of bias is added to B / R rows of scores."""
   parts = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
   return (parts + bias[:, None]).reshape(scores.shape)
 
@@ -31,8 +32,8 @@ class Attention(nn.Module):
   """Multi-head attention; kernels [D, N * H], for keys and values [D, K * H], and [N * H, D].
 
   Query head n reads key head n // G. [Ainslie et al. 2023]
-  T5 leaves out 1 / sqrt(H) and starts the query kernel smaller by it: the same function under
-  Adafactor's relative steps, not under Adam, hence `scale_attn`.
+  T5 has no factor 1 / sqrt(H) and initializes the query kernel smaller instead. That is equivalent
+  under Adafactor's relative step sizes but not under Adam, hence `scale_attn`.
   """
   config: TransformerConfig
   train: bool
@@ -54,15 +55,15 @@ class Attention(nn.Module):
     return constrain(x, 'batch', 'length', axis, None)
 
   def keys_values(self, y, positions=None):
-    """[B, S, D] -> k and v, each [B, K, S, H]: the cache's layout, contiguous for each head.
+    """[B, S, D] -> k and v, each [B, K, S, H], the layout of the cache: contiguous for each head.
 
-    positions: int[B, S] or [S] where keys are rotated by them, None in cross-attention.
+    positions: int[B, S] or [S], by which rope rotates the keys; None in cross-attention.
     """
     c = self.config
     k, v = self.split(self.k(y), c.kv_heads), self.split(self.v(y), c.kv_heads)
     if c.positions == 'rope' and positions is not None:
       k = rope(k, positions, c)
-    # every query reads all keys: where the length is cut, they are gathered here, once a layer
+    # Every query reads all keys: if the length is sharded, they are gathered here, once per layer.
     pin = lambda x: constrain(x.swapaxes(1, 2), 'batch', 'act_kv_heads', 'kv_length', None)
     return {'k': pin(k), 'v': pin(v)}
 
@@ -74,11 +75,11 @@ class Attention(nn.Module):
     return q * c.d_head ** -0.5 if c.scale_attn else q
 
   def __call__(self, x, kv, mask, bias=None, positions=None):
-    """x[B, T, D] attends to kv; mask is bool[B, 1, T, S] or None, bias float[R, N, T, S] or None,
-    R equal copies for as many parts of the batch.
+    """x[B, T, D] attends to kv -> [B, T, D].
 
-    kv may have B / R rows: each serves R consecutive rows of x (beams), which are then queries of
-    one row, so that beam search neither copies nor reorders the encoder's keys.
+    mask: bool[B, 1, T, S] or None. bias: float[R, N, T, S] or None, R equal copies for R parts of
+    the batch. kv may have fewer rows than x: each row then serves consecutive rows of x (beams),
+    which become queries of one row, so beam search neither copies nor reorders the encoder's keys.
     """
     c = self.config
     B, T, _ = x.shape

@@ -1,4 +1,4 @@
-"""Decoding's view of a model: an explicit cache and two pure functions over it.
+"""A model as decoding sees it: an explicit cache and pure functions over it.
 
 B batch, S memory length, L layers, K key heads, H head, D model, V vocabulary.
 """
@@ -28,10 +28,11 @@ def init_cache(config: TransformerConfig, batch: int, length: int, memory: Array
 
 
 def decoding(config: TransformerConfig):
-  """The model as pure functions, all that decoding knows of it.
+  """The model as pure functions (start, step, prefill), which is all that decoding knows of it.
 
-  start(params, inputs int[B, S], segments int[B, S], length) -> an empty cache; decoder-only models
-  ignore the inputs. step(params, tokens int[B, 1], cache, index) -> (logits[B, V], cache).
+  start(params, inputs int[B, S], segments int[B, S], length) -> an empty cache. Decoder-only models
+  ignore the inputs.
+  step(params, tokens int[B, 1], cache, index) -> (logits[B, V], cache).
   prefill(params, tokens int[B, P], cache) -> the cache after the first P tokens.
   """
   model = Transformer(config)

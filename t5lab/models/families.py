@@ -1,6 +1,7 @@
-"""What a family may differ in, and the papers as rows. No jax: reading a row touches no device.
+"""The fields in which model families differ, and the papers as rows of a table.
 
-A row is the difference to the row it names; `t5lab.config.base('t5_1_1/small')` reads it.
+A row lists its differences from the row it names; `t5lab.config.base('t5_1_1/small')` reads it.
+This module does not import jax, so reading a row touches no device.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ from t5lab.errors import UsageError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """One Transformer. A field that no row sets does not belong here."""
-  vocab_size: int = 32128             # V, rows of the embedding (may exceed the vocabulary's ids)
+  """A Transformer. A field that no row sets does not belong here."""
+  vocab_size: int = 32128             # V, rows of the embedding; may exceed the vocabulary
   d_model: int = 512                  # D
   d_ff: int = 2048                    # F
   n_heads: int = 8                    # N
@@ -19,26 +20,26 @@ class TransformerConfig:
   d_head: int = 64                    # H; N * H need not be D
   enc_layers: int = 6                 # L of the encoder; 0: decoder-only
   dec_layers: int = 6                 # L of the decoder; 0: encoder-only
-  acts: tuple[str, ...] = ('relu',)   # one activation an up-projection, multiplied
+  acts: tuple[str, ...] = ('relu',)   # an activation per up-projection; they are multiplied
   bias: bool = False                  # on every dense layer of a block
   # norms
   norm: str = 'rms'                   # rms | layer
   norm_eps: float = 1e-6
-  post_norm: bool = False             # norm after the residual sum, and none at the stack's end
-  embed_norm: bool = False            # a norm on the embeddings too (BERT, BART)
+  post_norm: bool = False             # norm after the residual sum, not at the end of a stack
+  embed_norm: bool = False            # norm on the embeddings (BERT, BART)
   # embeddings
   embed_scale: bool = False           # token embeddings times sqrt(D) [Vaswani et al. 2017, 3.4]
   types: int = 0                      # rows of BERT's token-type table
   positions: str = 'relative'         # relative | learned | sinusoid | rope
   rel_buckets: int = 32
   rel_max_distance: int = 128
-  per_layer_bias: bool = False        # umT5: relative positions of each layer, not of the stack
-  max_length: int = 0                 # rows of the learned table; elsewhere not a limit
+  per_layer_bias: bool = False        # umT5: a table of relative positions in every layer
+  max_length: int = 0                 # rows of the learned table; other positions have no limit
   position_offset: int = 0            # BART: position p reads row p + 2
   rope_theta: float = 10_000.
   rope_scaling: tuple[float, ...] = ()   # Llama 3.1: factor, low, high, original length
   # attention
-  scale_attn: bool = False            # 1 / sqrt(H) on the scores; T5 folds it into query's init
+  scale_attn: bool = False            # scores times 1 / sqrt(H); T5 has it in the query's init
   enc_attention: str = 'full'         # full | local | transient_global (LongT5)
   local_radius: int = 127             # keys to each side of a query in local attention
   global_block: int = 16              # tokens summed into one transient global token
@@ -46,7 +47,7 @@ class TransformerConfig:
   experts: int = 0                    # E; 0: dense
   expert_top_k: int = 1
   moe_every: int = 2
-  capacity_factor: float = 1.25       # C = ceil(T * top_k / E * factor) tokens an expert and row
+  capacity_factor: float = 1.25       # C = ceil(T * top_k / E * factor), per expert and row
   eval_capacity_factor: float = 2.
   # heads
   tied: bool = True                   # the embedding is also the softmax matrix
@@ -54,26 +55,26 @@ class TransformerConfig:
   logit_bias: bool = False
   mlm_head: bool = False              # BERT: dense, activation and norm before the softmax matrix
   pooler: bool = False                # BERT: tanh(dense(first token))
-  nsp: bool = False                   # BERT: is the second sentence the next one, from the pooler
-  classes: int = 0                    # over 0: classifies whole inputs instead of making tokens
-  pool: str = 'mean'                  # what embeds and classifies: mean | first | pooler
-  # ids that the weights know
-  pad_id: int = 0                     # an encoder token that is padding where no segments are given
-  start_id: int = 0                   # what the decoder reads at position 0
-  eos_id: int = 1                     # ends a generated text
+  nsp: bool = False                   # BERT: next-sentence head on the pooler
+  classes: int = 0                    # more than 0: classifies whole inputs
+  pool: str = 'mean'                  # vector of a whole input: mean | first | pooler
+  # token ids that the weights were trained with
+  pad_id: int = 0                     # padding in encoder tokens that come without segments
+  start_id: int = 0                   # the decoder's input at position 0
+  eos_id: int = 1                     # end of a generated text
   # training
-  init_std: float = 0.                # of kernels and embeddings; 0: T5's, by fan-in
+  init_std: float = 0.                # for kernels and embeddings; 0: T5's, by fan-in
   dropout: float = 0.
-  final_dropout: bool = True          # T5: dropout on a stack's output too
-  dtype: str = 'float32'              # of activations; parameters are always float32
-  remat: str = 'none'                 # see REMAT
+  final_dropout: bool = True          # T5: dropout on the output of a stack
+  dtype: str = 'float32'              # of activations; parameters are float32
+  remat: str = 'none'                 # see CHOICES
 
   def __post_init__(self):
     for field, known in CHOICES.items():
       value = getattr(self, field)
       if value not in known:
         raise UsageError(f'model.{field}={value!r} is unknown.{did_you_mean(str(value), known)}'
-                         + ' float16 is left out: T5 overflows in it.' * (field == 'dtype'))
+                         + ' float16 is not supported: T5 overflows in it.' * (field == 'dtype'))
     for act in self.acts:
       if act not in ACTS:
         raise UsageError(f'model.acts has {act!r}.{did_you_mean(act, ACTS)}')
@@ -81,37 +82,37 @@ class TransformerConfig:
       raise UsageError(f'model.enc_layers={self.enc_layers}, model.dec_layers={self.dec_layers}: '
                        'at least one stack must have a layer')
     if not 0 <= self.dropout < 1:
-      raise UsageError(f'model.dropout={self.dropout}: it must be in [0, 1)')
+      raise UsageError(f'model.dropout must be in [0, 1), got {self.dropout}')
     if self.n_kv_heads and self.n_heads % self.n_kv_heads:
       raise UsageError(f'model.n_heads={self.n_heads} is not a multiple of '
                        f'model.n_kv_heads={self.n_kv_heads}')
     if self.positions == 'learned' and self.max_length < 1:
-      raise UsageError('model.positions=learned needs model.max_length, the rows of its table')
+      raise UsageError('model.positions=learned needs model.max_length, the number of positions')
     if self.positions == 'relative' and not 4 <= self.rel_buckets < 2 * self.rel_max_distance:
-      raise UsageError(f'model.rel_buckets={self.rel_buckets}: 4 or more, of which the first half '
-                       f'ends before model.rel_max_distance={self.rel_max_distance}')
+      raise UsageError(f'model.rel_buckets must be 4 or more and less than twice '
+                       f'model.rel_max_distance={self.rel_max_distance}, got {self.rel_buckets}')
     if self.positions == 'rope' and self.d_head % 2:
-      raise UsageError(f'model.d_head={self.d_head} is odd: rope rotates pairs')
+      raise UsageError(f'model.d_head={self.d_head} is odd, but rope rotates pairs')
     if self.enc_attention != 'full' and (self.positions != 'relative' or self.per_layer_bias
                                          or self.kv_heads != self.n_heads):
-      raise UsageError(f'model.enc_attention={self.enc_attention} needs relative positions that '
-                       'the layers share and as many key heads as heads, or choose full')
+      raise UsageError(f'model.enc_attention={self.enc_attention} needs relative positions '
+                       'that the layers share and as many key heads as query heads; or use full')
     if self.rope_scaling and len(self.rope_scaling) != 4:
-      raise UsageError(f'model.rope_scaling={self.rope_scaling}: (factor, low_freq_factor, '
-                       'high_freq_factor, original length) or ()')
+      raise UsageError('model.rope_scaling must be (factor, low_freq_factor, high_freq_factor, '
+                       f'original length) or (), got {self.rope_scaling}')
     if self.experts and not 1 <= self.expert_top_k <= min(2, self.experts):
-      raise UsageError(f'model.expert_top_k={self.expert_top_k}: 1 or 2, and at most '
-                       f'model.experts={self.experts}')
+      raise UsageError(f'model.expert_top_k must be 1 or 2 and at most model.experts='
+                       f'{self.experts}, got {self.expert_top_k}')
     for stack in ('enc_layers', 'dec_layers'):
       if self.experts and 0 < getattr(self, stack) < self.moe_every:
         raise UsageError(f'model.moe_every={self.moe_every}: model.{stack}={getattr(self, stack)} '
                          f'would have no layer with experts; choose 1 to {getattr(self, stack)}')
     if self.experts and self.moe_every < 1:
-      raise UsageError(f'model.moe_every={self.moe_every}: it must be 1 or more')
-    if self.pool == 'pooler' and not self.pooler or self.nsp and not self.pooler:
+      raise UsageError(f'model.moe_every must be 1 or more, got {self.moe_every}')
+    if (self.pool == 'pooler' or self.nsp) and not self.pooler:
       raise UsageError('model.pool=pooler and model.nsp need model.pooler=True')
     if self.classes and self.dec_layers:
-      raise UsageError(f'model.classes={self.classes} classifies what an encoder read: set '
+      raise UsageError(f'model.classes={self.classes} needs an encoder-only model: set '
                        'model.dec_layers=0')
 
   @property
@@ -126,12 +127,12 @@ class TransformerConfig:
     return self.n_kv_heads or self.n_heads
 
 
-# gelu is the tanh approximation, as T5 and GPT-2 have it; gelu_erf the exact one of BERT and BART
+# gelu is the tanh approximation of T5 and GPT-2, gelu_erf the exact one of BERT and BART.
 ACTS = ('relu', 'gelu', 'gelu_erf', 'silu', 'tanh', 'linear')
 CHOICES = {
     'dtype': ('float32', 'bfloat16'),
-    # What the backward pass keeps of a layer: everything; matrix products without a batch axis
-    # (weights times activations, so attention scores are recomputed); nothing but its input.
+    # What is kept of a layer for the backward pass: everything; products of weights and activations
+    # (so attention scores are recomputed); only its input.
     'remat': ('none', 'dots', 'full'),
     'norm': ('rms', 'layer'),
     'positions': ('relative', 'learned', 'sinusoid', 'rope'),

@@ -1,4 +1,4 @@
-"""Norm, dense, dropout and feed-forward: the parts that are not attention.
+"""Norm, dense, dropout and feed-forward layers.
 
 B batch, T length, D model, F feed-forward. Parameters are float32, activations `dtype`.
 """
@@ -23,11 +23,10 @@ ACTIVATIONS = {
 
 
 class Norm(nn.Module):
-  """RMSNorm: x / rms(x) * scale, no mean, no bias [Zhang & Sennrich 2019]; or LayerNorm with a bias
-  [Ba et al. 2016]. Statistics in float32.
+  """RMSNorm, x / rms(x) * scale [Zhang & Sennrich 2019], or LayerNorm with a bias [Ba et al. 2016].
 
-  As T5X does, the normalised value is cast to the compute dtype before it meets the scale: in
-  bfloat16 the other order differs in the last bit.
+  Statistics are computed in float32. As in T5X, the normalized value is cast to the compute dtype
+  before it is scaled; in bfloat16 the other order differs in the last bit.
   """
   config: TransformerConfig
 
@@ -46,9 +45,9 @@ class Norm(nn.Module):
 
 
 class Dense(nn.Module):
-  """x[..., in] @ kernel[in, out] (+ bias[out]). Kernels stay 2-D: Adafactor factors them as T5X.
+  """x[..., in] @ kernel[in, out] (+ bias[out]). Kernels are 2-D, so Adafactor factors them as T5X.
 
-  Where the collection 'lora' holds a[in, r] and b[r, out] for this kernel, adds (x @ a) @ b.
+  If the collection 'lora' holds a[in, r] and b[r, out] for this kernel, adds (x @ a) @ b.
   [Hu et al. 2022; training/lora.py makes them, with the scale inside b]
   """
   features: int
@@ -62,13 +61,14 @@ class Dense(nn.Module):
     init = nn.with_logical_partitioning(self.kernel_init, self.axes)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
     x = x.astype(self.dtype)
-    times = functools.partial(product, jnp.matmul, dtype=self.dtype)
-    y = times(x, kernel, *self.axes)
+    matmul = functools.partial(product, jnp.matmul, dtype=self.dtype)
+    y = matmul(x, kernel, *self.axes)
     if self.has_variable('lora', 'kernel'):
-      pair = self.get_variable('lora', 'kernel')
-      y += times(times(x, pair['a'], self.axes[0], None), pair['b'], None, self.axes[1])
+      adapter = self.get_variable('lora', 'kernel')
+      low_rank = matmul(x, adapter['a'], self.axes[0], None)
+      y += matmul(low_rank, adapter['b'], None, self.axes[1])
     if self.bias:
-      # a bias along D has the norms' axis: sharding so little over the data axis costs more
+      # A bias along D has the axis of the norms: sharding so few numbers costs more than it saves.
       axis = 'norm' if self.axes[1] == 'embed' else self.axes[1]
       init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
       y += self.param('bias', init, (self.features,), jnp.float32).astype(self.dtype)
@@ -76,13 +76,16 @@ class Dense(nn.Module):
 
 
 def kernel_init(c: TransformerConfig, std: float) -> nn.initializers.Initializer:
-  """Normal with the family's one std, or with `std` where it has none."""
+  """Normal, with the family's single std if it has one, or else with `std`."""
   return nn.initializers.normal(c.init_std or std)
 
 
 def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
-  """Zeroes x with probability `rate` and rescales; one mask for the whole `axis` (length), as in
-  Mesh-TF and T5X: the noise is then [B, D], so making it costs next to nothing."""
+  """Zeroes x with probability `rate` and rescales.
+
+  The mask is broadcast along `axis` (length) as in Mesh-TF and T5X, so the noise is [B, D] and
+  almost free.
+  """
   if not train or rate == 0.:
     return x
   shape = list(x.shape)
@@ -92,14 +95,14 @@ def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
 
 
 def up_init(c: TransformerConfig) -> nn.initializers.Initializer:
-  """Of feed-forward kernels: T5's truncated normal by fan-in, or the family's one std."""
+  """For feed-forward kernels: T5's truncated normal by fan-in, or the family's single std."""
   if c.init_std:
     return nn.initializers.normal(c.init_std)
   return nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal')
 
 
 class Mlp(nn.Module):
-  """wo(drop(act_0(wi_0 x) * act_1(wi_1 x) * …)). One act: T5 1.0; ('gelu', 'linear'): GEGLU.
+  """wo(drop(act_0(wi_0 x) * act_1(wi_1 x) * …)). T5 1.0 has one act; ('gelu', 'linear') is GEGLU.
 
   [Raffel et al. 2020, 2.1; Shazeer 2020]
   """

@@ -1,7 +1,7 @@
-"""LongT5's encoder attention: near keys, and with 'transient_global' also sums over blocks.
+"""LongT5's encoder attention: to near keys and, with 'transient_global', to sums over blocks.
 
 Memory and time grow with S * radius instead of S * S. [Guo et al. 2022, 3.1]
-B batch, S length, N heads, H head, D model, b = radius + 1 tokens a block, n blocks, P global
+B batch, S length, N heads, H head, D model, b = radius + 1 tokens per block, n blocks, P global
 tokens (length / global_block).
 """
 
@@ -16,11 +16,11 @@ from t5lab.parallel.sharding import constrain
 def blocks(x, size: int):
   """[B, S, ...] -> [B, n, size, ...], padded with 0."""
   x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-  return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])   # -1 fails where P is 0
+  return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])   # -1 fails if P is 0
 
 
 def with_neighbours(x):
-  """[B, n, b, ...] -> [B, n, 3 b, ...]: each block between the one before and the one after."""
+  """[B, n, b, ...] -> [B, n, 3 b, ...], each block with its left and right neighbours."""
   padded = jnp.pad(x, [(0, 0), (1, 1)] + [(0, 0)] * (x.ndim - 2))
   n = x.shape[1]
   return jnp.concatenate([padded[:, i:i + n] for i in range(3)], axis=2)
@@ -33,7 +33,7 @@ def local_offsets(radius: int):
 
 
 def local_mask(segments, radius: int):
-  """int[B, S] -> bool[B, n, b, 3 b]: at most `radius` away, same segment, not padding."""
+  """int[B, S] -> bool[B, n, b, 3 b], true for keys within `radius` in the same segment."""
   own = blocks(segments, radius + 1)
   near = with_neighbours(own)[:, :, None, :]
   return ((jnp.abs(local_offsets(radius)) <= radius)
@@ -41,32 +41,33 @@ def local_mask(segments, radius: int):
 
 
 def global_blocks(segments, size: int):
-  """int[B, S] -> (the global token of each position int[B, S], -1 for none; int[B, P] the segment
-  of each global token, 0 where there is none).
+  """Assigns positions to global tokens.
 
-  Blocks are cut in each segment from its first token, so packed segments share none. The tail that
-  does not fill a block belongs to the block before it; a segment shorter than a block has none.
+  segments int[B, S] -> (the global token of each position, int[B, S], or -1; the segment of each
+  global token, int[B, P], or 0).
+  Blocks start at the first token of each segment, so packed segments do not share blocks. A tail
+  that does not fill a block joins the block before it. A segment shorter than a block has none.
   Example (size 2): 1 1 1 1 1 2 2 3 0 gives 0 0 1 1 1 2 2 -1 -1 and 1 1 2 0.
   """
   length = segments.shape[1]
-  at, real = jnp.arange(length), segments > 0
+  index, is_token = jnp.arange(length), segments > 0
   change = segments[:, 1:] != segments[:, :-1]
   edge = jnp.ones_like(segments[:, :1], bool)
-  start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], 1), at, 0), axis=1)
+  start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, change], 1), index, 0), axis=1)
   end = jax.lax.cummin(
-      jnp.where(jnp.concatenate([change, edge], 1), at, length), axis=1, reverse=True)
-  full = real & ((at - start) % size == size - 1)              # the last token of a block
-  done = jnp.cumsum(full, axis=1)                              # blocks that end here or before
-  before = done - full
-  last = jnp.take_along_axis(done, end, axis=1) - 1            # of this segment
-  some = last >= jnp.take_along_axis(before, start, axis=1)
-  block = jnp.where(real & some, jnp.minimum(before, last), -1)
+      jnp.where(jnp.concatenate([change, edge], 1), index, length), axis=1, reverse=True)
+  ends_block = is_token & ((index - start) % size == size - 1)
+  completed = jnp.cumsum(ends_block, axis=1)                   # blocks that end here or before
+  before = completed - ends_block
+  last = jnp.take_along_axis(completed, end, axis=1) - 1       # the last block of the segment
+  has_block = last >= jnp.take_along_axis(before, start, axis=1)
+  block = jnp.where(is_token & has_block, jnp.minimum(before, last), -1)
   member = block[..., None] == jnp.arange(length // size)      # [B, S, P]
   return block, jnp.max(jnp.where(member, segments[..., None], 0), axis=1)
 
 
 class LongAttention(Attention):
-  """Self-attention of an encoder; the same parameters, plus a norm of the global tokens."""
+  """Self-attention of an encoder. Adds a norm of the global tokens to Attention's parameters."""
 
   def setup(self):
     super().setup()
@@ -74,16 +75,20 @@ class LongAttention(Attention):
       self.global_norm = Norm(self.config)
 
   def __call__(self, x, near):
-    """x[B, S, D] -> [B, S, D]. near: what all layers share, from `share`."""
+    """x[B, S, D] -> [B, S, D]. near: the masks and biases of `share`."""
     c = self.config
     B, S, _ = x.shape
     b = c.local_radius + 1
+
+    # Scores of the keys in the block and its neighbours.
     q = blocks(self.queries(x), b)                             # [B, n, b, N, H]
     kv = {k: v.swapaxes(1, 2) for k, v in self.keys_values(x).items()}
     k, v = (with_neighbours(blocks(kv[name], b)) for name in ('k', 'v'))
     scores = jnp.einsum('BnqNH,BnkNH->BnNqk', q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(near['mask'][:, :, None], add_bias(scores, near['bias'][:, None]), MASKED)
     scores = constrain(scores, 'batch', 'length', 'act_heads', None, None)
+
+    # Scores of the global tokens, which are sums over blocks.
     if c.enc_attention == 'transient_global':
       P = near['side_mask'].shape[-1]
       one_hot = jax.nn.one_hot(near['block'], P, dtype=c.dtype)               # [B, S, P]
@@ -92,6 +97,8 @@ class LongAttention(Attention):
       far = jnp.einsum('BnqNH,BNPH->BnNqP', q, side['k'], preferred_element_type=jnp.float32)
       scores = jnp.concatenate([scores, jnp.where(
           near['side_mask'][:, :, None], far + near['side_bias'], MASKED)], axis=-1)
+
+    # The average of the values.
     probs = dropout(self, jax.nn.softmax(scores).astype(c.dtype), c.dropout, self.train)
     out = jnp.einsum('BnNqk,BnkNH->BnqNH', probs[..., :3 * b], v)
     if c.enc_attention == 'transient_global':
@@ -101,9 +108,9 @@ class LongAttention(Attention):
 
 
 def share(c, segments, bias, side_bias, copies: int = 1) -> dict:
-  """What the layers of a stack share, from int[B, S] segments (0 is padding).
+  """The masks and biases that the layers of a stack share, from segments int[B, S] (0: padding).
 
-  bias, side_bias: RelativeBias of the stack, for keys (in so many copies) and for global tokens.
+  bias, side_bias: the RelativeBias of keys, of which `copies` are made, and of global tokens.
   """
   near = {'mask': local_mask(segments, c.local_radius),
           'bias': constrain(bias(local_offsets(c.local_radius), copies),

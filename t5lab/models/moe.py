@@ -1,7 +1,7 @@
 """Feed-forward experts: each token goes to its best one or two, each expert takes at most C tokens.
 
-A row of the batch is a group: its T tokens compete for the places of each expert, first tokens
-first. [Fedus et al. 2022 (Switch), 2.1-2.2; Zoph et al. 2022 (ST-MoE)]
+A row of the batch is a group: its T tokens compete for the C slots of each expert, and earlier
+tokens win. [Fedus et al. 2022 (Switch), 2.1-2.2; Zoph et al. 2022 (ST-MoE)]
 B batch, T length, D model, F feed-forward, E experts, C capacity.
 """
 
@@ -16,37 +16,39 @@ from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, dropout, kernel_init
 from t5lab.parallel.sharding import constrain, product
 
-# What `sow` collects a layer; training adds the first two to the loss.
+# The statistics that `sow` collects in each layer; training adds the first two to the loss.
 STATISTICS = ('balance', 'router_z', 'dropped')
 
 
-def route(probs, real, top_k: int, capacity: int):
-  """probs float32[B, T, E], real bool[B, T] -> (combine float32[B, T, E, C], dropped[B, T, k]).
+def route(probs, is_token, top_k: int, capacity: int):
+  """Assigns tokens to the slots of experts.
 
-  combine holds a token's gate at the place that it got. All first choices are placed before any
-  second one. Two gates are rescaled to sum to 1, one keeps its probability. Padding takes no place.
+  probs float32[B, T, E], is_token bool[B, T] -> (combine float32[B, T, E, C], dropped[B, T, k]).
+  combine holds the gate of each token at its slot. All first choices are placed before any second
+  choice. Two gates are rescaled to sum to 1; a single one keeps its probability. Padding takes no
+  slot.
   """
   E = probs.shape[-1]
   gates, experts = jax.lax.top_k(probs, top_k)                 # [B, T, k]
   if top_k > 1:
     gates /= jnp.sum(gates, axis=-1, keepdims=True) + 1e-9
   combine = jnp.zeros((*probs.shape, capacity), jnp.float32)
-  taken = jnp.zeros((probs.shape[0], 1, E), jnp.int32)
+  used = jnp.zeros((probs.shape[0], 1, E), jnp.int32)          # slots taken by earlier choices
   dropped = []
   for i in range(top_k):
-    chosen = jax.nn.one_hot(experts[..., i], E, dtype=jnp.int32) * real[..., None]
-    place = jnp.cumsum(chosen, axis=1) - 1 + taken             # [B, T, E]
-    taken += jnp.sum(chosen, axis=1, keepdims=True)
-    fits = (chosen > 0) & (place < capacity)
-    place = jnp.sum(jnp.where(chosen > 0, place, 0), axis=-1)  # [B, T]
+    chosen = jax.nn.one_hot(experts[..., i], E, dtype=jnp.int32) * is_token[..., None]
+    slot = jnp.cumsum(chosen, axis=1) - 1 + used               # [B, T, E]
+    used += jnp.sum(chosen, axis=1, keepdims=True)
+    fits = (chosen > 0) & (slot < capacity)
+    slot = jnp.sum(jnp.where(chosen > 0, slot, 0), axis=-1)    # [B, T]
     combine += ((gates[..., i, None] * fits)[..., None]
-                * jax.nn.one_hot(place, capacity)[:, :, None, :])
-    dropped.append(real & ~jnp.any(fits, axis=-1))
+                * jax.nn.one_hot(slot, capacity)[:, :, None, :])
+    dropped.append(is_token & ~jnp.any(fits, axis=-1))
   return combine, jnp.stack(dropped, axis=-1)
 
 
 class Experts(nn.Module):
-  """E feed-forward networks at once: kernels [E, D, F] and [E, F, D], no bias."""
+  """E feed-forward networks with kernels [E, D, F] and [E, F, D], without biases."""
   config: TransformerConfig
   train: bool
 
@@ -55,7 +57,7 @@ class Experts(nn.Module):
     c = self.config
 
     def dense(name, h, features, axes):
-      # a truncated normal by fan-in, each expert on its own
+      # Truncated normal by the fan-in of one expert.
       init = nn.initializers.normal(c.init_std) if c.init_std else (
           nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal', batch_axis=(0,)))
       w = self.param(name, nn.with_logical_partitioning(init, ('expert', *axes)),
@@ -73,13 +75,15 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-  """The mixture of a layer; the router's kernel is [D, E] and works in float32."""
+  """A mixture of experts in place of an Mlp. The router has a kernel [D, E] and uses float32."""
   config: TransformerConfig
   train: bool
 
   @nn.compact
-  def __call__(self, x, real):                                 # [B, T, D], bool[B, T]
+  def __call__(self, x, is_token):                             # [B, T, D], bool[B, T]
     c = self.config
+
+    # Route.
     E, T = c.experts, x.shape[1]
     factor = c.capacity_factor if self.train else c.eval_capacity_factor
     capacity = min(T, max(1, math.ceil(T * c.expert_top_k / E * factor)))
@@ -87,12 +91,14 @@ class Moe(nn.Module):
         kernel_init(c, c.d_model ** -0.5), ('norm', None)), (c.d_model, E), jnp.float32)
     logits = x.astype(jnp.float32) @ router                    # [B, T, E]
     probs = jax.nn.softmax(logits)
-    combine, dropped = route(probs, real, c.expert_top_k, capacity)
-    self._sow(logits, probs, dropped, real)
+    combine, dropped = route(probs, is_token, c.expert_top_k, capacity)
+    self._sow(logits, probs, dropped, is_token)
+
+    # Dispatch, compute, combine.
     combine = constrain(combine, 'batch', 'length', None, None)
     inputs = jnp.einsum('BTEC,BTD->EBCD', (combine > 0).astype(c.dtype), x)
-    # Where tokens are, then where experts are, and back: each pair of pins is one all-to-all, and
-    # its gradient another. With one pin alone the compiler replicates all tokens in between.
+    # First sharded like the tokens, then like the experts, and back: each pair of constraints is
+    # one all-to-all, and its gradient another. With one alone the compiler replicates all tokens.
     inputs = constrain(inputs, None, 'batch', 'capacity', None)
     inputs = constrain(inputs, 'expert', 'batch', 'capacity', None)
     out = Experts(c, self.train, name='experts')(inputs)
@@ -100,19 +106,20 @@ class Moe(nn.Module):
     out = constrain(out, None, 'batch', None, None)
     return jnp.einsum('BTEC,EBCD->BTD', combine.astype(c.dtype), out)
 
-  def _sow(self, logits, probs, dropped, real):
-    """float32[B] each: means over the tokens of a row, which is a group, that are not padding. A
-    batch in parts then has the statistics of the whole.
+  def _sow(self, logits, probs, dropped, is_token):
+    """Sows statistics, float32[B] each, means over the tokens of each row that are not padding.
 
-    balance: E * sum over experts of (share of the tokens that chose it) * (mean probability), top_k
-    when even. [Fedus et al. 2022, 2.2] router_z: mean of log(sum exp logits)^2. [Zoph et al. 2022,
-    3.3] dropped: share of the tokens' choices that found no place.
+    Because they are per row, microbatches have the statistics of the whole batch.
+    balance: E * sum over experts of (fraction of tokens that chose it) * (mean probability); it is
+      top_k if the load is even. [Fedus et al. 2022, 2.2]
+    router_z: mean of log(sum exp logits)^2. [Zoph et al. 2022, 3.3]
+    dropped: fraction of the tokens' choices that got no slot.
     """
     E, k = self.config.experts, self.config.expert_top_k
-    weight = real.astype(jnp.float32)
+    weight = is_token.astype(jnp.float32)
     weight /= jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.)
     mean = lambda values: jnp.einsum('BT,BT...->B...', weight, values)
-    chose = jnp.max(jax.nn.one_hot(jax.lax.top_k(probs, k)[1], E), axis=-2)
-    self.sow('router', 'balance', E * jnp.sum(mean(chose) * mean(probs), axis=-1))
+    chosen = jnp.max(jax.nn.one_hot(jax.lax.top_k(probs, k)[1], E), axis=-2)
+    self.sow('router', 'balance', E * jnp.sum(mean(chosen) * mean(probs), axis=-1))
     self.sow('router', 'router_z', mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))))
     self.sow('router', 'dropped', jnp.mean(mean(dropped.astype(jnp.float32)), axis=-1))

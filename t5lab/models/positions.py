@@ -1,5 +1,4 @@
-"""Where a token stands: T5's relative buckets, rotations, sinusoids. The learned table is the
-stack's own parameter.
+"""Positions: T5's relative buckets, rope, sinusoids. A learned table is a parameter of its stack.
 
 B batch, T length, N heads, H head, D model.
 """
@@ -15,9 +14,9 @@ from t5lab.parallel.sharding import constrain
 
 
 def relative_bucket(relative, *, bidirectional: bool, buckets: int = 32, max_distance: int = 128):
-  """Bucket of relative = key position - query position; int array of any shape.
+  """The bucket of relative = key position - query position, an int array of any shape.
 
-  Half of the buckets are exact distances, the rest grow logarithmically up to max_distance.
+  Half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
   [Raffel et al. 2020, 2.1]
   """
   offset = 0
@@ -35,14 +34,16 @@ def relative_bucket(relative, *, bidirectional: bool, buckets: int = 32, max_dis
 
 
 class RelativeBias(nn.Module):
-  """A learned number for each (bucket, head)."""
+  """A learned bias for each bucket and head."""
   config: TransformerConfig
   bidirectional: bool
 
   @nn.compact
   def __call__(self, relative, copies: int = 1):
-    """int[..., T, S] -> float32[copies, ..., N, T, S], each from its own copy of the table: where
-    every device of the batch has one, gradients are summed over devices as a table and not whole.
+    """int[..., T, S] -> float32[copies, ..., N, T, S].
+
+    Each copy is read from its own copy of the table. With a copy per shard of the batch, gradients
+    are summed over devices as tables instead of whole biases.
     """
     c = self.config
     init = nn.with_logical_partitioning(
@@ -56,10 +57,11 @@ class RelativeBias(nn.Module):
 
 
 def rope_frequencies(c: TransformerConfig):
-  """float32[H / 2], radians a position. [Su et al. 2021]
+  """float32[H / 2], in radians per position. [Su et al. 2021]
 
-  rope_scaling (factor, low, high, original length) slows the waves that are longer than original /
-  low by factor, leaves those shorter than original / high, and blends between. [Llama 3.1]
+  rope_scaling is (factor, low, high, original length): wavelengths above original / low are
+  multiplied by factor, those below original / high are kept, and between them it interpolates.
+  [Llama 3.1]
   """
   frequency = c.rope_theta ** (-jnp.arange(0, c.d_head, 2, dtype=jnp.float32) / c.d_head)
   if not c.rope_scaling:
@@ -71,8 +73,11 @@ def rope_frequencies(c: TransformerConfig):
 
 
 def rope(x, positions, c: TransformerConfig):
-  """Rotates x[B, T, N, H] by its positions int[B, T] or [T]: pairs (i, i + H / 2), Hugging Face's
-  layout. Weights in Meta's interleaved layout are permuted when they are converted."""
+  """Rotates x[B, T, N, H] by its positions, int[B, T] or [T].
+
+  Pairs are (i, i + H / 2), as in Hugging Face. Weights in Meta's interleaved layout are permuted
+  when they are converted.
+  """
   angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)   # [(B,) T, 1, H/2]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -82,7 +87,8 @@ def rope(x, positions, c: TransformerConfig):
 def sinusoids(positions, d_model: int) -> jax.Array:
   """int[...] -> float32[..., D]: sin and cos interleaved, wavelengths 2 pi to 10000 * 2 pi.
 
-  [Vaswani et al. 2017, 3.5; tensor2tensor puts all sines first and spaces them otherwise]
+  [Vaswani et al. 2017, 3.5. tensor2tensor puts all sines first and spaces the frequencies
+  differently.]
   """
   frequency = 10_000. ** (-jnp.arange(0, d_model, 2, dtype=jnp.float32) / d_model)
   angle = positions[..., None].astype(jnp.float32) * frequency

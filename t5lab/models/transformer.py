@@ -1,7 +1,7 @@
-"""THE Transformer: encoder-decoder, decoder-only and encoder-only from one definition.
+"""The Transformer: encoder-decoder, decoder-only and encoder-only from one definition.
 
-seqio's model features in, float32 logits out. Layers are one `nn.scan` over stacked parameters, so
-a 24-layer model compiles as fast as a 2-layer one. What families differ in is data: the fields of
+It maps seqio's model features to float32 logits. Layers are one `nn.scan` over stacked parameters,
+so a 24-layer model compiles as fast as a 2-layer one. Families differ only in the fields of
 TransformerConfig. B batch, T and S lengths, L layers, D model, N heads, H head, V vocabulary.
 """
 
@@ -29,28 +29,30 @@ REMAT_POLICIES = {
 }
 
 
-def rows(table, indices, axis: str, dtype):
-  """table[axis, D], int[...] -> [..., D] of dtype. A gather: T5X's one-hot product costs 40 % more
-  FLOPs in small T5."""
+def lookup(table, indices, axis: str, dtype):
+  """table[axis, D], int[...] -> [..., D] of dtype.
+
+  A gather, because T5X's product with one-hot rows costs 40 % more FLOPs in small T5.
+  """
   take = lambda i, t: jnp.take(t, i, axis=0, mode='clip')
   return product(take, indices, table, axis, 'embed', dtype=dtype)
 
 
-def _copies(train: bool) -> int:
-  """In how many copies layers get relative biases: in training one for each device of the batch."""
+def _bias_copies(train: bool) -> int:
+  """The number of copies of the relative biases: in training, one for each shard of the batch."""
   return batch_shards() if train else 1
 
 
-def _bias(table, relative, copies: int):
-  """RelativeBias, int[T, S] -> float32[copies, N, T, S]."""
-  bias = table(relative, copies)
+def _relative_bias(module, relative, copies: int):
+  """Applies a RelativeBias: int[T, S] -> float32[copies, N, T, S]."""
+  bias = module(relative, copies)
   return constrain(bias, 'batch', 'act_heads', 'length', 'kv_length')
 
 
 class Block(nn.Module):
-  """Residual sublayers: self-attention, cross-attention (if any), feed-forward or experts.
+  """Residual sublayers: self-attention, cross-attention if any, feed-forward or experts.
 
-  Pre-norm x + drop(f(norm(x))), or post-norm norm(x + drop(f(x))).
+  Pre-norm: x + drop(f(norm(x))). Post-norm: norm(x + drop(f(x))).
   """
   config: TransformerConfig
   cross: bool
@@ -60,8 +62,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, shared):
-    """x[B, T, D] -> (x, cache of this layer). Without a cache, attends among the T positions."""
-    c, new = self.config, {}
+    """x[B, T, D] -> (x, cache of this layer). Without a cache, x attends to itself.
+
+    shared: masks, biases, positions and memory, which all layers use (see Stack).
+    """
+    c, new_cache = self.config, {}
 
     def residual(name, x, sublayer):
       norm = Norm(c, name=f'{name}_norm')
@@ -78,26 +83,26 @@ class Block(nn.Module):
         kv = {name: jax.lax.dynamic_update_slice(
             cache['self'][name], kv[name].astype(cache['self'][name].dtype),
             (0, 0, shared['index'], 0)) for name in kv}
-        new['self'] = kv
+        new_cache['self'] = kv
       bias = shared['bias']
       if c.per_layer_bias:
-        bias = _bias(RelativeBias(c, not self.causal, name='relpos'), shared['relative'],
-                     _copies(self.train))
+        bias = _relative_bias(RelativeBias(c, not self.causal, name='relpos'),
+                              shared['relative'], _bias_copies(self.train))
       return attn(h, kv, shared['mask'], bias, shared['positions'])
 
     def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
       if cache is not None and 'cross' in cache:
-        kv = cache['cross']               # not given back: the scan would copy it at every token
+        kv = cache['cross']               # not returned: the scan would copy it for every token
       else:
         kv = attn.keys_values(shared['memory'])
         if cache is not None:
-          new['cross'] = kv
+          new_cache['cross'] = kv
       return attn(h, kv, shared['cross_mask'])
 
     def feed_forward(h):
       if self.moe:
-        return Moe(c, self.train, name='moe')(h, shared['real'])
+        return Moe(c, self.train, name='moe')(h, shared['is_token'])
       return Mlp(c, self.train, name='mlp')(h)
 
     x = constrain(x, 'batch', 'length', 'act_embed')
@@ -105,11 +110,11 @@ class Block(nn.Module):
     if self.cross:
       x = residual('cross', x, attend_memory)
     x = residual('mlp', x, feed_forward)
-    return x, (new if cache is not None else None)
+    return x, (new_cache if cache is not None else None)
 
 
 class Group(nn.Module):
-  """`size` blocks, the last of them with experts: one turn of the scan where layers alternate."""
+  """`size` blocks of which the last has experts: one iteration of the scan in Switch models."""
   config: TransformerConfig
   cross: bool
   causal: bool
@@ -118,17 +123,17 @@ class Group(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, shared):            # leaves of the cache have a leading axis [size]
-    news = []
+    new_caches = []
     for i in range(self.size):
-      mine = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-      x, new = Block(self.config, self.cross, self.causal, i == self.size - 1, self.train,
-                     name=str(i))(x, mine, shared)
-      news.append(new)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
+      has_experts = i == self.size - 1
+      block = Block(self.config, self.cross, self.causal, has_experts, self.train, name=str(i))
+      x, new_cache = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], cache), shared)
+      new_caches.append(new_cache)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
 
 
 class Stack(nn.Module):
-  """Positions and norm of the embeddings, L blocks, what they share, and the final norm."""
+  """An encoder or decoder: positions and norm of the embeddings, L blocks, the final norm."""
   config: TransformerConfig
   layers: int
   causal: bool
@@ -138,76 +143,96 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x, mask, query_index, key_index, *, positions=None, types=None, segments=None,
                memory=None, cross_mask=None, cache=None, index=0):
-    """x[B, T, D]. query_index int[T] and key_index int[S] say who is how far from whom; positions
-    int[B, T] or [T] where each token stands in its own segment (None: query_index)."""
+    """x[B, T, D] -> (x[B, T, D], cache).
+
+    query_index int[T] and key_index int[S] are indices in the row, whose differences are the
+    relative positions. positions int[B, T] or [T] are those within each segment; None: query_index.
+    """
     c = self.config
     if c.positions == 'learned' and positions is None and x.shape[1] > c.max_length:
-      raise UsageError(f'{x.shape[1]} tokens: the learned positions end at model.max_length='
-                       f'{c.max_length}; shorten the input or choose a larger table')
+      raise UsageError(f'{x.shape[1]} tokens, but the model has only model.max_length='
+                       f'{c.max_length} learned positions; shorten the input or enlarge the table')
+
+    # Embeddings.
     positions = query_index if positions is None else positions
-    x = self._place(x, positions, types)
+    x = self._add_positions(x, positions, types)
+    x = dropout(self, x, c.dropout, self.train)
+
+    # What the layers share.
     shared = {'mask': mask, 'bias': None, 'positions': positions, 'index': index, 'memory': memory,
               'cross_mask': cross_mask}
     if c.experts:
-      shared['real'] = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
+      shared['is_token'] = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
     if c.positions == 'relative':
       relative = key_index[None, :] - query_index[:, None]
       if c.per_layer_bias:
         shared['relative'] = relative
       else:
-        table = RelativeBias(c, not self.causal, name='relpos')
-        if c.enc_attention != 'full' and not self.causal:
-          side = None
-          if c.enc_attention == 'transient_global':
-            side = RelativeBias(c, True, name='global_relpos')
-          shared['near'] = long_attention.share(c, segments, table, side, _copies(self.train))
-        else:
-          shared['bias'] = _bias(table, relative, _copies(self.train))
-    x, cache = self._blocks(dropout(self, x, c.dropout, self.train), cache, shared)
+        shared.update(self._shared_bias(relative, segments))
+
+    # Layers and the final norm.
+    x, cache = self._blocks(x, cache, shared)
     if not c.post_norm:
       x = Norm(c, name='norm')(x)
     return dropout(self, x, c.dropout if c.final_dropout else 0., self.train), cache
 
-  def _place(self, x, positions, types):
-    """Adds what says where a token stands, and normalises where the family does."""
+  def _shared_bias(self, relative, segments):
+    """{'bias': …} of full attention, or {'near': …} of LongT5's encoder."""
+    c, copies = self.config, _bias_copies(self.train)
+    module = RelativeBias(c, not self.causal, name='relpos')
+    if c.enc_attention == 'full' or self.causal:
+      return {'bias': _relative_bias(module, relative, copies)}
+    global_module = None
+    if c.enc_attention == 'transient_global':
+      global_module = RelativeBias(c, True, name='global_relpos')
+    return {'near': long_attention.share(c, segments, module, global_module, copies)}
+
+  def _add_positions(self, x, positions, types):
+    """Adds absolute positions and token types, and applies the embedding norm, if there are any."""
     c = self.config
     init = nn.with_logical_partitioning(
         nn.initializers.normal(c.init_std or c.d_model ** -0.5), ('positions', 'embed'))
     if c.positions == 'learned':
       table = self.param('positions', init, (c.max_length + c.position_offset, c.d_model))
-      x += rows(table, positions + c.position_offset, 'positions', c.dtype)
+      x += lookup(table, positions + c.position_offset, 'positions', c.dtype)
     elif c.positions == 'sinusoid':
       x += sinusoids(positions, c.d_model).astype(c.dtype)
     if c.types:
       table = self.param('types', init, (c.types, c.d_model))
       types = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
-      x += rows(table, types, 'positions', c.dtype)
+      x += lookup(table, types, 'positions', c.dtype)
     return Norm(c, name='embed_norm')(x) if c.embed_norm else x
 
   def _blocks(self, x, cache, shared):
-    """Scans over whole groups of layers, then over the layers that are left."""
+    """Scans over the layers: over groups of `moe_every` layers first, then over the remaining ones.
+    """
     c = self.config
-    every = c.moe_every if c.experts else 1
-    groups, left = divmod(self.layers, every)
-    head = jax.tree.map(lambda leaf: leaf[:groups * every], cache)
-    if every > 1:
-      block = (Group, every, self.train)
-      head = jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), head)
-    else:
-      block = (Block, bool(c.experts), self.train)
-    x, new = self._scan(*block, length=groups, name='layers')(x, head, shared)
-    if every > 1:
-      new = jax.tree.map(lambda leaf: leaf.reshape(groups * every, *leaf.shape[2:]), new)
-    if left:
-      tail = jax.tree.map(lambda leaf: leaf[groups * every:], cache)
-      x, last = self._scan(Block, False, self.train, length=left, name='tail')(x, tail, shared)
-      new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, last)
-    return x, new
+    if not c.experts or c.moe_every == 1:
+      scan = self._scan(Block, bool(c.experts), self.train, length=self.layers, name='layers')
+      return scan(x, cache, shared)
+
+    # Whole groups: the caches of their layers get a second leading axis.
+    size = c.moe_every
+    groups, remaining = divmod(self.layers, size)
+    group_cache = jax.tree.map(
+        lambda leaf: leaf[:groups * size].reshape(groups, size, *leaf.shape[1:]), cache)
+    scan = self._scan(Group, size, self.train, length=groups, name='layers')
+    x, new_cache = scan(x, group_cache, shared)
+    new_cache = jax.tree.map(
+        lambda leaf: leaf.reshape(groups * size, *leaf.shape[2:]), new_cache)
+
+    # The remaining layers have no experts.
+    if remaining:
+      tail_cache = jax.tree.map(lambda leaf: leaf[groups * size:], cache)
+      scan = self._scan(Block, False, self.train, length=remaining, name='tail')
+      x, new_tail = scan(x, tail_cache, shared)
+      new_cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new_cache, new_tail)
+    return x, new_cache
 
   def _scan(self, block, *fields, length, name):
     c = self.config
     if c.remat != 'none':
-      # prevent_cse only matters outside of scan, where XLA could undo the recomputation.
+      # Outside a scan, XLA could undo the recomputation without prevent_cse.
       block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
     return nn.scan(
         block, length=length, in_axes=(0, nn.broadcast), out_axes=0,
@@ -218,7 +243,10 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-  """[Vaswani et al. 2017; Raffel et al. 2020; Devlin et al. 2019; families.py for each variant]"""
+  """Embedding, encoder and decoder stacks, and heads.
+
+  [Vaswani et al. 2017; Raffel et al. 2020; Devlin et al. 2019; families.py for each variant]
+  """
   config: TransformerConfig
   train: bool = False
 
@@ -232,6 +260,8 @@ class Transformer(nn.Module):
     if c.dec_layers:
       self.decoder = Stack(
           c, c.dec_layers, causal=True, cross=c.enc_layers > 0, train=self.train)
+
+    # BERT's heads and the classifier.
     square = lambda: Dense(c.d_model, ('embed', 'norm'), kernel_init(c, c.d_model ** -0.5),
                            c.dtype, bias=True)
     if c.pooler:
@@ -243,6 +273,8 @@ class Transformer(nn.Module):
     if c.classes:
       self.classifier = Dense(c.classes, ('embed', None), kernel_init(c, c.d_model ** -0.5),
                               'float32', bias=True)
+
+    # The softmax matrix.
     if not c.tied:
       init = nn.initializers.normal(c.init_std) if c.init_std else (
           nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal'))
@@ -254,12 +286,12 @@ class Transformer(nn.Module):
   def embed(self, tokens: Array) -> Array:
     """int[B, T] -> [B, T, D]."""
     c = self.config
-    x = rows(self.embedding, tokens, 'vocab', c.dtype)
+    x = lookup(self.embedding, tokens, 'vocab', c.dtype)
     x = x * c.d_model ** 0.5 if c.embed_scale else x
     return constrain(x, 'batch', 'length', 'act_embed')
 
   def unembed(self, x: Array) -> Array:
-    """[B, T, D] -> float32 logits[B, T, V], computed in float32; of `classes`: [B, 1, classes]."""
+    """[B, T, D] -> logits[B, T, V], or [B, 1, classes] of a classifier. Computed in float32."""
     c = self.config
     if c.classes:
       return self.classifier(x)
@@ -281,11 +313,12 @@ class Transformer(nn.Module):
     """int[B, S] -> (memory[B, S, D], segments int[B, S]; 0 is padding)."""
     if segments is None:
       segments = (tokens != self.config.pad_id).astype(jnp.int32)
-    at = jnp.arange(tokens.shape[1])
-    full = self.config.enc_attention == 'full'
-    x, _ = self.encoder(
-        self.embed(tokens), segment_mask(segments, segments) if full else None, at, at,
-        positions=positions, types=types, segments=segments)
+    index = jnp.arange(tokens.shape[1])
+    mask = None
+    if self.config.enc_attention == 'full':
+      mask = segment_mask(segments, segments)
+    x, _ = self.encoder(self.embed(tokens), mask, index, index, positions=positions, types=types,
+                        segments=segments)
     return x, segments
 
   def _encode(self, batch):
@@ -293,40 +326,51 @@ class Transformer(nn.Module):
                        batch.get('encoder_positions'), batch.get('encoder_token_types'))
 
   def hidden(self, batch: dict[str, Array]) -> Array:
-    """What `unembed` turns into logits, for teacher forcing: the decoder's output [B, T, D], of an
-    encoder-only model its own [B, S, D], and with `classes` the pooled input [B, 1, D]."""
+    """The input of `unembed`, for teacher forcing.
+
+    The output of the decoder, [B, T, D]; of the encoder, [B, S, D], in encoder-only models; the
+    pooled input, [B, 1, D], in classifiers.
+    """
     c = self.config
     if not c.dec_layers:
       x, segments = self._encode(batch)
       return self._pool(x, segments)[:, None] if c.classes else x
-    memory = cross_mask = None
+
+    # Causal, and within segments.
     tokens = batch['decoder_input_tokens']
     segments = batch.get('decoder_segment_ids')
-    at = jnp.arange(tokens.shape[1])
-    mask = (at[None, :] <= at[:, None])[None, None]
+    index = jnp.arange(tokens.shape[1])
+    mask = (index[None, :] <= index[:, None])[None, None]
     if segments is not None:
       # A padding query keeps itself as a key, so that its softmax stays finite and cheap.
       mask &= (segments[:, :, None] == segments[:, None, :])[:, None]
+
+    # The encoder's output.
+    memory = cross_mask = None
     if c.enc_layers:
       memory, memory_segments = self._encode(batch)
       if segments is None:
         cross_mask = (memory_segments > 0)[:, None, None, :]
       else:
         cross_mask = segment_mask(segments, memory_segments)
-    x, _ = self.decoder(self.embed(tokens), mask, at, at, memory=memory, cross_mask=cross_mask,
-                        positions=batch.get('decoder_positions'), segments=segments)
+    x, _ = self.decoder(self.embed(tokens), mask, index, index, memory=memory,
+                        cross_mask=cross_mask, positions=batch.get('decoder_positions'),
+                        segments=segments)
     return x
 
   def __call__(self, batch: dict[str, Array]) -> Array:
-    """Model features -> float32 logits[B, T, V]: of the token after each decoder input, or, of an
-    encoder-only model, of the token at each position."""
+    """Model features -> float32 logits[B, T, V].
+
+    Logits are those of the token after each decoder input, or of the token at each position in
+    encoder-only models.
+    """
     x = self.hidden(batch)
-    if self.is_initializing() and self.config.pooler:     # heads that the logits do not pass
+    if self.is_initializing() and self.config.pooler:     # heads that the logits do not use
       self.next_logits(x)
     return self.unembed(x)
 
   def pooled(self, batch: dict[str, Array]) -> Array:
-    """Model features -> [B, D], one vector an input: see TransformerConfig.pool."""
+    """Model features -> [B, D], one vector per input, pooled by TransformerConfig.pool."""
     if self.config.enc_layers:
       return self._pool(*self._encode(batch))
     segments = batch.get('decoder_segment_ids')
@@ -337,25 +381,23 @@ class Transformer(nn.Module):
   def _pool(self, x, segments):
     c = self.config
     if c.pool == 'mean':
-      real = (segments > 0)[..., None].astype(x.dtype)
-      return jnp.sum(x * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+      is_token = (segments > 0)[..., None].astype(x.dtype)
+      return jnp.sum(x * is_token, axis=1) / jnp.maximum(jnp.sum(is_token, axis=1), 1)
     return jnp.tanh(self.pooler(x[:, 0])) if c.pool == 'pooler' else x[:, 0]
 
-  def next_sentence(self, batch: dict[str, Array]) -> Array:
-    """Model features -> `next_logits` of the encoder's output."""
-    return self.next_logits(self._encode(batch)[0])
-
   def next_logits(self, x: Array) -> Array:
-    """[B, S, D] of the encoder -> float32[B, 2]: logits of 'is the next sentence' and 'is a random
-    one'; without that head its input [B, D]. [Devlin et al. 2019, 3.1]"""
+    """Encoder output [B, S, D] -> float32[B, 2], the logits of 'next' and 'random sentence'.
+
+    Without the next-sentence head, the input of that head, [B, D]. [Devlin et al. 2019, 3.1]
+    """
     x = jnp.tanh(self.pooler(x[:, 0]))
     return self.nsp(x) if self.config.nsp else x
 
   def decode(self, tokens: Array, cache: dict[str, Any], index) -> tuple[Array, dict[str, Any]]:
-    """T new tokens int[B, T] at positions index … index + T - 1 -> (logits[B, T, V], cache).
+    """T new tokens int[B, T] at positions index to index + T - 1 -> (logits[B, T, V], cache).
 
-    The first call with a cache of `cache.init_cache` turns the memory in it into each layer's
-    cross-attention keys and values; later calls only read those.
+    The first call with a cache of `cache.init_cache` computes each layer's cross-attention keys and
+    values from the memory in the cache; later calls only read them.
     """
     c = self.config
     length = cache['self']['k'].shape[3]
@@ -366,10 +408,11 @@ class Transformer(nn.Module):
     if c.enc_layers:
       cross_mask = cache['memory_mask'][:, None, None, :]
       memory = cache.get('memory')
-    layer_cache = {k: cache[k] for k in ('self', 'cross') if k in cache}
-    x, new = self.decoder(self.embed(tokens), mask, query_index, key_index, memory=memory,
-                          cross_mask=cross_mask, cache=layer_cache, index=index)
+    layer_cache = {name: cache[name] for name in ('self', 'cross') if name in cache}
+    x, new_cache = self.decoder(self.embed(tokens), mask, query_index, key_index, memory=memory,
+                                cross_mask=cross_mask, cache=layer_cache, index=index)
     if c.enc_layers:
-      new = {**{k: cache[k] for k in ('cross',) if k in cache}, **new,
-             'memory_mask': cache['memory_mask']}
-    return self.unembed(x), new
+      if 'cross' in cache:
+        new_cache['cross'] = cache['cross']
+      new_cache['memory_mask'] = cache['memory_mask']
+    return self.unembed(x), new_cache

@@ -16,7 +16,9 @@ from t5lab.config import model_config
 from t5lab.data import vocab
 from t5lab.data.batches import features
 from t5lab.data.tasks import own_files, prompts
-from t5lab.decoding.engine import SHORTEST, Decoding, Engine, buckets
+from t5lab.decoding import options
+from t5lab.decoding.engine import SHORTEST, Engine, buckets
+from t5lab.decoding.options import Decoding
 from t5lab.errors import DataError, UsageError, did_you_mean
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
@@ -56,8 +58,8 @@ class Lab:
     Options: length, beams, alpha, temperature, top_k, top_p, seed, forced_first.
     """
     e = self.config.eval
-    fields = dict(length=e.max_length or self.config.data.lengths.targets, beams=e.beams,
-                  alpha=e.alpha, temperature=e.temperature, forced_first=e.forced_first)
+    fields = {name: e[name] for name in options.defaults()}
+    fields['length'] = e.max_length or self.config.data.lengths.targets
     if changes.get('temperature') and not changes.get('beams'):
       fields['beams'] = 1                # the caller wants to sample: beam search would ignore it
 
@@ -344,9 +346,9 @@ def make_engine(c) -> Engine | None:
   start, step, prefill = decoding(model)
   eos = vocab.load(c.data.vocab).eos_id if c.data.vocab else model.eos_id
   if model.kind == 'decoder':
-    return Engine(start, step, prefill, eos=eos, begin=None, batch_size=c.eval.batch_size)
-  return Engine(start, step, eos=eos, begin=model.start_id, batch_size=c.eval.batch_size,
-                widest=model.max_length if model.positions == 'learned' else 0)
+    return Engine(start, step, prefill, eos=eos, start_id=None, batch_size=c.eval.batch_size)
+  return Engine(start, step, eos=eos, start_id=model.start_id, batch_size=c.eval.batch_size,
+                max_width=model.max_length if model.positions == 'learned' else 0)
 
 
 def load(path, step: str | int = 'latest', weights: str | None = None, *, config=None,

@@ -10,7 +10,7 @@ STEPS = 3
 class Profiler:
   """Profiles STEPS steps from step `first` on (0: none) into workdir/profile.
 
-  Look at it with `tensorboard --logdir WORKDIR/profile` (with the plugin tensorboard-plugin-profile).
+  To view it: `tensorboard --logdir WORKDIR/profile`, with tensorboard-plugin-profile installed.
   `with Profiler(…) as profiler`, then `before(step)` and `after(step, metrics)` around every step.
   """
 

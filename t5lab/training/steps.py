@@ -195,8 +195,8 @@ def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None =
       'z_loss': sums['z_loss'] / tokens,
       'accuracy': sums['correct'] / tokens,
       'tokens': sums['weight'],
-      'grad_norm': optax.global_norm(grads),
-      'param_norm': optax.global_norm(params),
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),
       **{name: sums[name] / tokens for name in moe.STATISTICS if name in sums},
   }
   if 'nsp_loss' in sums:

@@ -23,7 +23,7 @@ def test_a_line_for_each_parameter_and_the_total(capsys):
   line, = [line for line in out.splitlines() if line.startswith('encoder/layers/mlp/wi_0/kernel ')]
   assert line.split()[1:6] == ['262,144', 'float32', '2', '256', '512']
   assert line.endswith('layers, embed → dcn_fsdp+fsdp, mlp → model')
-  # embedding 2048 * 256; a layer has attention of 4 * 256^2 (the decoder two), mlp of 3 * 256 * 512.
+  # embedding 2048 * 256; in each layer attention 4 * 256^2 (the decoder has two), mlp 3 * 256 * 512
   assert '3,673,344 parameters (decoder 1,836,928, embedding 524,288, encoder 1,312,128)' in out
 
 

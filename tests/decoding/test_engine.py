@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from t5lab.decoding.engine import Decoding, Engine
+from t5lab.decoding.engine import Engine
+from t5lab.decoding.options import Decoding
 
 V, EOS = 32, 1
 
@@ -29,7 +30,7 @@ def machine():
 
 def test_order_is_kept_and_shapes_are_few(rng):
   start, step, shapes = machine()
-  engine = Engine(start, step, eos=EOS, begin=0, batch_size=4)
+  engine = Engine(start, step, eos=EOS, start_id=0, batch_size=4)
   requests = [list(rng.integers(2, V, n)) for n in rng.integers(1, 40, 21)]
   done = []
   out = engine.generate({}, requests, Decoding(length=48), tick=lambda d, t: done.append((d, t)))
@@ -41,7 +42,7 @@ def test_order_is_kept_and_shapes_are_few(rng):
 
 def test_beams_and_greedy_agree_where_there_is_one_answer():
   start, step, _ = machine()
-  engine = Engine(start, step, eos=EOS, begin=0, batch_size=2)
+  engine = Engine(start, step, eos=EOS, start_id=0, batch_size=2)
   requests = [[5, 6, 7], [8], [9, 10]]
   greedy = engine.generate({}, requests, Decoding(length=6))
   np.testing.assert_array_equal(engine.generate({}, requests, Decoding(length=6, beams=3)), greedy)
@@ -53,12 +54,12 @@ def test_a_decoder_only_request_is_continued_after_its_own_length():
 
   def step(params, tokens, cache, index):                 # counts up from the last token
     return 9. * (jnp.arange(V) == tokens + 1), cache
-  engine = Engine(start, step, eos=EOS, begin=None, batch_size=2)
+  engine = Engine(start, step, eos=EOS, start_id=None, batch_size=2)
   out = engine.generate({}, [[4], [9, 20], [7, 7, 7]], Decoding(length=3))
   assert out.tolist() == [[5, 6, 7], [21, 22, 23], [8, 9, 10]]
 
 
 def test_no_requests():
   start, step, _ = machine()
-  engine = Engine(start, step, eos=EOS, begin=0)
+  engine = Engine(start, step, eos=EOS, start_id=0)
   assert engine.generate({}, [], Decoding(length=5)).shape == (0, 5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5lab.decoding import sample as S
+from t5lab.decoding.sample import keep_top_k, keep_top_p, sample
 from t5lab.errors import UsageError
 
 EOS = 1
@@ -32,7 +32,7 @@ LOG_P = 5. - np.log(np.exp(5.) + 7)  # of a step along the chain
 
 def test_greedy_stops_at_eos_and_pads():
   step = chain_step(2, 3, 4, 5, EOS, 6, 6)
-  tokens, scores = jax.jit(functools.partial(S.sample, step, {}, length=6, eos=EOS))(
+  tokens, scores = jax.jit(functools.partial(sample, step, {}, length=6, eos=EOS))(
       np.array([2, 4, 6]))
   assert tokens.tolist() == [[3, 4, 5, 1, 0, 0], [5, 1, 0, 0, 0, 0], [6] * 6]
   np.testing.assert_allclose(scores, np.array([4, 2, 6]) * LOG_P, rtol=1e-5)
@@ -41,7 +41,7 @@ def test_greedy_stops_at_eos_and_pads():
 
 def test_bfloat16_logits():
   table = jnp.asarray(np.log([[.1, .2, .7]] * 3), jnp.bfloat16)
-  _, scores = S.sample(lambda t, c, i: (table[t[:, 0]], c), {}, jnp.array([0]), length=2, eos=EOS)
+  _, scores = sample(lambda t, c, i: (table[t[:, 0]], c), {}, jnp.array([0]), length=2, eos=EOS)
   want = jax.nn.log_softmax(table[0].astype(jnp.float32)).max() * 2
   np.testing.assert_allclose(scores, [want], rtol=1e-6)
 
@@ -52,7 +52,7 @@ def count_calls(step, *args, **kw):
     calls.append(int(index))
     return step(tokens, cache, index)
   with jax.disable_jit():
-    S.sample(counted, *args, **kw)
+    sample(counted, *args, **kw)
   return calls
 
 
@@ -70,14 +70,14 @@ def test_the_cache_may_change_on_the_first_call_and_is_carried():
     seen = cache['self'] + 1
     return jax.nn.one_hot(cache['cross'] + seen, 16), {**cache, 'self': seen}
 
-  decode = jax.jit(lambda memory: S.sample(
+  decode = jax.jit(lambda memory: sample(
       step, {'memory': memory}, jnp.zeros(2, jnp.int32), length=4, eos=EOS)[0])
   assert decode(np.array([1, 4])).tolist() == [[3, 4, 5, 6], [9, 10, 11, 12]]
 
 
 def test_index_counts_positions():
   step = lambda tokens, cache, index: (jax.nn.one_hot(jnp.array([index + 2]), 9), cache)
-  assert S.sample(step, {}, jnp.array([0]), length=5, eos=EOS)[0].tolist() == [[2, 3, 4, 5, 6]]
+  assert sample(step, {}, jnp.array([0]), length=5, eos=EOS)[0].tolist() == [[2, 3, 4, 5, 6]]
 
 
 def test_prompts_of_different_lengths():
@@ -94,7 +94,7 @@ def test_prompts_of_different_lengths():
 
   start = jnp.array([4, 4, 4])
   prompt = jnp.array([[3, -1, -1], [0, 5, 6], [-1, -1, -1]])
-  tokens, scores = S.sample(step, jnp.zeros(3, jnp.int32), start, length=4, eos=99, prompt=prompt)
+  tokens, scores = sample(step, jnp.zeros(3, jnp.int32), start, length=4, eos=99, prompt=prompt)
   assert tokens.tolist() == [by_hand([4, 3], 4), by_hand([4, 0, 5, 6], 4), by_hand([4], 4)]
   np.testing.assert_allclose(scores, [4 * (5 - np.log(np.exp(5.) + 8))] * 3, rtol=1e-5)
 
@@ -102,7 +102,7 @@ def test_prompts_of_different_lengths():
 def test_eos_inside_a_prompt_does_not_end_it():
   step = chain_step(2, 3, 4, EOS)
   prompt = jnp.array([[EOS, 2], [3, -1]])
-  tokens, _ = S.sample(step, {}, jnp.array([5, 5]), length=4, eos=EOS, prompt=prompt)
+  tokens, _ = sample(step, {}, jnp.array([5, 5]), length=4, eos=EOS, prompt=prompt)
   assert tokens.tolist() == [[3, 4, 1, 0], [4, 1, 0, 0]]
 
 
@@ -115,22 +115,22 @@ def kept(logits):
 
 def test_top_k():
   logits = jnp.array([[1., 4., 2., 3.], [2., 2., 1., 0.]])
-  assert kept(S.top_k(logits, 2)) == [[False, True, False, True], [True, True, False, False]]
-  assert kept(S.top_k(logits, 1)) == [[False, True, False, False], [True, True, False, False]]
-  np.testing.assert_array_equal(S.top_k(logits, 99), logits)
+  assert kept(keep_top_k(logits, 2)) == [[False, True, False, True], [True, True, False, False]]
+  assert kept(keep_top_k(logits, 1)) == [[False, True, False, False], [True, True, False, False]]
+  np.testing.assert_array_equal(keep_top_k(logits, 99), logits)
 
 
 def test_top_p():
   logits = jnp.log(jnp.array([.2, .5, .3]))
-  assert kept(S.top_p(logits, .4)) == [False, True, False]
-  assert kept(S.top_p(logits, .6)) == [False, True, True]
-  assert kept(S.top_p(logits, .9)) == [True, True, True]
-  assert kept(S.top_p(logits, 1e-9)) == [False, True, False]
+  assert kept(keep_top_p(logits, .4)) == [False, True, False]
+  assert kept(keep_top_p(logits, .6)) == [False, True, True]
+  assert kept(keep_top_p(logits, .9)) == [True, True, True]
+  assert kept(keep_top_p(logits, 1e-9)) == [False, True, False]
 
 
 def draws(n=4000, probs=(.1, .2, .3, .4), **kw):
   step = table_step(np.log([probs] * len(probs)))
-  tokens, scores = S.sample(step, {}, jnp.zeros(n, jnp.int32), length=1, eos=EOS,
+  tokens, scores = sample(step, {}, jnp.zeros(n, jnp.int32), length=1, eos=EOS,
                             rng=jax.random.key(0), **kw)
   return np.bincount(tokens[:, 0], minlength=len(probs)) / n, tokens[:, 0], scores
 
@@ -156,7 +156,7 @@ def test_scores_are_the_models_own_whatever_the_filters():
 def test_draws_depend_on_rng_and_row_but_not_on_batch_size():
   step = table_step(np.zeros((9, 9)))
   def go(rows, seed):
-    return S.sample(step, {}, jnp.zeros(rows, jnp.int32), length=6, eos=99, temperature=1.,
+    return sample(step, {}, jnp.zeros(rows, jnp.int32), length=6, eos=99, temperature=1.,
                     rng=jax.random.key(seed))[0].tolist()
   three, five = go(3, 0), go(5, 0)
   assert three == five[:3]
@@ -166,10 +166,10 @@ def test_draws_depend_on_rng_and_row_but_not_on_batch_size():
 
 
 def test_bad_settings_are_named():
-  go = functools.partial(S.sample, table_step(np.zeros((3, 3))), {}, jnp.zeros(1, jnp.int32), eos=1)
-  with pytest.raises(UsageError, match='length 0'):
+  go = functools.partial(sample, table_step(np.zeros((3, 3))), {}, jnp.zeros(1, jnp.int32), eos=1)
+  with pytest.raises(UsageError, match='1 or more, got 0'):
     go(length=0)
-  with pytest.raises(UsageError, match='top_p 1.5'):
+  with pytest.raises(UsageError, match='top_p=1.5'):
     go(length=1, temperature=1., top_p=1.5)
-  with pytest.raises(UsageError, match='temperature 0.5 needs rng'):
+  with pytest.raises(UsageError, match='temperature=0.5 needs rng'):
     go(length=1, temperature=.5)

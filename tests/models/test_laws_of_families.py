@@ -80,7 +80,11 @@ def test_causality_is_exact(name):
   changed = dict(decoder, input_tokens=decoder['input_tokens'].copy())
   changed['input_tokens'][:, 3:] = 40
   a, b = run(features(c, encoder, decoder)), run(features(c, encoder, changed))
-  assert (a[:, :3] == b[:, :3]).all()
+  if c.expert_top_k > 1:
+    # Later tokens move the slots of second choices, and with them the order of the terms in a sum.
+    np.testing.assert_allclose(a[:, :3], b[:, :3], atol=2e-6)
+  else:
+    assert (a[:, :3] == b[:, :3]).all()
   assert (a[:, 3:] != b[:, 3:]).any(axis=(1, 2)).all()
 
 

@@ -72,7 +72,7 @@ class Filled:
 
 
 def golden_params(c, table, norm='scale'):
-  """All of our parameters, in our shapes: `tensor_map.read` refuses what is left over on either side."""
+  """All of our parameters in our shapes; `tensor_map.read` refuses leftovers on either side."""
   abstract = nn.unbox(jax.eval_shape(Transformer(c).init, jax.random.key(0), BATCH)['params'])
   return tensor_map.read(table, Filled(tensor_map.shapes(table, abstract), norm), abstract)
 

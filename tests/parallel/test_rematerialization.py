@@ -32,7 +32,7 @@ def case(kind, rules, mesh, **changes):
 
 def test_rules_cause_no_warning_but_weights_without_pins_do():
   unpinned, *pinned = warnings([
-      case('decoder', 'fsdp', dict(data=2, fsdp=4), pins=False),
+      case('decoder', 'fsdp', dict(data=2, dcn_fsdp=2, fsdp=2), pins=False),
       case('experts', 'ep', dict(data=1, fsdp=2, expert=2, model=2), tied=True,
            **{'loss.chunks': 2}),
       case('decoder', 'sp', dict(data=1, fsdp=2, sequence=2, model=2))])

@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from t5lab import config, trees
-from t5lab.decoding.engine import Decoding, Engine
+from t5lab.decoding.engine import Engine
+from t5lab.decoding.options import Decoding
 from t5lab.errors import DataError, UsageError
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
@@ -281,7 +282,7 @@ def test_a_chat_reads_what_the_template_says(start, lab):
 def test_prompts_read_at_once_go_on_as_those_read_token_by_token(name, lab):
   l = lab(name, eval__batch_size=4)
   start, step, prefill = decoding(l.model)
-  size = dict(eos=l.model.eos_id, begin=None, batch_size=4)
+  size = dict(eos=l.model.eos_id, start_id=None, batch_size=4)
   stream = np.random.default_rng(3)
   lengths = [9, 31, 1, 40, 17, 30, 3, 33]                    # known: 0, then 16
   requests = [stream.integers(3, 30, n).tolist() for n in lengths]

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from t5lab import __version__, files, trees
-from t5lab.decoding.engine import Decoding, Engine
+from t5lab.decoding.engine import Engine
+from t5lab.decoding.options import Decoding
 from t5lab.errors import UsageError
 from t5lab.models.cache import decoding
 from t5lab.models.families import TransformerConfig
@@ -95,10 +96,10 @@ def model_outputs(c: TransformerConfig, params) -> Outputs:
       return Outputs(logits, None)
     start, step, prefill = decoding(c)
     if c.kind == 'decoder':
-      engine = Engine(start, step, prefill, eos=-1, begin=None, batch_size=2)
+      engine = Engine(start, step, prefill, eos=-1, start_id=None, batch_size=2)
       requests = list(batch['decoder_input_tokens'])
     else:
-      engine = Engine(start, step, None, eos=-1, begin=c.start_id, batch_size=2)
+      engine = Engine(start, step, None, eos=-1, start_id=c.start_id, batch_size=2)
       requests = [row[row != c.pad_id] for row in batch['encoder_input_tokens']]
     return Outputs(logits, engine.generate(params, requests, Decoding(length=GREEDY)))
 

@@ -22,7 +22,7 @@ DOCKERFILE = """\
 FROM python:3.11-slim
 ADD bundle.tar.gz /t5lab/
 WORKDIR /t5lab
-RUN pip install --no-cache-dir -c constraints.txt -e '.[tpu,gcs]'
+RUN pip install --no-cache-dir -c constraints/py311.txt -e '.[tpu,gcs]'
 """
 PORTS = (8471, 8080, PORT)        # of the TPU runtime, MegaScale and JAX [GKE's multislice guide]
 

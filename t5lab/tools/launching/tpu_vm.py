@@ -128,8 +128,8 @@ tar -xzf bundle.tar.gz -C checkout
 python3 -m pip install --user --quiet uv
 uv="$(python3 -m site --user-base)/bin/uv"
 [ -x venv/bin/python ] || "$uv" venv --quiet --python 3.11 venv
-"$uv" pip install --quiet --python venv/bin/python -c checkout/constraints.txt \\
-  -e 'checkout[tpu,gcs]'
+"$uv" pip install --quiet --python venv/bin/python \\
+  -c checkout/constraints/py311.txt -e 'checkout[tpu,gcs]'
 """ + (scripts.mount(job.bucket, f'{MOUNT}/{job.bucket}') if job.on_bucket else '')
 
 

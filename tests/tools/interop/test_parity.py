@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from t5lab import trees
-from t5lab.decoding.engine import Decoding, Engine
+from t5lab.decoding.engine import Engine
+from t5lab.decoding.options import Decoding
 from t5lab.errors import UsageError
 from t5lab.models import families
 from t5lab.models.cache import decoding
@@ -104,7 +105,7 @@ def generate(name, c, params, beams=1, length=9, alpha=1.):
   decoder_only = c.kind == 'decoder'
   start, step, prefill = decoding(c)
   engine = Engine(start, step, prefill if decoder_only else None, eos=c.eos_id,
-                  begin=None if decoder_only else c.start_id, batch_size=2)
+                  start_id=None if decoder_only else c.start_id, batch_size=2)
   inputs = batch(c)['decoder_input_tokens' if decoder_only else 'encoder_input_tokens']
   requests = list(inputs) if decoder_only else [row[row != c.pad_id] for row in inputs]
   tokens = engine.generate(params, requests, Decoding(length=length, beams=beams, alpha=alpha))
