@@ -4,9 +4,10 @@ r"""A small BERT from scratch on the embedded books: masked words and next sente
 
 Result: validation loss 5.79 = masked words 5.11 (12.1 % right) + next sentence 0.69 (57.8 %), after
 400 steps of 0.3 to 0.9 s on two cores of a shared AMD EPYC, 2026-11-24, commit 280756f.
-`t5lab infer --workdir runs/bert --fill-mask` fills <extra_id_0>, the mask of this vocabulary.
+`t5lab infer --workdir runs/bert --fill-mask` fills <extra_id_0>, the mask token of this
+vocabulary.
 
-A minute on one CPU: append `:tiny`. BERT's own sizes: config.base('bert/base').
+For ten steps on one CPU, append `:tiny`. BERT's own sizes: config.base('bert/base').
 """
 from t5lab import config
 

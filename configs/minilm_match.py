@@ -1,4 +1,4 @@
-r"""MiniLM with a new classifier: does this summary belong to this docstring?
+r"""MiniLM with a new classifier, fine-tuned to say whether a summary belongs to a docstring.
 
   make weights
   t5lab convert --from hf --to t5lab \

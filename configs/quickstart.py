@@ -1,10 +1,10 @@
-r"""English to German on the embedded interface strings: a T5 for minutes on two CPU cores.
+r"""English to German on embedded interface strings: a small T5 that trains in minutes on two cores.
 
   t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
-3.7 M parameters, 1,800 steps of 16 packed rows, eight epochs. Ten steps on anything: `:tiny`.
-T5 1.1's block with T5 1.0's tied embedding, which so few sentences need; AdamW instead of Adafactor
-wants the attention scores scaled (models/attention.py).
+3.7 M parameters, 1,800 steps of 16 packed rows, eight epochs. For ten steps, append `:tiny`.
+The model has T5 1.1's block with T5 1.0's tied embedding, because there are few sentences. AdamW,
+unlike Adafactor, needs scaled attention scores (models/attention.py).
 """
 from t5lab import config
 

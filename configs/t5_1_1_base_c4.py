@@ -5,9 +5,9 @@ r"""T5 1.1 base, span corruption on C4, on 16 chips of v5e (arXiv 1910.10683, 20
   t5lab train --config configs/t5_1_1_base_c4.py --workdir runs/t5_base
 
 The pretraining of T5 1.1: one million steps of 2048 rows of 512 inputs and 114 targets, no dropout,
-Adafactor; the rows in four parts, by the plan the fastest. bfloat16 products, float32 parameters.
-The vocabulary is spiece.model of a Hugging Face t5-v1_1-base folder. `:tiny` is ten steps on
-anything.
+Adafactor. Four microbatches, the fastest choice according to `t5lab plan`. Products in bfloat16,
+parameters in float32. The vocabulary is the spiece.model of Hugging Face's t5-v1_1-base. For ten
+steps on one CPU, append `:tiny`.
 """
 from t5lab import config
 

@@ -5,7 +5,8 @@ r"""T5 1.1 XXL (11B), span corruption on C4, on a v5e pod (arXiv 1910.10683, 200
   t5lab train --config configs/t5_1_1_xxl_c4.py --workdir gs://bucket/t5_xxl
 
 The pretraining of T5 1.1: one million steps of 2048 rows of 512 inputs and 114 targets, no dropout,
-Adafactor. State and gradients are split over all 256 chips; `:tiny` is ten steps on anything.
+Adafactor. State and gradients are sharded over all 256 chips. For ten steps on one CPU, append
+`:tiny`.
 """
 from t5lab import config
 
