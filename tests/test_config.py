@@ -52,7 +52,7 @@ def test_overrides_take_the_type_of_the_default(key, text, value):
     ('optim.ema', '1.5', 'a decay in [0, 1), for example 0.999, got 1.5'),
     ('model.dtype', 'float16', "'float16' is unknown"),
     ('model.acts', "('swish',)", "model.acts has 'swish'"),
-    ('model.dropout', '1.0', 'model.dropout=1.0'),
+    ('model.dropout', '1.0', 'model.dropout must be in [0, 1), got 1.0'),
     ('data.lengths.inputs', '0', 'give the inputs a length'),
 ])
 def test_a_wrong_value_is_reported_in_one_line(key, text, message):

@@ -58,3 +58,8 @@ def random_params(c, seed=0):
     x = stream.randn(*leaf.shape) / np.sqrt(fan)
     flat[path] = (1 + 0.1 * x if path.endswith('scale') else x).astype(np.float32)
   return trees.unflatten(flat)
+
+
+def next_sentence(model, batch):
+  """The next-sentence logits of a batch, for `apply(..., method=next_sentence)`."""
+  return model.next_logits(model._encode(batch)[0])

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from small_models import BATCH, jit
+from small_models import BATCH, jit, next_sentence
 
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
@@ -120,5 +120,5 @@ def test_bert_of_hugging_face():
       y[0, 5, :6], [-5.845225, -8.116333, -9.329070, -9.325172, -8.105037, -5.827691], atol=5e-6)
   np.testing.assert_allclose(
       y[1, 2, :6], [-4.231391, -6.898671, -8.666436, -9.304012, -8.728113, -7.013716], atol=5e-6)
-  np.testing.assert_allclose(run(BERT, params, batch, 'next_sentence'),
+  np.testing.assert_allclose(run(BERT, params, batch, next_sentence),
                              [[-0.080492, -0.140045], [-0.074306, -0.129687]], atol=2e-6)

@@ -158,7 +158,7 @@ def test_what_path_has_too_much_is_left_only_if_named(bert, tmp_path):
     (dict(init__fresh="('(.*',)"), UsageError, 'not a regular expression'),
     (dict(init__weights='ema'), UsageError, "init.weights='ema': .* has raw only"),
     (dict(init__step='7'), CheckpointError, 'no checkpoint of step 7'),
-    (dict(init__step='new'), UsageError, "'new': a number, latest or best"),
+    (dict(init__step='new'), UsageError, "step must be a number, 'latest' or 'best', got 'new'"),
     (dict(init__path='/nowhere'), UsageError, '/nowhere is not a run of t5lab'),
     (dict(init__optimizer='restore'), CheckpointError, 'holds no optimizer state; use '
                                                        'init.optimizer=fresh'),

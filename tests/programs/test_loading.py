@@ -56,7 +56,7 @@ def test_arrays_go_to_the_mesh_that_is_asked_for(saved):
 
 
 def test_what_is_not_there_is_said(saved, tmp_path):
-  with pytest.raises(UsageError, match="step 'newest': a number, latest or best"):
+  with pytest.raises(UsageError, match="step must be a number, 'latest' or 'best', got 'newest'"):
     loading.load(saved, 'newest')
   with pytest.raises(CheckpointError, match='no checkpoint of step 7'):
     loading.load(saved, 7)
@@ -81,7 +81,7 @@ def test_a_directory_has_its_own_copy_of_the_vocabulary(tmp_path):
   """By the name that was copied; of a .gguf only its tokenizer was, under another name."""
   folder = tmp_path / 'vocabulary'
   folder.mkdir()
-  own = lambda spec: loading.own_vocabulary(tmp_path, spec)
+  own = lambda spec: loading.stored_vocabulary(tmp_path, spec)
   for spec in ('', 'byte', 't5lab_2048', '/models/spiece.model', '/models/x.gguf'):
     assert own(spec) == spec
   for name in ('spiece.model', 'tokenizer.json'):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import CONFIGS, jit, random_params
+from small_models import CONFIGS, jit, next_sentence, random_params
 
 from t5lab.data.batches import features
 from t5lab.errors import UsageError
@@ -91,7 +91,7 @@ def test_both_losses_follow_from_the_logits(state, batch, stepped):
   apply = lambda method: jit(functools.partial(MODEL.apply, method=method))(
       {'params': state.params}, batch)
   loss, hit = by_hand(apply('__call__'), batch['encoder_target_tokens'])
-  next_loss, next_hit = by_hand(apply('next_sentence'), batch['encoder_next_labels'][:, 0])
+  next_loss, next_hit = by_hand(apply(next_sentence), batch['encoder_next_labels'][:, 0])
   predicted, rows = batch['encoder_loss_weights'] > 0, batch['encoder_next_weights'][:, 0] > 0
   # tokens that are not masked are predicted too
   assert predicted.sum() == 15 and (batch['encoder_input_tokens'] == MASK).sum() == 10
@@ -115,7 +115,7 @@ def test_the_gradient_is_of_the_sum_of_both_means(state, batch, stepped):
     mean = lambda logits, targets, weights: (optax.softmax_cross_entropy_with_integer_labels(
         logits, targets) * weights).sum() / weights.sum()
     tokens = MODEL.apply(given, batch)
-    pairs = MODEL.apply(given, batch, method='next_sentence')
+    pairs = MODEL.apply(given, batch, method=next_sentence)
     return (mean(tokens, batch['encoder_target_tokens'], batch['encoder_loss_weights'])
             + mean(pairs, batch['encoder_next_labels'][:, 0], batch['encoder_next_weights'][:, 0]))
   expected = jit(jax.grad(loss))(state.params)

@@ -9,6 +9,7 @@ from hf_models import MODELS, model, save
 import jax
 import numpy as np
 import pytest
+from small_models import next_sentence
 import torch
 
 from t5lab import trees
@@ -84,7 +85,7 @@ def test_logits_and_round_trip(name, converted):
     logits, expected = logits[real], expected[real]
   np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
   if name == 'bert':
-    nsp = run({'params': params}, inputs, method='next_sentence')
+    nsp = run({'params': params}, inputs, method=next_sentence)
     np.testing.assert_allclose(nsp, out.seq_relationship_logits.numpy(), atol=1e-5)
 
   # Every tensor comes back, and so does the config.
