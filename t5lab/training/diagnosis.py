@@ -16,7 +16,7 @@ import numpy as np
 
 from t5lab import trees
 from t5lab.parallel import sharding
-from t5lab.training import losses, optim, steps
+from t5lab.training import adafactor, losses, steps
 
 COLLECTION = 'intermediates'      # models/transformer.py stacks it by layer
 
@@ -225,7 +225,7 @@ def _bad_layers(params):
 
 
 def _axes_of_a_layer(path, ndim):
-  return tuple(range(min(optim.stacked_axes(path), 1), ndim))
+  return tuple(range(min(adafactor.stacked_axes(path), 1), ndim))
 
 
 def _first_bad_layer(path, bad):

@@ -21,7 +21,7 @@ from t5lab.parallel import sharding
 from t5lab.programs import build, loading, loop, shapes
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import convert, t5x
-from t5lab.training import optim
+from t5lab.training import adafactor, optim
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py')
 FAST = {'total_steps': '2', 'checkpoint.every': '1', 'eval.examples': '2', 'eval.max_length': '2',
@@ -207,7 +207,7 @@ def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
       nn.unbox(shapes.boxed_params(c)))
   slots = jax.tree.map(
       lambda x: np.abs(stream.normal(0, 1, x.shape)).astype(np.float32),
-      jax.eval_shape(optim.scale_by_adafactor().init, params))._replace(count=np.int32(5000))
+      jax.eval_shape(adafactor.scale_by_adafactor().init, params))._replace(count=np.int32(5000))
   # an unused slot has one number, of which T5X keeps none
   slots = slots._replace(**{k: jax.tree.map(
       lambda x: np.zeros_like(x) if x.shape[-1] == 1 else x, getattr(slots, k))

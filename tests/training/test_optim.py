@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from t5lab.errors import UsageError
-from t5lab.training import optim
+from t5lab.training import adafactor, optim
 
 # --- schedules ---------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ def test_plain_optax_adafactor_is_wrong_for_stacked_layers():
 
 
 def test_adafactor_state_is_small_and_by_layer():
-  state = jax.eval_shape(optim.scale_by_adafactor().init, jax.tree.map(
+  state = jax.eval_shape(adafactor.scale_by_adafactor().init, jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=IS_SHAPE))
   wi = lambda tree: tree['encoder']['layers']['wi'].shape
   assert (wi(state.v_row), wi(state.v_col), wi(state.v)) == ((3, 256), (3, 512), (3, 1))
@@ -189,7 +189,7 @@ def test_experts_of_layers_are_two_stacked_axes():
   draw = lambda: rng.randn(2, 3, 128, 130).astype('f')
   params, grads = ({'layers': {'experts': {'wi': draw()}}} for _ in range(2))
   wi = lambda tree: tree['layers']['experts']['wi']
-  tx = optim.scale_by_adafactor()
+  tx = adafactor.scale_by_adafactor()
   u, state = tx.update(grads, tx.init(params), params)
   assert wi(state.v_row).shape == (2, 3, 128)
   param, grad = (np.float64(wi(x)[1, 2]) for x in (params, grads))

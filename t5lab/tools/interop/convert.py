@@ -37,7 +37,7 @@ from t5lab.tools.interop import (
   tensor_files,
   tensor_map,
 )
-from t5lab.training import optim
+from t5lab.training import adafactor
 
 # Files of a Hugging Face directory that are copied along with weights and config.json.
 GENERATION = 'generation_config.json'
@@ -68,7 +68,7 @@ class Source:
   verify: Callable[[dict], int] | None = None
   open_reference: Callable[[], reference.Reference] | None = None
   step: int = 0
-  read_optimizer: Callable[[], optim.AdafactorState] | None = None
+  read_optimizer: Callable[[], adafactor.AdafactorState] | None = None
   copied: tuple[Path, ...] = ()
   temporary: object = None
 
@@ -138,7 +138,7 @@ def read_t5x(path, spec: str = '', progress=None) -> Source:
   model = TransformerConfig(**t5x.fields(reader))
 
   def read_optimizer():
-    moments = jax.eval_shape(optim.scale_by_adafactor().init, shapes.abstract_params(model))
+    moments = jax.eval_shape(adafactor.scale_by_adafactor().init, shapes.abstract_params(model))
     return t5x.read_optimizer(reader, model, scanned, moments)
 
   source = _mapped_source(path, model, t5x.tensor_rows(model, scanned), reader, spec, {}, progress,

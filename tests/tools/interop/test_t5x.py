@@ -19,7 +19,7 @@ from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
 from t5lab.tools.interop import t5x, t5x_files, tensor_map
-from t5lab.training import optim
+from t5lab.training import adafactor
 
 GATED = dict(acts=('gelu', 'linear'), tied=False, scale_logits=False)
 TINY = dict(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2, dec_layers=2)
@@ -171,7 +171,7 @@ def random_params(c, rng):
 
 
 def random_state(params, rng, min_factored):
-  state = optim.scale_by_adafactor(min_factored=min_factored).init(params)
+  state = adafactor.scale_by_adafactor(min_factored=min_factored).init(params)
   fill = lambda x: (rng.random(x.shape) if x.size > x.shape[0] or x.ndim == 1 and x.size > 1
                     else np.zeros(x.shape)).astype(np.float32)
   return state._replace(count=np.int32(7), **{
@@ -261,9 +261,9 @@ def test_round_trip_of_the_optimizer_is_bit_equal(tmp_path, c, scanned, form, mi
   params = random_params(c, rng)
   state = random_state(params, rng, min_factored)
   t5x.write(tmp_path / 'c', c, params, 7, scanned, form, optimizer=state)
-  like = jax.eval_shape(optim.scale_by_adafactor(min_factored=min_factored).init, params)
+  like = jax.eval_shape(adafactor.scale_by_adafactor(min_factored=min_factored).init, params)
   again = t5x.read_optimizer(t5x.T5x(tmp_path / 'c'), c, scanned, like)
-  assert type(again) is optim.AdafactorState
+  assert type(again) is adafactor.AdafactorState
   assert_equal(again, state)
   assert_equal(read(tmp_path / 'c', c), params)
 
@@ -325,7 +325,7 @@ def test_large_arrays_are_cut_along_the_first_axis(tmp_path, monkeypatch, rng):
 # --- Adafactor: one step of T5X from its slots equals one step of ours from the converted ones ---
 
 
-def adafactor(param, slots, grad, step, rows, cols):
+def adafactor_by_hand(param, slots, grad, step, rows, cols):
   """Returns (update, new slots) at learning rate 1. [Shazeer and Stern 2018, algorithms 4 and 5]
 
   v_row is the mean over the axes `cols`, v_col over `rows`; axes in neither are independent.
@@ -374,12 +374,12 @@ def test_adafactor_continues_like_t5x(tmp_path, c, scanned, rng):
     state = dict.fromkeys(('m', 'v', 'v_row', 'v_col'), np.zeros((1,), np.float32)) | (
         {'v_row': pick(cols), 'v_col': pick(rows)} if factored else {'v': pick(())})
     slots |= {f'{name}/{k}': v for k, v in state.items()}
-    expected[name], new = adafactor(params[name], state, grads[name], 7, rows, cols)
+    expected[name], new = adafactor_by_hand(params[name], state, grads[name], 7, rows, cols)
     expected |= {f'{name}/{k}': v for k, v in new.items() if v.shape != (1,)}
   save(tmp_path / 'c', params, slots)
   ours = read(tmp_path / 'c', c)
   gradients = read(save(tmp_path / 'g', grads), c)
-  tx = optim.scale_by_adafactor(min_factored=16)
+  tx = adafactor.scale_by_adafactor(min_factored=16)
   state = t5x.read_optimizer(
       t5x.T5x(tmp_path / 'c'), c, scanned, jax.eval_shape(tx.init, ours))
   assert state.count == 7
@@ -400,7 +400,7 @@ def test_a_square_table_of_positions_swaps_its_factors(tmp_path, rng):
   np.testing.assert_array_equal(
       written['state/param_states/encoder/relpos_bias/rel_embedding/v_col'],
       state.v_row['encoder']['relpos']['table'])
-  like = jax.eval_shape(optim.scale_by_adafactor(min_factored=32).init, params)
+  like = jax.eval_shape(adafactor.scale_by_adafactor(min_factored=32).init, params)
   assert_equal(t5x.read_optimizer(t5x.T5x(tmp_path / 'c'), c, False, like), state)
 
 
@@ -413,7 +413,7 @@ def test_a_square_table_of_positions_swaps_its_factors(tmp_path, rng):
     (dict(v_col=np.full((32,), np.nan, np.float32)), 'not finite')])
 def test_slots_that_do_not_fit(tmp_path, change, message, rng):
   params = random_params(DECODER, rng)
-  tx = optim.scale_by_adafactor(min_factored=16)
+  tx = adafactor.scale_by_adafactor(min_factored=16)
   t5x.write(tmp_path / 'c', DECODER, params, 7, optimizer=tx.init(params))
   file = tmp_path / 'c/checkpoint'
   tree = serialization.msgpack_restore(file.read_bytes())
@@ -427,7 +427,7 @@ def test_slots_that_do_not_fit(tmp_path, change, message, rng):
 
 def test_momentum_that_is_zero_is_accepted(tmp_path, rng):
   params = random_params(DECODER, rng)
-  tx = optim.scale_by_adafactor()
+  tx = adafactor.scale_by_adafactor()
   t5x.write(tmp_path / 'c', DECODER, params, 7, optimizer=tx.init(params))
   file = tmp_path / 'c/checkpoint'
   tree = serialization.msgpack_restore(file.read_bytes())
@@ -443,11 +443,11 @@ def test_slots_that_a_scanned_checkpoint_cannot_hold(tmp_path, rng):
   params = random_params(UMT5, rng)
   with pytest.raises(UsageError, match='is not factored in our optimizer state'):
     t5x.write(tmp_path / 'a', UMT5, params, 7, scanned=True,
-              optimizer=optim.scale_by_adafactor().init(params))
+              optimizer=adafactor.scale_by_adafactor().init(params))
   params = random_params(T5_1_1, rng)
   with pytest.raises(UsageError, match='table of relative positions that all layers share'):
     t5x.write(tmp_path / 'b', T5_1_1, params, 7, scanned=True,
-              optimizer=optim.scale_by_adafactor(min_factored=16).init(params))
+              optimizer=adafactor.scale_by_adafactor(min_factored=16).init(params))
   assert not (tmp_path / 'b/checkpoint').exists()
 
 
