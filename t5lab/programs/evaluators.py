@@ -53,12 +53,12 @@ class Evaluation:
 
   lengths: tokens of each feature; longer inputs are cut, references are not. examples: how many of
   each task are used, from the start of the split; 0 for all. kind: of the model, one of
-  features.KINDS. start: the decoder's first input token. files, modules: see registry.register.
+  features.KINDS. start_id: the decoder's first input token. files, modules: see registry.register.
   """
 
   def __init__(self, name: str, split: str, *, vocab_spec: str, lengths: dict[str, int],
                examples: int = 0, batch_size: int = 64, kind: str = 'encoder_decoder',
-               start: int = features.BOS, files=None, modules=()):
+               start_id: int = features.START, files=None, modules=()):
     self.name, self.split, self._files = name, split, files
     self._vocab = vocab.load(vocab_spec)
     components = registry.open_components(name, split, lengths, vocab_spec, files=files,
@@ -67,7 +67,7 @@ class Evaluation:
       components = [dataclasses.replace(c, examples=c.examples[:examples]) for c in components]
     self._rows = pipeline.Pipeline(
         components, lengths, batch_size=batch_size, seed=0, pack=True, kind=kind,
-        eos=self._vocab.eos_id, start=start)
+        eos=self._vocab.eos_id, start_id=start_id)
     scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
     with _without_warnings():
       self._evaluators = {task: self._open(task, lengths, examples) for task in scored}

@@ -99,8 +99,9 @@ class Lab:
     """Token lists from `tokens` -> int32[requests, length], padded with 0 after EOS."""
     settings = self.decoding(**options)
     if self.model.kind == 'decoder':
-      start = [self.model.start_id]
-      requests = [[*start, *r] if self.config.data.start or not len(r) else r for r in requests]
+      start_id = self.model.start_id
+      always = self.config.data.start
+      requests = [[start_id, *r] if always or not len(r) else r for r in requests]
     return self._run(requests, settings, tick)
 
   def _run(self, requests, settings: Decoding, tick=lambda done, total: None) -> np.ndarray:
@@ -290,11 +291,12 @@ class Lab:
     return jax.tree.map(_stack_padded, *results)
 
   def _build(self, row, widths):
-    start, m = self.model.start_id, self.model
+    start_id, m = self.model.start_id, self.model
     if m.kind == 'decoder' and not self.config.data.start and len(row['inputs']):
-      start, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # no start token
+      start_id, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # no start token
     kind = m.kind if 'targets' in row else 'encoder'          # to embed, only the encoder is run
-    return features.build_row([row], widths, kind=kind, start=start, eos=self.vocab.eos_id)
+    return features.build_row([row], widths, kind=kind, start_id=start_id,
+                              eos=self.vocab.eos_id)
 
   def _apply(self, method: str, batch):
     for name in batch:

@@ -49,7 +49,7 @@ def open_stream(c, rows=None) -> Stream:
   model = config.model_config(c)
   batches = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
-      kind=model.kind, eos=vocabulary.eos_id, start=c.model.start_id, rows=rows)
+      kind=model.kind, eos=vocabulary.eos_id, start_id=c.model.start_id, rows=rows)
   return Stream(vocabulary, components, batches)
 
 
@@ -62,7 +62,7 @@ def open_evaluation(c):
   return Evaluation(
       c.eval.mixture or c.data.mixture, c.eval.split, vocab_spec=c.data.vocab,
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
-      kind=config.model_config(c).kind, start=c.model.start_id, files=config.files(c),
+      kind=config.model_config(c).kind, start_id=c.model.start_id, files=config.files(c),
       modules=tuple(c.data.modules))
 
 

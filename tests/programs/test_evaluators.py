@@ -20,7 +20,7 @@ def test_spellings_are_decoded_and_scored_by_the_target_table(tmp_path):
   v = vocab.load(str(tmp_path / 'characters.json'))
   rows = corpora.load('g2p', 'validation')[:4]
   evaluation = Evaluation('g2p_en_us', 'validation', vocab_spec=v.spec, examples=4, batch_size=1,
-                          lengths={'inputs': 64, 'targets': 64}, start=v.bos_id)
+                          lengths={'inputs': 64, 'targets': 64}, start_id=v.bos_id)
 
   def generate(requests):
     assert requests == [v.frame(row['word']) for row in rows]

@@ -38,7 +38,7 @@ from t5lab.errors import DataError
 KINDS = ('encoder_decoder', 'decoder', 'encoder')
 FORMS = ('inputs', 'classes', 'mlm', 'nsp')
 ALONE = ('classes', 'nsp')
-EOS, BOS = 1, 0                   # T5's: it starts the decoder with the padding id
+EOS, START = 1, 0                 # T5's token ids: its decoder starts with the padding id
 
 Row = dict[str, np.ndarray]       # int32[length of its sequence] by model feature
 
@@ -107,11 +107,11 @@ def row_sizes(sizes: dict[str, int], kind: str) -> dict[str, int]:
 
 
 def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
-              kind: str = 'encoder_decoder', form: str = 'inputs', start: int = BOS,
+              kind: str = 'encoder_decoder', form: str = 'inputs', start_id: int = START,
               eos: int = EOS) -> Row:
   """One row of `row_lengths(lengths)` with the examples in order; they must fit.
 
-  form: of an encoder's examples. start: the decoder's first input token of every example. eos:
+  form: of an encoder's examples. start_id: the decoder's first input token of every example. eos:
   closes the texts of an encoder's input.
   """
   for name, value, known in (('kind', kind, KINDS), ('form', form, FORMS)):
@@ -140,7 +140,7 @@ def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
     # The decoder reads its targets one position later, after the start token.
     at = slice(decoder_end, decoder_end + len(targets))
     row['decoder_target_tokens'][at] = targets
-    row['decoder_input_tokens'][at][:1] = start
+    row['decoder_input_tokens'][at][:1] = start_id
     row['decoder_input_tokens'][at][1:] = targets[:-1]
     row['decoder_loss_weights'][at] = weights
     row['decoder_segment_ids'][at] = segment

@@ -67,12 +67,12 @@ class TaskRows:
   each block, in a new order.
   """
 
-  def __init__(self, component, lengths, *, seed, pack, kind, form, eos, start):
+  def __init__(self, component, lengths, *, seed, pack, kind, form, eos, start_id):
     self.name, self.objective = component.name, component.objective
     self.examples = as_examples(component.examples)
     self.lengths, self.seed, self._pack, self._eos = lengths, seed, pack, eos
     self._build_row = functools.partial(
-        features.build_row, lengths=lengths, kind=kind, form=form, eos=eos, start=start)
+        features.build_row, lengths=lengths, kind=kind, form=form, eos=eos, start_id=start_id)
 
     # The tokens of every feature of every example after trimming; an objective states upper bounds.
     if self.objective is None:
@@ -251,13 +251,14 @@ class Pipeline:
 
   components: name, rate, examples (dicts of int32 token arrays), objective or None, note (a line
   for `summary`, or ''). lengths: tokens of each feature, EOS included. batch_size: rows over all
-  processes. kind: of model, one of features.KINDS. eos: the vocabulary's id; start: the decoder's
-  first input token. rows: the rows of every batch that this process builds, by number; None: all.
+  processes. kind: of model, one of features.KINDS. eos: the vocabulary's id; start_id: the
+  decoder's first input token. rows: the numbers of the rows of every batch that this process
+  builds; None: all.
   """
 
   def __init__(self, components: Sequence, lengths: dict[str, int], *, batch_size: int, seed: int,
                pack: bool = True, kind: str = 'encoder_decoder', eos: int = features.EOS,
-               start: int = features.BOS, rows: Sequence[int] | None = None):
+               start_id: int = features.START, rows: Sequence[int] | None = None):
     lengths = {name: length for name, length in lengths.items() if length}
     self.batch_size, self.seed, self._lengths = batch_size, seed, lengths
     self._own_rows = list(range(batch_size) if rows is None else map(int, rows))
@@ -272,7 +273,7 @@ class Pipeline:
     self.rows = []
     for i, component in enumerate(components):
       self.rows.append(TaskRows(component, lengths, seed=seed + 7919 * i, pack=pack, kind=kind,
-                                form=form, eos=eos, start=start))
+                                form=form, eos=eos, start_id=start_id))
 
     # A rate counts examples, but the mixture draws rows: a task whose rows hold more examples is
     # drawn less often. Rates are rounded to 1e-4: grain turns them into small integers.
@@ -285,7 +286,7 @@ class Pipeline:
       relative = [round(weight / max(weights), 4) for weight in weights]
       self._order = grain.MapDataset.mix(order, relative)
     self._notes = [c.note for c in components]
-    self.fingerprint = self._fingerprint(components, pack, kind, eos, start)
+    self.fingerprint = self._fingerprint(components, pack, kind, eos, start_id)
 
   def _epochs(self, component: int, rows: TaskRows):
     """Endless (component, epoch, row); every epoch is a new permutation of the rows."""
@@ -295,7 +296,7 @@ class Pipeline:
     place = lambda i, row: (component, i // rows.count, int(row))
     return dataset.repeat().map_with_index(place)
 
-  def _fingerprint(self, components, pack, kind, eos, start) -> str:
+  def _fingerprint(self, components, pack, kind, eos, start_id) -> str:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run notices a change."""
     digest = hashlib.sha256()
     for c, rows in zip(components, self.rows):
@@ -311,8 +312,8 @@ class Pipeline:
           digest.update(f'{name} {len(example[name])} '.encode())
           digest.update(np.ascontiguousarray(example[name], np.int32))
     layout = [self._lengths, self.batch_size, self.seed, pack, kind == 'decoder']
-    if kind == 'encoder' or (eos, start) != (features.EOS, features.BOS):
-      layout += [kind, eos, start]      # absent for T5's defaults, so that older runs resume
+    if kind == 'encoder' or (eos, start_id) != (features.EOS, features.START):
+      layout += [kind, eos, start_id]      # absent for T5's defaults, so that older runs resume
     digest.update(json.dumps(layout, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -45,7 +45,7 @@ def test_decoder_only_puts_inputs_before_targets_without_loss():
 
 def test_start_and_end_ids_of_the_vocabulary():
   row = features.build_row([example([7], [9, 2]), example([6], [4])], {'inputs': 2, 'targets': 3},
-                           start=50)
+                           start_id=50)
   assert row['decoder_input_tokens'].tolist() == [50, 9, 50]
   cut, _ = features.trim(example([5, 6, 1, 2], [3, 4, 5, 6, 1, 2]), {'inputs': 3, 'targets': 5},
                          eos=2)

@@ -168,13 +168,13 @@ def test_a_class_that_is_a_text_is_refused():
 def test_end_and_start_reach_the_rows_and_the_fingerprint():
   parts = component('a', 5)
   parts.examples[2]['inputs'] = np.array([7] * 30 + [2], np.int32)
-  p = pipeline([parts], batch_size=1, eos=2, start=9)
+  p = pipeline([parts], batch_size=1, eos=2, start_id=9)
   rows = [p.batch(i) for i in range(p.rows[0].count)]
   assert [7] * 15 + [2] in np.concatenate([r['encoder_input_tokens'] for r in rows]).tolist()
   assert all(r['decoder_input_tokens'][0, 0] == 9 for r in rows)
   prints = [pipeline(**k).fingerprint for k in (
-      {}, {'kind': 'encoder_decoder'}, {'eos': 1, 'start': 0},
-      {'kind': 'decoder'}, {'start': 2}, {'eos': 2})]
+      {}, {'kind': 'encoder_decoder'}, {'eos': 1, 'start_id': 0},
+      {'kind': 'decoder'}, {'start_id': 2}, {'eos': 2})]
   assert len(set(prints[:3])) == 1 and len(set(prints)) == 4
 
 
