@@ -21,7 +21,7 @@ def tiny(**changes):
 
 @pytest.mark.parametrize('changes, same', [
     (dict(seed=5), dict(seed=5)), (dict(data__pack=False), dict(pack=False)),
-    (dict(model__start_id=9), dict(start=9)), (dict(data__batch_size=16), dict(batch_size=16)),
+    (dict(model__start_id=9), dict(start_id=9)), (dict(data__batch_size=16), dict(batch_size=16)),
     (dict(data__lengths__targets=20), dict(targets=20))])
 def test_the_stream_is_the_pipeline_that_the_config_describes(changes, same):
   stream = streams.open_stream(tiny(**changes))
