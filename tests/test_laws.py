@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -164,3 +165,16 @@ def test_files_stay_one_idea_long():
   long = {str(p.relative_to(ROOT)): n for p in FILES
           if (n := len(p.read_text().splitlines())) > 450}
   assert not long
+
+
+def test_the_way_of_a_batch_is_short():
+  """The files of the README's table "How a batch flows" exist and can be read in an afternoon."""
+  section = (ROOT / 'README.md').read_text().split('## How a batch flows')[1].split('##')[0]
+  files = []
+  for row in section.splitlines():
+    folder = None
+    for name in re.findall(r'`([\w/]+\.py)`', row.split(' | ')[0]):
+      folder = name.rpartition('/')[0] or folder     # a bare name is in the folder before it
+      files.append(ROOT / folder / name.rpartition('/')[2])
+  assert 20 <= len(files) <= 30
+  assert sum(len(path.read_text().splitlines()) for path in files) <= 6000
