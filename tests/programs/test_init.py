@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from processes import arrays
 import pytest
+import shared_programs
 
 import t5lab
 from t5lab import config, trees
@@ -24,13 +25,20 @@ from t5lab.tools.interop import convert, t5x
 from t5lab.training import adafactor, optim
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py')
-FAST = {'total_steps': '2', 'checkpoint.every': '1', 'eval.examples': '2', 'eval.max_length': '2',
+# The first step of the warm-up has a learning rate of 0.
+FAST = {'total_steps': '2', 'checkpoint.every': '1', 'eval.examples': '1', 'eval.max_length': '1',
         'eval.beams': '1', 'checkpoint.best': '', 'optim.warmup': '1'}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_program():
+  with shared_programs.shared():
+    yield
 
 
 def tiny(init='', **overrides):
   c = config.load(QUICKSTART + ':tiny', FAST)
-  c.init.path = str(init)
+  c.init.path, c.data.mixture = str(init), 'ha_enfr'      # the smallest translations
   for key, value in overrides.items():
     config.override(c, key.replace('__', '.'), str(value))
   return c
@@ -93,12 +101,12 @@ def test_the_weights_of_a_run_averaged_or_raw_of_any_step(run):
 
 
 def test_a_run_begins_at_them_and_says_so(run, tmp_path, capsys):
-  """Trained with a learning rate of 0, they come out as they went in."""
-  c = tiny(run, optim__lr='0.', optim__weight_decay='0.', optim__schedule='constant')
+  """After a first step with a learning rate of 0, they are as they were."""
+  c = tiny(run)
   loop.train(c, tmp_path)
   said = capsys.readouterr().out
   assert f'weights of {run}, step 2, ema; optimizer state fresh' in said
-  ours, theirs = arrays(tmp_path, 2), arrays(run, 2)
+  ours, theirs = arrays(tmp_path, 1), arrays(run, 2)
   for path in ours:
     if path.startswith('params/'):
       np.testing.assert_array_equal(ours[path], theirs[path.replace('params', 'ema', 1)])
@@ -114,6 +122,9 @@ def test_a_new_classifier_on_converted_weights_and_then_another(bert, tmp_path, 
   gone = tmp_path / 'gone'
   shutil.copytree(bert, gone)
   workdir = tmp_path / 'run'
+  with pytest.raises(CheckpointError, match='(?s)classifier/(bias|kernel)'):
+    loop.train(matching(gone, optim__lr='0.', init__fresh='()'), tmp_path / 'refused')
+  assert not list(tmp_path.glob('refused/checkpoints/step_*'))
   loop.train(matching(gone, optim__lr='0.'), workdir)
   assert f'weights of {gone}, step 0, raw; optimizer state fresh' in capsys.readouterr().out
   ours = {p.removeprefix('params/'): x for p, x in arrays(workdir, 2).items()
@@ -163,11 +174,11 @@ def test_what_path_has_too_much_is_left_only_if_named(bert, tmp_path):
     (dict(init__optimizer='restore'), CheckpointError, 'holds no optimizer state; use '
                                                        'init.optimizer=fresh'),
 ])
-def test_what_does_not_fit_is_listed(changes, error, message, bert, tmp_path):
+def test_what_does_not_fit_is_listed(changes, error, message, bert):
   c = matching(bert, **{'data__vocab': str(bert / 'vocabulary' / 'vocab.txt'), **changes})
+  program = build.program(c)
   with pytest.raises(error, match=f'(?s){message}'):
-    loop.train(c, tmp_path)
-  assert not list(tmp_path.glob('checkpoints/step_*'))
+    program.first_state(program.load_initial())
 
 
 # -- the optimizer's state -------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def test_what_does_not_fit_is_listed(changes, error, message, bert, tmp_path):
 def test_the_optimizers_state_comes_along_if_asked(run, tmp_path, capsys):
   """The saved moments and their count; the schedule begins anew. Without clipping, which has no
   state but a place in the chain, they are the same."""
-  c = tiny(run, init__optimizer='restore', init__weights='raw', total_steps=3)
+  c = tiny(run, init__optimizer='restore', init__weights='raw')
   saved = arrays(run, 2)
   for clip, first in ((1., 1), (0., 0)):
     tx = optim.optimizer('adamw', lambda step: 1e-3, clip=clip, weight_decay=0.01)
@@ -188,11 +199,13 @@ def test_the_optimizers_state_comes_along_if_asked(run, tmp_path, capsys):
       np.testing.assert_array_equal(x, saved[f'opt_state/1/{path.partition("/")[2]}'])
   loop.train(c, tmp_path)
   assert f'weights of {run}, step 2, raw; optimizer state restored' in capsys.readouterr().out
-  after = arrays(tmp_path, 3)
+  after = arrays(tmp_path, 2)
   counts = {p: int(x) for p, x in after.items() if p.endswith('/count')}
-  assert counts == {'opt_state/1/count': 5, 'opt_state/3/count': 3}  # two steps and three more
+  assert counts == {'opt_state/1/count': 4, 'opt_state/3/count': 2}  # two steps and two more
+  tx = optim.optimizer('adafactor', lambda step: 1e-3)
+  abstract = build.abstract_state(c, tx, sharding.make_mesh())
   with pytest.raises(CheckpointError, match='opt_state'):            # of another optimizer
-    loop.train(tiny(run, init__optimizer='restore', optim__name='adafactor'), tmp_path / 'other')
+    loading.load_optimizer(c, abstract.opt_state, 2)
 
 
 def test_a_t5x_checkpoint_goes_on_with_its_adafactor_slots(tmp_path, capsys):
