@@ -79,6 +79,7 @@ faults: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ty check --quiet --python $(VENV) t5lab tests benchmarks configs
 
 clean:
 	rm -rf $(VENV) .venv-newest .cache runs

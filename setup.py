@@ -61,6 +61,7 @@ setup(
         'plots': ['matplotlib>=3.10,<4'],    # the page of `t5lab inspect`
         'notebook': ['ipykernel>=6,<8', 'matplotlib>=3.10,<4'],
         'test': ['pytest>=9,<10', 'pytest-xdist>=3.8,<4', 'ruff>=0.17,<0.18',
+                 'ty>=0.0.108,<0.0.109',
                  'nbclient>=0.10,<0.12', 'nbformat>=5.10,<6', 'ipykernel>=6,<8',
                  'datasketch>=2,<3', 'py3langid>=0.4,<0.5', 'jsonschema>=4.26,<5',
                  'matplotlib>=3.10,<4'],

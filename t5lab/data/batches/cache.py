@@ -19,7 +19,10 @@ import os
 from pathlib import Path
 import struct
 
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import (
+  array_record_data_source,
+  array_record_module,  # ty: ignore[missing-module-member] (a C extension)
+)
 import numpy as np
 
 from t5lab import files

@@ -104,6 +104,9 @@ def _write_shards(job, folder, missing, shards, processes, tick) -> Iterator[tup
       part.unlink()
 
 
+_progress = None     # of a worker process: the queue for its progress
+
+
 def _start_worker(progress, parent):
   global _progress
   _progress = progress
