@@ -78,7 +78,7 @@ def base(family: str, **model) -> ConfigDict:
   c.loss = l = ConfigDict()
   l.z_loss = 1e-4                    # weight of log(Z)^2 per token [T5X losses.py]
   l.label_smoothing = 0.
-  l.chunks = 1                       # logits are computed for one of so many parts of the tokens
+  l.chunks = 1                       # number of parts in which logits are computed, to save memory
   l.balance = 0.01                   # weight of the experts' load loss [Fedus et al. 2022, 2.2]
   l.router_z = 0.001                 # weight of the router z-loss [Zoph et al. 2022, 3.3]
 
@@ -311,7 +311,7 @@ def check(c: ConfigDict) -> None:
 
 
 def check_trainable(c: ConfigDict) -> None:
-  """As `check`, and that there is something to train on."""
+  """Checks the config, and that there is something to train on."""
   check(c)
   if not c.data.mixture:
     raise UsageError('data.mixture is empty: name a seqio Task or Mixture, for example ha_ende, or '
@@ -347,7 +347,7 @@ def mixtures(c: ConfigDict) -> set[str]:
 
 
 def is_embedded(name: str) -> bool:
-  """Whether the package contains the data of this task or mixture."""
+  """True if the package contains the data of this task or mixture."""
   return name.startswith(task_names.EMBEDDED)
 
 

@@ -55,7 +55,7 @@ def map_paths(f: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def fits(path: str, patterns: Iterable[str]) -> bool:
-  """Whether any regex matches the whole path."""
+  """True if any regex matches the whole path."""
   return any(re.fullmatch(p, path) for p in patterns)
 
 

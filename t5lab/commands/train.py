@@ -50,7 +50,10 @@ def summary(c, workdir, result) -> None:
   from t5lab.commands.eval import show
   from t5lab.data.tasks import prompts
   show(result, f'{workdir} · step {c.total_steps} · {c.eval.split}', c.eval.samples)
-  command = f'{os.path.relpath(sys.argv[0])} infer --workdir {workdir}'
+  program = 'python -m t5lab'
+  if not sys.argv[0].endswith('__main__.py'):
+    program = os.path.relpath(sys.argv[0])
+  command = f'{program} infer --workdir {workdir}'
   if not c.model.dec_layers:
     method = 'classify' if c.model.classes else 'embed'
     print(f"Try your own:  t5lab.load('{workdir}').{method}(['Turn on the light'])  in Python")

@@ -22,7 +22,7 @@ def _check(targets, predictions):
 
 
 def _references(targets) -> list[list[str]]:
-  """Reference streams, as sacrebleu wants them: streams[i][n] is reference i of example n."""
+  """Reference streams for sacrebleu: streams[i][n] is reference i of example n."""
   if isinstance(targets[0], str):
     return [list(targets)]
   most = max(map(len, targets))
@@ -30,7 +30,7 @@ def _references(targets) -> list[list[str]]:
 
 
 def bleu(targets, predictions) -> dict[str, float]:
-  """Corpus BLEU of sacrebleu, smoothing exp, tokenizer intl (the paper's; sacrebleu's own is 13a).
+  """Corpus BLEU of sacrebleu, smoothing exp, tokenizer intl (the paper's; sacrebleu's default is 13a).
 
   targets: str, or a list of references, an example.
   """
@@ -67,7 +67,7 @@ def rouge(targets, predictions) -> dict[str, float]:
 
 
 def normalize_answer(text: str, punctuation=_NO_PUNCTUATION) -> str:
-  """Lower case, no ASCII punctuation, no articles, single spaces. [Rajpurkar et al. 2016]"""
+  """Lower case without ASCII punctuation and articles, single spaces. [Rajpurkar et al. 2016]"""
   return ' '.join(_ARTICLES.sub(' ', text.lower().translate(punctuation)).split())
 
 
@@ -98,7 +98,7 @@ def squad(targets, predictions) -> dict[str, float]:
 
 
 def squad_v2(targets, predictions) -> dict[str, float]:
-  """As squad, by SQuAD 2.0's script: a question without an answer wants the empty prediction.
+  """`squad` by SQuAD 2.0's script: the right prediction for an unanswerable question is empty.
 
   Answers that normalise to nothing are left out, unless all do: then both scores are 1 for a
   prediction that does too, else 0. [Rajpurkar et al. 2018; evaluate-v2.0.py]
@@ -115,12 +115,12 @@ def squad_v2(targets, predictions) -> dict[str, float]:
 
 
 def trivia_qa(targets, predictions) -> dict[str, float]:
-  """As squad, by TriviaQA's script: punctuation, quotes included, becomes a space. [Joshi 2017]"""
+  """`squad` by TriviaQA's script: punctuation and quotes become spaces. [Joshi 2017]"""
   return _best_answers(targets, predictions, _SPACED_PUNCTUATION)
 
 
 def record(targets, predictions) -> dict[str, float]:
-  """squad over the first example of each group: ReCoRD's rows come once for each right answer.
+  """`squad` over the first example of each group: ReCoRD has an example for each right answer.
 
   targets: {'value': answers, 'group': of a query}; predictions: {'value': str}.
   """
@@ -131,17 +131,17 @@ def record(targets, predictions) -> dict[str, float]:
   return squad(*zip(*first.values()))
 
 
-# Classes and scores: a prediction that is no class is -1
+# Classes and scores: an invalid class is predicted as -1
 
 
 def accuracy(targets, predictions) -> dict[str, float]:
-  """Share of predictions equal to their target, which may be of any kind."""
+  """The fraction of predictions that equal their target, of any type."""
   _check(targets, predictions)
   return {'accuracy': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
 
 
 def matthews_corrcoef(targets, predictions) -> dict[str, float]:
-  """Matthews correlation; an invalid prediction is one more class. 0 where all are of one class.
+  """Matthews correlation; an invalid prediction is one more class. 0 if all are of one class.
 
   [Gorodkin 2004, R_K; as scikit-learn's, which T5 uses]
   """
@@ -155,14 +155,14 @@ def matthews_corrcoef(targets, predictions) -> dict[str, float]:
 
 
 def _class_f1(targets, predictions, label) -> float:
-  """F1 of one class in 0..1, 0 where it is neither a target nor predicted."""
+  """F1 of one class, from 0 to 1; 0 if it is neither a target nor predicted."""
   targets, predictions = (np.asarray(x) == label for x in (targets, predictions))
   return 2 * float(np.sum(targets & predictions)) / max(1, int(np.sum(targets) +
                                                                np.sum(predictions)))
 
 
 def f1_score_with_invalid(targets, predictions) -> dict[str, float]:
-  """F1 of class 1 of 0 and 1; an invalid prediction counts as the class that it should not be."""
+  """F1 of class 1 of 0 and 1; an invalid prediction counts as the wrong class."""
   _check(targets, predictions)
   valid = [p if p in (0, 1) else 1 - t for t, p in zip(targets, predictions)]
   return {'f1': 100 * _class_f1(targets, valid, 1)}
@@ -181,7 +181,7 @@ def multirc_f1_over_all_answers(targets, predictions) -> dict[str, float]:
 
 
 def multirc_exact_match(targets, predictions) -> dict[str, float]:
-  """Share of questions, which are groups of answers, with every answer judged right.
+  """The fraction of questions, which are groups of answers, with every answer judged correctly.
 
   targets: {'value': class, 'group': of a question}; predictions: {'value': class}.
   """
@@ -194,7 +194,7 @@ def multirc_exact_match(targets, predictions) -> dict[str, float]:
 
 
 def _correlation(x, y) -> float:
-  """Pearson's, in -100..100; 0 where one is constant and none is defined (scipy has nan)."""
+  """Pearson correlation, from -100 to 100; 0 if one side is constant (scipy gives NaN)."""
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   if not (np.ptp(x) and np.ptp(y)):
     return 0.
@@ -203,19 +203,19 @@ def _correlation(x, y) -> float:
 
 
 def _ranks(x) -> np.ndarray:
-  """float[n], 1 for the least; equal values share the mean of their ranks."""
+  """float[n], 1 for the smallest; equal values get the mean of their ranks."""
   _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
   return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def pearson_corrcoef(targets, predictions) -> dict[str, float]:
-  """Linear correlation, in -100..100."""
+  """Linear correlation, from -100 to 100."""
   _check(targets, predictions)
   return {'pearson_corrcoef': _correlation(targets, predictions)}
 
 
 def spearman_corrcoef(targets, predictions) -> dict[str, float]:
-  """Correlation of ranks, in -100..100."""
+  """Rank correlation, from -100 to 100."""
   _check(targets, predictions)
   return {'spearman_corrcoef': _correlation(_ranks(targets), _ranks(predictions))}
 
@@ -224,13 +224,13 @@ def spearman_corrcoef(targets, predictions) -> dict[str, float]:
 
 
 def exact_match(targets, predictions) -> dict[str, float]:
-  """Share of predictions equal to their target."""
+  """The fraction of predictions that equal their target."""
   _check(targets, predictions)
   return {'exact_match': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
 
 
 def _edits(target: str, prediction: str) -> int:
-  """Fewest insertions, deletions and substitutions of a character. [Levenshtein 1966]"""
+  """The least number of insertions, deletions and substitutions. [Levenshtein 1966]"""
   row = list(range(len(prediction) + 1))
   for i, t in enumerate(target, start=1):
     before, row[0] = row[0], i
@@ -240,7 +240,7 @@ def _edits(target: str, prediction: str) -> int:
 
 
 def phoneme_error_rate(targets, predictions) -> dict[str, float]:
-  """Edits over all examples for 100 phonemes of their targets; a character is a phoneme.
+  """Edits per 100 target phonemes, over all examples; a character is a phoneme.
 
   Stress marks count as phonemes, as do length marks: what the dictionary writes is compared.
   """
@@ -250,7 +250,7 @@ def phoneme_error_rate(targets, predictions) -> dict[str, float]:
 
 
 def token_accuracy(targets, predictions) -> dict[str, float]:
-  """Share of target positions where the prediction has the same token, over id sequences."""
+  """The fraction of target positions at which the prediction has the same token id."""
   _check(targets, predictions)
   same = sum(int(t == p) for ts, ps in zip(targets, predictions) for t, p in zip(ts, ps))
   return {'token_accuracy': 100 * same / max(1, sum(map(len, targets)))}

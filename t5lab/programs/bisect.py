@@ -225,7 +225,7 @@ def _collect(run: Replay, start: int, step: int) -> _Evidence:
 
 
 def _examine(a: Replay, b: Replay, start: int, step: int) -> Verdict:
-  """What differs first in `step`, when everything before it is the same."""
+  """Finds what differs first in `step`, given that everything before it is the same."""
   x, y = (_collect(run, start, step) for run in (a, b))
   where = f'the runs differ at step {step}'
 

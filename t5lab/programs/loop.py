@@ -297,7 +297,7 @@ class _StepLog:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-  """Whether something that happens `every` so many steps (0: never) and at the last one is due."""
+  """True at every multiple of `every` (0: never), and at the last step."""
   return step == last or (every > 0 and step % every == 0)
 
 
@@ -357,7 +357,7 @@ def _check_same_everywhere(name: str, value: str, error) -> None:
 
 
 def _origin(c, run: Run) -> str:
-  """Where the state at step 0 comes from, in one line."""
+  """The origin of the state at step 0, in one line."""
   optimizer = 'restored' if c.init.optimizer == 'restore' else 'fresh'
   if run.initial:
     weights = f'weights of {c.init.path}, step {run.initial.step}, {run.initial.weights}'

@@ -131,7 +131,7 @@ class Replay:
     return ReplayedStep(self.step, number, batch, row, halted)
 
   def meta(self) -> dict:
-    """What a checkpoint of this state has to hold besides its arrays."""
+    """The metadata for a checkpoint of this state."""
     return self._run.meta()
 
   def put(self, batch):
@@ -147,7 +147,7 @@ class Replay:
     return trees.flatten(state)
 
   def config_changed_since(self, step: int) -> bool:
-    """Whether config.json was changed after the checkpoint of `step` was written."""
+    """True if config.json was changed after the checkpoint of `step` was written."""
     if step == 0:
       return False
     then = self.checkpoints.manifest(step).meta.get('config')

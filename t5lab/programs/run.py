@@ -79,5 +79,5 @@ class Run:
     return learning_rate
 
   def meta(self) -> dict:
-    """What a checkpoint of this step holds besides the arrays."""
+    """The metadata for a checkpoint of this step."""
     return checkpoint_meta(self.step, self.offset, self.digest, self.guard, self._data)

@@ -115,7 +115,7 @@ class Checkpoints(StepDirectory):
       raise error
 
   def annotate(self, step: int, metrics: Mapping) -> None:
-    """As StepDirectory.annotate; joins the save in progress first."""
+    """Annotates like StepDirectory; joins the save in progress first."""
     self.wait()
     super().annotate(step, metrics)
 
@@ -168,7 +168,7 @@ class Checkpoints(StepDirectory):
         self._remove(step)
 
   def _is_saved(self, step) -> bool:
-    """Whether the step is committed and whole; quarantines it if it is damaged."""
+    """True if the step is committed and whole; quarantines it if it is damaged."""
     if step not in self.steps():
       return False
     try:

@@ -119,7 +119,7 @@ def _describe(holder: dict) -> str:
 
 
 def _is_running(holder: dict) -> bool:
-  """Whether the holder runs on this machine, and is not just exiting."""
+  """True if the holder runs on this machine, and is not just exiting."""
   if not _is_of_this_boot(holder) or not _is_alive(holder):
     return False
   try:  # a process that exits loses its memory first, and with it its command line
@@ -129,7 +129,7 @@ def _is_running(holder: dict) -> bool:
 
 
 def _is_gone(holder: dict) -> bool:
-  """Whether the holder ran on this machine and has ended."""
+  """True if the holder ran on this machine and has ended."""
   is_local = _is_of_this_boot(holder) and holder.get('host') == socket.gethostname()
   return is_local and _start_time(holder.get('pid')) != holder.get('start')
 

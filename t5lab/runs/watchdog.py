@@ -64,7 +64,7 @@ class Watchdog:
 
   @property
   def armed(self) -> bool:
-    """Whether a step's time is known, or the watchdog is off."""
+    """True if a step's time is known, or the watchdog is off."""
     return bool(self._step_seconds) or not self._seconds
 
   def beat(self, doing: str) -> None:

@@ -111,7 +111,7 @@ def _adamw(schedule, weight_decay, mask, *, b1, b2, eps, **_):
 
 
 def _adafactor(schedule, weight_decay, mask, *, momentum, min_factored, **_):
-  """As T5X: subtracts weight_decay * parameter, *not* times lr. momentum is T5X's beta1."""
+  """Like T5X, subtracts weight_decay * parameter, *not* times lr. momentum is T5X's beta1."""
   chain = [adafactor.scale_by_adafactor(min_factored=min_factored),
            optax.scale_by_learning_rate(schedule)]
   if momentum:

@@ -123,7 +123,7 @@ def _router_sums(collected, weights) -> losses.Sums:
 
 
 def _has_next(model, batch) -> bool:
-  """Whether the loss includes next-sentence prediction."""
+  """True if the loss includes next-sentence prediction."""
   return model.config.nsp and 'encoder_next_labels' in batch
 
 

@@ -26,7 +26,7 @@ _INITIALS = re.compile(r'[^\W\d_](?:\.[^\W\d_])+|[A-HJ-Z]')   # I is rather the 
 
 
 def _abbreviates(before: str, following: str) -> bool:
-  """Whether a dot marks an abbreviation.
+  """True if a dot marks an abbreviation.
 
   before: the sentence up to the dot, or its last characters. following: the character after it.
   """

@@ -41,7 +41,7 @@ def format_of(file: str) -> tuple[str, str]:
 
 
 def is_table(file: str) -> bool:
-  """Whether the name is of a format with named fields; all others are text with lines."""
+  """True for formats with named fields; all others are lines of text."""
   try:
     return format_of(file)[0] != 'txt'
   except UsageError:

@@ -1,4 +1,4 @@
-"""What tasks are made of: seqio preprocessors over batches, and `add`, which registers a task.
+"""The parts of tasks: seqio preprocessors over batches, and `add`, which registers a task.
 
 A call from tf.data into Python costs as much as tokenizing 20 sentences. So everything written in
 Python runs on batches: `by_batch(fn)` is the preprocessor of fn(batch, output_features).
@@ -65,7 +65,7 @@ def prompted(task: str, target: str):
 
 
 def trims(preprocessor) -> bool:
-  """Whether it is seqio's append_eos_after_trim. It gets no lengths: the pipeline trims."""
+  """True for seqio's append_eos_after_trim. It gets no lengths: the pipeline trims."""
   fn = getattr(preprocessor, 'func', preprocessor)     # seqio wraps it in functools.partial
   return fn is seqio.preprocessors.append_eos_after_trim
 

@@ -302,7 +302,7 @@ def _referent_words(text):
 
 
 def same_referent(referent: str, prediction: str) -> bool:
-  """Whether all words of one text are in the other: 'the cat' and 'black cat', but not 'dog'.
+  """True if all words of one text are in the other: 'the cat' and 'black cat', but not 'dog'.
 
   Case and determiners are ignored. Bob and Bob's hat differ, because only one has an apostrophe.
   """
