@@ -30,7 +30,7 @@ def _references(targets) -> list[list[str]]:
 
 
 def bleu(targets, predictions) -> dict[str, float]:
-  """Corpus BLEU of sacrebleu, smoothing exp, tokenizer intl (the paper's; sacrebleu's default is 13a).
+  """Corpus BLEU of sacrebleu, smoothing exp, tokenizer intl (as in T5; sacrebleu's default is 13a).
 
   targets: str, or a list of references, an example.
   """

@@ -1,4 +1,6 @@
-"""The identity of a task: what its stored examples depend on, as text; a cache with another identity is refused.
+"""The identity of a task: what its stored examples depend on, as text.
+
+A cache with another identity is refused.
 
 Code is identified by its source: that of a preprocessor, of the functions it calls by name in its
 module, and the values it closes over.
