@@ -40,11 +40,13 @@ def parameters(c):
   return jax.tree.map(lambda x: r.randn(*x.shape).astype(np.float32), nn.unbox(shapes))
 
 
+bucket = jit(functools.partial(relative_bucket, bidirectional=True, buckets=8, max_distance=16))
+
+
 def dense(c, p, x, segments):
   """One row: scores of every pair, and of every token with every global token of its segment."""
   S = len(segments)
-  bias = lambda name, relative: p[name]['table'][np.asarray(relative_bucket(
-      np.asarray(relative), bidirectional=True, buckets=8, max_distance=16))]
+  bias = lambda name, relative: p[name]['table'][np.asarray(bucket(np.asarray(relative)))]
   project = lambda name, y: (y @ p['attn'][name]['kernel']).reshape(-1, N, H)
   keys, own, at = [x], [], []
   mask = [[abs(i - j) <= RADIUS and segments[i] == segments[j] > 0 for j in range(S)]
@@ -77,13 +79,19 @@ def dense(c, p, x, segments):
   return out @ p['attn']['o']['kernel']
 
 
+@functools.cache
+def compiled(c):
+  return jit(Layer(c).apply)
+
+
 @pytest.mark.parametrize('c', [LOCAL, GLOBAL], ids=['local', 'transient_global'])
-@pytest.mark.parametrize('lengths', [(1,), (3,), (8,), (13,), (17, 6), (5, 3, 9, 4)], ids=str)
-def test_blocks_equal_the_dense_function(c, lengths):
-  """Lengths are no multiples of a block of 4; several segments share a row; two are padding."""
-  segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, 2])
+@pytest.mark.parametrize('lengths, padding', [
+    ((1,), 2), ((3,), 22), ((8,), 2), ((13,), 12), ((17, 6), 2), ((5, 3, 9, 4), 4)], ids=str)
+def test_blocks_equal_the_dense_function(c, lengths, padding):
+  """Rows of 3, 10 and 25 tokens, no multiples of a block of 4; several segments share a row."""
+  segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
   x = np.random.RandomState(len(segments)).randn(len(segments), D).astype(np.float32)
-  got = jit(Layer(c).apply)({'params': parameters(c)}, x[None], segments[None])[0]
+  got = compiled(c)({'params': parameters(c)}, x[None], segments[None])[0]
   real = segments > 0
   want = dense(c, parameters(c), x, segments.tolist())
   np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=2e-5, rtol=1e-5)
@@ -91,7 +99,8 @@ def test_blocks_equal_the_dense_function(c, lengths):
 
 
 def test_global_blocks_by_hand():
-  block, segment = global_blocks(np.array([[1, 1, 1, 1, 1, 2, 2, 3, 0], [4] * 9, [0] * 9]), 2)
+  block, segment = jit(global_blocks, static_argnums=1)(
+      np.array([[1, 1, 1, 1, 1, 2, 2, 3, 0], [4] * 9, [0] * 9]), 2)
   assert block.tolist() == [[0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 1, 1, 2, 2, 3, 3, 3], [-1] * 9]
   assert segment.tolist() == [[1, 1, 2, 0], [4] * 4, [0] * 4]
 

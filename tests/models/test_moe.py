@@ -15,11 +15,13 @@ from t5lab.models.transformer import Transformer
 from t5lab.training import optim, steps
 
 REAL = np.ones((1, 6), bool)
+route_step = jit(route, static_argnums=(2, 3))
 
 
 def routed(probs, real, top_k, capacity):
   """{(token, expert, place): gate}, and which choices were dropped."""
-  combine, dropped = route(np.array([probs], np.float32), np.array(real)[None] > 0, top_k, capacity)
+  combine, dropped = route_step(
+      np.array([probs], np.float32), np.array(real)[None] > 0, top_k, capacity)
   combine = np.asarray(combine)
   return ({tuple(map(int, at[1:])): round(float(combine[tuple(at)]), 6)
            for at in np.argwhere(combine)}, np.asarray(dropped)[0].astype(int).tolist())
@@ -58,6 +60,11 @@ def config(**changes):
                                      eval_capacity_factor=4.), **changes})
 
 
+@functools.cache
+def compiled(c, train=False):
+  return jit(functools.partial(Moe(c, train).apply, mutable=['router']))
+
+
 def layer(c, x, real=None, router=None):
   """(output, parameters, statistics) of one mixture."""
   real = np.ones(x.shape[:2], bool) if real is None else real
@@ -68,8 +75,7 @@ def layer(c, x, real=None, router=None):
                                      is_leaf=lambda b: hasattr(b, 'value')))
   if router is not None:
     params['router'] = np.asarray(router, np.float32)
-  y, collected = jit(lambda *args: Moe(c, False).apply(*args, mutable=['router']))(
-      {'params': params}, x, real)
+  y, collected = compiled(c)({'params': params}, x, real)
   return np.asarray(y), params, {k: np.asarray(v[0]) for k, v in collected['router'].items()}
 
 
@@ -100,7 +106,7 @@ def test_capacity_of_training_and_of_evaluation():
   x, real = np.random.RandomState(0).randn(1, 8, 8).astype(np.float32), np.ones((1, 8), bool)
   params = layer(c, x, router=np.zeros((8, 4)))[1]     # ties go to the first
   for train, places in ((True, 3), (False, 4)):
-    y = np.asarray(Moe(c, train).apply({'params': params}, x, real))
+    y = np.asarray(compiled(c, train)({'params': params}, x, real)[0])
     assert np.abs(y[0]).any(-1).tolist() == [True] * places + [False] * (8 - places)
 
 

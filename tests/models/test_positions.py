@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import CONFIGS, jit, random_params
@@ -13,36 +12,39 @@ from t5lab.models.families import TransformerConfig
 from t5lab.models.positions import relative_bucket, rope, rope_frequencies, sinusoids
 from t5lab.models.transformer import Transformer
 
+bucket_of = jit(relative_bucket, static_argnames='bidirectional')
+rotated = jit(rope, static_argnums=2)
+
 
 def test_relative_buckets_of_the_paper():
   past = np.arange(0, 200)
-  both = np.asarray(relative_bucket(-past, bidirectional=True))
+  both = np.asarray(bucket_of(-past, bidirectional=True))
   assert list(both[:8]) == list(range(8))
   for bucket, low, high in [(8, 8, 11), (9, 12, 15), (10, 16, 22), (11, 23, 31), (12, 32, 45),
                             (13, 46, 63), (14, 64, 90), (15, 91, 199)]:
     assert set(both[low:high + 1]) == {bucket}
-  future = np.asarray(relative_bucket(past[1:], bidirectional=True))
+  future = np.asarray(bucket_of(past, bidirectional=True))[1:]
   assert (future == both[1:] + 16).all() and 16 not in future
-  one = np.asarray(relative_bucket(-past, bidirectional=False))
+  one = np.asarray(bucket_of(-past, bidirectional=False))
   edges = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113, 200]
   for bucket, (low, high) in enumerate(zip(edges, edges[1:]), start=16):
     assert set(one[low:high]) == {bucket}, bucket
-  assert set(np.asarray(relative_bucket(past, bidirectional=False))) == {0}
+  assert set(np.asarray(bucket_of(past, bidirectional=False))) == {0}
 
 
 def test_rotations_depend_on_the_difference_of_positions():
   c = TransformerConfig(positions='rope', d_head=8)
   q, k = np.random.RandomState(0).randn(2, 1, 1, 2, 8).astype(np.float32)
-  at = lambda x, p: rope(x, np.array([p]), c)
-  dot = lambda i, j: np.asarray(jnp.einsum('BTNH,BTNH->N', at(q, i), at(k, j)))
+  at = lambda x, p: np.asarray(rotated(x, np.array([p]), c))
+  dot = lambda i, j: np.einsum('BTNH,BTNH->N', at(q, i), at(k, j))
   assert (np.asarray(at(q, 0)) == q).all()
   np.testing.assert_allclose(dot(7, 4), dot(3, 0), atol=1e-5)
   np.testing.assert_allclose(dot(1003, 1000), dot(3, 0), atol=2e-4)
   assert (abs(dot(4, 7) - dot(3, 0)) > 1e-3).all()      # not of its absolute value
   # dimension i turns with i + H / 2, by position * theta ** (-2 i / H): here i = 1
-  e1 = np.zeros((1, 1, 1, 8), np.float32)
+  e1 = np.zeros((1, 1, 2, 8), np.float32)
   e1[..., 1] = 1
-  got = np.asarray(at(e1, 3)).ravel()
+  got = at(e1, 3)[0, 0, 0]
   angle = 3 * 10_000 ** (-2 / 8)
   np.testing.assert_allclose(got[[1, 5]], [math.cos(angle), math.sin(angle)], atol=1e-6)
   assert not got[[0, 2, 3, 4, 6, 7]].any()
@@ -51,9 +53,9 @@ def test_rotations_depend_on_the_difference_of_positions():
 def test_positions_of_each_row_rotate_that_row():
   c = TransformerConfig(positions='rope', d_head=4)
   x = np.random.RandomState(0).randn(2, 3, 1, 4).astype(np.float32)
-  both = rope(x, np.array([[0, 1, 2], [0, 0, 1]]), c)
-  np.testing.assert_allclose(both[0], rope(x, np.arange(3), c)[0], atol=1e-6)
-  np.testing.assert_allclose(both[1], rope(x, np.array([0, 0, 1]), c)[1], atol=1e-6)
+  both = rotated(x, np.array([[0, 1, 2], [0, 0, 1]]), c)
+  np.testing.assert_allclose(both[0], rotated(x, np.arange(3), c)[0], atol=1e-6)
+  np.testing.assert_allclose(both[1], rotated(x, np.array([0, 0, 1]), c)[1], atol=1e-6)
 
 
 def test_scaling_of_llama_3_1():
@@ -62,7 +64,8 @@ def test_scaling_of_llama_3_1():
   plain = TransformerConfig(positions='rope', d_head=128, rope_theta=500_000.)
   scaled = TransformerConfig(positions='rope', d_head=128, rope_theta=500_000.,
                              rope_scaling=(8., 1., 4., 8192.))
-  inv, got = (np.asarray(rope_frequencies(c), np.float64) for c in (plain, scaled))
+  frequencies = jit(rope_frequencies, static_argnums=0)
+  inv, got = (np.asarray(frequencies(c), np.float64) for c in (plain, scaled))
   waves = 2 * np.pi / inv
   assert waves[10] < 2048 < waves[32] < 8192 < waves[50]
   wave = 2 * np.pi * 500_000 ** (64 / 128)                     # 4442.9 of dimension 32
@@ -74,7 +77,7 @@ def test_scaling_of_llama_3_1():
 
 def test_sinusoids_of_the_paper():
   """PE(p, 2 i) = sin(p / 10000 ** (2 i / D)), PE(p, 2 i + 1) its cosine, interleaved."""
-  got = np.asarray(sinusoids(np.array([0, 1, 30]), 6))
+  got = np.asarray(jit(sinusoids, static_argnums=1)(np.array([0, 1, 30]), 6))
   np.testing.assert_allclose(got[0], [0, 1, 0, 1, 0, 1], atol=1e-7)
   np.testing.assert_allclose(
       got[1], [0.841471, 0.540302, 0.046399, 0.998923, 0.002154, 0.999998], atol=1e-6)

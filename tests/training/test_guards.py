@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import jit
 
 from t5lab import trees
 from t5lab.errors import UsageError
@@ -23,8 +24,11 @@ from t5lab.training import diagnosis, guards, optim, steps
 CONFIG = TransformerConfig(vocab_size=64, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=0,
                            dec_layers=2, dropout=0.1)
 MODEL = Transformer(CONFIG, train=True)
-# Every update has another learning rate: a skipped step must not use one up.
-TX = optim.optimizer('adamw', optim.schedule('linear', lr=1e-2, warmup=4, total=20), clip=1.)
+# Every update has another learning rate: a skipped step must not use one up. Update 1,000
+# overflows.
+LINEAR = optim.schedule('linear', lr=1e-2, warmup=4, total=20)
+TX = optim.optimizer('adamw', lambda n: jnp.where(n == 1000, 1e38, LINEAR(n)), clip=1.)
+SKIP = dict(policy='skip', spike=8.)     # no spike is looked for in the first steps
 OPTIONS = dict(model=MODEL, tx=TX, loss=steps.Loss(1e-4), ema=0.9, seed=3)
 
 
@@ -43,8 +47,8 @@ def broken(batch, kind, **fault):
 
 @pytest.fixture(scope='module')
 def state():
-  params = nn.unbox(steps.init_params(Transformer(CONFIG), 0, make_batch(0)))
-  return steps.new_state(params, TX, 0.9)
+  params = jit(functools.partial(steps.init_params, Transformer(CONFIG), 0))(make_batch(0))
+  return steps.new_state(nn.unbox(params), TX, 0.9)
 
 
 @functools.cache
@@ -76,8 +80,8 @@ def assert_same(a, b):
 def test_a_run_with_a_skipped_batch_equals_one_without_it(state, kind):
   batches = [make_batch(i) for i in range(6)]
   bad = broken(batches[2], kind, row=3 if kind == 'nan_shard' else None)
-  ours, guard, metrics = run(state, [*batches[:2], bad, *batches[3:]], policy='skip')
-  without, guard_without, _ = run(state, [*batches[:2], *batches[3:]], policy='skip')
+  ours, guard, metrics = run(state, [*batches[:2], bad, *batches[3:]], **SKIP)
+  without, guard_without, _ = run(state, [*batches[:2], *batches[3:]], **SKIP)
   assert [m['skipped'] for m in metrics] == [0, 0, 1, 0, 0, 0]
   assert not math.isfinite(metrics[2]['loss']) and int(ours.step) == 5
   assert_same(ours, without)
@@ -85,24 +89,23 @@ def test_a_run_with_a_skipped_batch_equals_one_without_it(state, kind):
 
 
 def test_an_infinite_loss_is_reported_as_infinite(state):
-  _, _, metrics = run(state, [broken(make_batch(0), 'inf_loss')], policy='skip')
+  _, _, metrics = run(state, [broken(make_batch(0), 'inf_loss')], **SKIP)
   assert metrics[0]['loss'] == math.inf
 
 
-@pytest.mark.parametrize('policy', ['stop', 'rewind'])
-def test_after_a_bad_step_no_step_counts(state, policy):
+def test_after_a_bad_step_no_step_counts(state):
   batches = [make_batch(i) for i in range(5)]
   bad = [*batches[:2], broken(batches[2], 'nan_grad'), *batches[3:]]
-  ours, guard, metrics = run(state, bad, policy=policy)
+  ours, guard, metrics = run(state, bad, policy='stop')
   assert [m['halted'] for m in metrics] == [0, 0, 1, 1, 1]
   assert [m['skipped'] for m in metrics] == [0, 0, 1, 1, 1]
   assert int(guard.halted) and int(ours.step) == 2
-  assert_same(ours, run(state, batches[:2], policy=policy)[0])
+  assert_same(ours, run(state, batches[:2], policy='stop')[0])
 
 
 def test_skipping_ends_after_patience_bad_steps_in_a_row(state):
   good, bad = make_batch(0), broken(make_batch(1), 'nan_grad')
-  _, _, metrics = run(state, [bad, bad, good, bad, bad, bad, good], policy='skip')
+  _, _, metrics = run(state, [bad, bad, good, bad, bad, bad, good], **SKIP)
   assert [m['halted'] for m in metrics] == [0, 0, 0, 0, 0, 1, 1]
   assert [m['skipped'] for m in metrics] == [1, 1, 0, 1, 1, 1, 1]
 
@@ -110,17 +113,18 @@ def test_skipping_ends_after_patience_bad_steps_in_a_row(state):
 @pytest.mark.parametrize('non_finite', ['gradient', 'parameters'])
 def test_a_finite_loss_does_not_make_a_step_good(state, non_finite, monkeypatch):
   """The gradient is NaN, or the update overflows."""
-  options = OPTIONS
+  step = stepper(**SKIP)
   if non_finite == 'gradient':
     real = steps.gradients
     def gradients(*args, **kwargs):
       grads, sums = real(*args, **kwargs)
       return jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads), sums
     monkeypatch.setattr(steps, 'gradients', gradients)
+    step = jax.jit(functools.partial(
+        steps.guarded_step, settings=guards.Settings('skip'), **OPTIONS))
   else:
-    options = {**OPTIONS, 'tx': optim.optimizer('adamw', 1e38)}
-    state = steps.new_state(state.params, options['tx'], 0.9)
-  step = jax.jit(functools.partial(steps.guarded_step, settings=guards.Settings('skip'), **options))
+    state = state.replace(opt_state=trees.map_paths(
+        lambda p, x: jnp.int32(1000) if p.endswith('count') else x, state.opt_state))
   after, _, metrics = step(state, make_batch(0), None, guards.initial())
   assert math.isfinite(metrics['loss']) and metrics['skipped'] == 1
   assert_same(after, state)
@@ -155,10 +159,15 @@ def test_nan_on_one_shard_is_the_same_decision_on_every_device(state):
 # --- the verdict -------------------------------------------------------------------------------
 
 
+@functools.cache
+def judge_step(**settings):
+  return jax.jit(functools.partial(guards.judge, settings=guards.Settings(**settings)))
+
+
 def judge(losses, norms=None, **settings):
   """Returns (whether each step counts, the last guard, the last added metrics)."""
   guard, verdicts = guards.initial(), []
-  f = jax.jit(functools.partial(guards.judge, settings=guards.Settings(**settings)))
+  f = judge_step(**settings)
   for loss, norm in zip(losses, norms or [1.] * len(losses)):
     ok, guard, added = f(guard, {'loss': jnp.float32(loss), 'grad_norm': jnp.float32(norm),
                                  'param_norm': jnp.float32(1.)})
@@ -183,8 +192,15 @@ def test_spikes_are_found_only_after_the_warm_up_and_only_if_enabled(which):
   assert [i for i, good in enumerate(ok) if not good] == [30]
   assert int(guard.good) == 39                    # the spike does not enter the mean
   assert all(judge(*args, policy='skip', spike=0.)[0])
-  ok, guard, _ = judge(*args, policy='stop', spike=6.)
-  assert not any(ok[30:]) and int(guard.halted)
+  for policy in ('stop', 'rewind'):
+    ok, guard, _ = judge(*args, policy=policy, spike=6.)
+    assert all(ok[:30]) and not any(ok[30:]) and int(guard.halted)
+
+
+@pytest.mark.parametrize('policy', ['stop', 'rewind'])
+def test_one_loss_that_is_not_finite_halts(policy):
+  ok, guard, added = judge([5., 5., math.nan, 5.], policy=policy, spike=6.)
+  assert ok == [True, True, False, False] and int(guard.halted) == added['halted'] == 1
 
 
 def test_rounding_of_a_flat_loss_is_not_a_spike():
@@ -219,7 +235,7 @@ def test_guard_settings_are_frozen():
 def test_the_guard_sees_an_injected_spike(state):
   batches = [make_batch(i) for i in range(guards.WARM_UP)]
   _, _, metrics = run(state, [*batches, make_batch(30), broken(make_batch(31), 'spike')],
-                      policy='skip', spike=8.)
+                      **SKIP)
   assert [m['skipped'] for m in metrics[-3:]] == [0, 0, 1], [m['deviations'] for m in metrics]
   assert math.isfinite(metrics[-1]['loss'])
 
