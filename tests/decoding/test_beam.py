@@ -59,6 +59,10 @@ def search(step, cache, rows=2, **kw):
   return jax.tree.map(np.asarray, run(cache, starts(rows)))
 
 
+def greedy(step, cache, start, length):
+  return jax.jit(functools.partial(sample, step, length=length, eos=EOS))(cache, start)
+
+
 def penalty(n, alpha):
   return ((5 + n) / 6) ** alpha
 
@@ -138,17 +142,16 @@ def test_the_worked_example_of_the_docstring():
   assert tokens.tolist() == [[[3, 1, 0], [2, 3, 1]]]
   np.testing.assert_allclose(scores, [[math.log(.36) / (7 / 6), math.log(.135) / (8 / 6)]],
                              rtol=1e-5)
-  assert sample(markov_step(WORKED), {}, jnp.array([0]), length=3, eos=EOS)[0].tolist() == [
-      [2, 2, 2]]
+  assert greedy(markov_step(WORKED), {}, jnp.array([0]), length=3)[0].tolist() == [[2, 2, 2]]
 
 
 def count_calls(step, rows, **kw):
   calls = []
   def counted(tokens, cache, index):
-    calls.append(tokens.shape)
+    jax.debug.callback(lambda: calls.append(tokens.shape), ordered=True)
     return step(tokens, cache, index)
-  with jax.disable_jit():
-    beam_search(counted, {}, jnp.zeros(rows, jnp.int32), eos=EOS, **kw)
+  search(counted, {}, rows, **kw)
+  jax.effects_barrier()
   return calls
 
 
@@ -177,9 +180,9 @@ def test_one_beam_is_greedy_where_the_end_is_sure(seed):
   step = history_step(logits)
   cache = {'self': {'seen': jnp.full((1, 2, length), 9)}, 'memory': jnp.arange(2)}
   tokens, scores = search(step, cache, beams=1, length=length, alpha=0.)
-  greedy, log_p = sample(step, cache, starts(2), length=length, eos=EOS)
-  assert (greedy[:, length - 2] == EOS).all()
-  assert tokens[:, 0].tolist() == greedy.tolist()
+  best, log_p = map(np.asarray, greedy(step, cache, starts(2), length))
+  assert (best[:, length - 2] == EOS).all()
+  assert tokens[:, 0].tolist() == best.tolist()
   np.testing.assert_allclose(scores[:, 0], log_p, rtol=1e-5)
 
 
@@ -204,11 +207,11 @@ def test_nothing_finished_returns_live_and_fills_with_pad():
 
 def test_rows_are_independent():
   step, cache, _ = problem(5, 4)
-  both = search(step, cache, beams=3, length=4)
-  swapped = beam_search(step, {**cache, 'memory': jnp.array([1, 0])}, starts(2)[::-1],
-                        eos=EOS, beams=3, length=4)
+  run = jax.jit(functools.partial(beam_search, step, eos=EOS, beams=3, length=4))
+  both = run(cache, starts(2))
+  swapped = run({**cache, 'memory': jnp.array([1, 0])}, starts(2)[::-1])
   for a, b in zip(both, swapped):
-    np.testing.assert_allclose(a, b[::-1], rtol=1e-6)
+    np.testing.assert_allclose(a, np.asarray(b)[::-1], rtol=1e-6)
 
 
 def test_cache_axes_can_grow_every_leaf():

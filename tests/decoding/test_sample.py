@@ -27,13 +27,17 @@ def chain_step(*chain, V=8):
   return table_step(table)
 
 
+def decode(step, cache, start, **kw):
+  """sample as one program: op by op it would compile dozens."""
+  return jax.jit(functools.partial(sample, step, **kw))(cache, start)
+
+
 LOG_P = 5. - np.log(np.exp(5.) + 7)  # of a step along the chain
 
 
 def test_greedy_stops_at_eos_and_pads():
   step = chain_step(2, 3, 4, 5, EOS, 6, 6)
-  tokens, scores = jax.jit(functools.partial(sample, step, {}, length=6, eos=EOS))(
-      np.array([2, 4, 6]))
+  tokens, scores = decode(step, {}, np.array([2, 4, 6]), length=6, eos=EOS)
   assert tokens.tolist() == [[3, 4, 5, 1, 0, 0], [5, 1, 0, 0, 0, 0], [6] * 6]
   np.testing.assert_allclose(scores, np.array([4, 2, 6]) * LOG_P, rtol=1e-5)
   assert tokens.dtype == jnp.int32 and scores.dtype == jnp.float32
@@ -41,7 +45,7 @@ def test_greedy_stops_at_eos_and_pads():
 
 def test_bfloat16_logits():
   table = jnp.asarray(np.log([[.1, .2, .7]] * 3), jnp.bfloat16)
-  _, scores = sample(lambda t, c, i: (table[t[:, 0]], c), {}, jnp.array([0]), length=2, eos=EOS)
+  _, scores = decode(lambda t, c, i: (table[t[:, 0]], c), {}, jnp.array([0]), length=2, eos=EOS)
   want = jax.nn.log_softmax(table[0].astype(jnp.float32)).max() * 2
   np.testing.assert_allclose(scores, [want], rtol=1e-6)
 
@@ -49,10 +53,10 @@ def test_bfloat16_logits():
 def count_calls(step, *args, **kw):
   calls = []
   def counted(tokens, cache, index):
-    calls.append(int(index))
+    jax.debug.callback(lambda i: calls.append(int(i)), index, ordered=True)
     return step(tokens, cache, index)
-  with jax.disable_jit():
-    sample(counted, *args, **kw)
+  decode(counted, *args, **kw)
+  jax.effects_barrier()
   return calls
 
 
@@ -70,14 +74,13 @@ def test_the_cache_may_change_on_the_first_call_and_is_carried():
     seen = cache['self'] + 1
     return jax.nn.one_hot(cache['cross'] + seen, 16), {**cache, 'self': seen}
 
-  decode = jax.jit(lambda memory: sample(
-      step, {'memory': memory}, jnp.zeros(2, jnp.int32), length=4, eos=EOS)[0])
-  assert decode(np.array([1, 4])).tolist() == [[3, 4, 5, 6], [9, 10, 11, 12]]
+  tokens, _ = decode(step, {'memory': np.array([1, 4])}, jnp.zeros(2, jnp.int32), length=4, eos=EOS)
+  assert tokens.tolist() == [[3, 4, 5, 6], [9, 10, 11, 12]]
 
 
 def test_index_counts_positions():
   step = lambda tokens, cache, index: (jax.nn.one_hot(jnp.array([index + 2]), 9), cache)
-  assert sample(step, {}, jnp.array([0]), length=5, eos=EOS)[0].tolist() == [[2, 3, 4, 5, 6]]
+  assert decode(step, {}, jnp.array([0]), length=5, eos=EOS)[0].tolist() == [[2, 3, 4, 5, 6]]
 
 
 def test_prompts_of_different_lengths():
@@ -94,7 +97,7 @@ def test_prompts_of_different_lengths():
 
   start = jnp.array([4, 4, 4])
   prompt = jnp.array([[3, -1, -1], [0, 5, 6], [-1, -1, -1]])
-  tokens, scores = sample(step, jnp.zeros(3, jnp.int32), start, length=4, eos=99, prompt=prompt)
+  tokens, scores = decode(step, jnp.zeros(3, jnp.int32), start, length=4, eos=99, prompt=prompt)
   assert tokens.tolist() == [by_hand([4, 3], 4), by_hand([4, 0, 5, 6], 4), by_hand([4], 4)]
   np.testing.assert_allclose(scores, [4 * (5 - np.log(np.exp(5.) + 8))] * 3, rtol=1e-5)
 
@@ -102,7 +105,7 @@ def test_prompts_of_different_lengths():
 def test_eos_inside_a_prompt_does_not_end_it():
   step = chain_step(2, 3, 4, EOS)
   prompt = jnp.array([[EOS, 2], [3, -1]])
-  tokens, _ = sample(step, {}, jnp.array([5, 5]), length=4, eos=EOS, prompt=prompt)
+  tokens, _ = decode(step, {}, jnp.array([5, 5]), length=4, eos=EOS, prompt=prompt)
   assert tokens.tolist() == [[3, 4, 1, 0], [4, 1, 0, 0]]
 
 
@@ -130,8 +133,9 @@ def test_top_p():
 
 def draws(n=4000, probs=(.1, .2, .3, .4), **kw):
   step = table_step(np.log([probs] * len(probs)))
-  tokens, scores = sample(step, {}, jnp.zeros(n, jnp.int32), length=1, eos=EOS,
-                            rng=jax.random.key(0), **kw)
+  tokens, scores = decode(step, {}, jnp.zeros(n, jnp.int32), length=1, eos=EOS,
+                          rng=jax.random.key(0), **kw)
+  tokens = np.asarray(tokens)
   return np.bincount(tokens[:, 0], minlength=len(probs)) / n, tokens[:, 0], scores
 
 
@@ -150,14 +154,17 @@ def test_frequencies(kw, want):
 
 def test_scores_are_the_models_own_whatever_the_filters():
   _, tokens, scores = draws(temperature=.7, top_k=2)
-  np.testing.assert_allclose(scores, np.log([.1, .2, .3, .4])[np.asarray(tokens)], rtol=1e-5)
+  np.testing.assert_allclose(scores, np.log([.1, .2, .3, .4])[tokens], rtol=1e-5)
 
 
 def test_draws_depend_on_rng_and_row_but_not_on_batch_size():
   step = table_step(np.zeros((9, 9)))
-  def go(rows, seed):
+  @functools.partial(jax.jit, static_argnames='rows')
+  def draw(rows, seed):
     return sample(step, {}, jnp.zeros(rows, jnp.int32), length=6, eos=99, temperature=1.,
-                    rng=jax.random.key(seed))[0].tolist()
+                  rng=jax.random.key(seed))[0]
+  def go(rows, seed):
+    return draw(rows, seed).tolist()
   three, five = go(3, 0), go(5, 0)
   assert three == five[:3]
   assert len(set(map(tuple, five))) == 5
