@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import shared_programs
 
 from t5lab import cli
 from t5lab.data.tasks import registry
@@ -26,6 +27,12 @@ FIELDS = ['--config.data.fields.inputs=q', '--config.data.fields.targets=a',
           '--config.data.prompt=question: {q} context: {c}', '--config.data.metrics=squad,rouge']
 SMALL = ['--config.total_steps=2', '--config.optim.ema=0', '--config.eval.beams=1',
          '--config.eval.examples=4', '--config.checkpoint.best=', '--config.eval.max_length=4']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_program():
+  with shared_programs.shared():
+    yield
 
 
 @pytest.fixture(scope='module')
