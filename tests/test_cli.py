@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import shared_programs
 import small_models
 import tokenizers
 
@@ -21,10 +22,17 @@ from t5lab.runs.checkpoint import Checkpoints
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / 'configs' / 'quickstart.py')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_program():
+  with shared_programs.shared():
+    yield
+
+
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
-  loop.train(config.load(QUICKSTART + ':tiny', {'checkpoint.best': 'ha_ende/ema/loss'}), path)
+  loop.train(config.load(QUICKSTART + ':tiny', {
+      'checkpoint.best': 'ha_ende/ema/loss', 'eval.examples': '4', 'eval.max_length': '4'}), path)
   return str(path)
 
 
