@@ -14,6 +14,7 @@ import tensorflow as tf
 from t5lab.commands import cache as command
 from t5lab.data import vocab
 from t5lab.data.batches import cache, pipeline
+from t5lab.data.sources import record_formats
 from t5lab.data.tasks import cache_build, identity, own_files, registry
 from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio
 from t5lab.errors import DataError, UsageError
@@ -246,6 +247,24 @@ def test_records_that_were_not_written_are_noticed(tmp_path, monkeypatch):
     cache.write_shard(tmp_path, 0, 1, [{'targets': np.arange(3)}], ['targets'])
 
 
+def test_no_more_records_are_read_than_soon_written(tmp_path, monkeypatch):
+  """Only the batches that the steps of the pipeline hold are read and not yet written."""
+  path, taken, written, ahead = tmp_path / 'x.jsonl', [], [], []
+  path.write_text('{"q": "a", "a": "b"}\n' * 16_000)
+  take = record_formats.Turns.take
+  monkeypatch.setattr(record_formats.Turns, 'take',
+                      lambda turns, *count: taken.append(1) or take(turns, *count))
+
+  def tick(rows):
+    written.append(rows)
+    ahead.append(len(taken) - sum(written))
+  own = own_files.OwnFiles({'train': str(path)}, {'inputs': 'q', 'targets': 'a'})
+  build(tmp_path, own, shards=1, tick=tick)
+  assert len(taken) == sum(written) == 16_000
+  assert max(ahead) <= 20 * registry.EXAMPLES_PER_CALL < 10_000, ahead
+
+
+@pytest.mark.slow
 def test_memory_stays_bounded_on_a_larger_file(tmp_path):
   """In a process of its own, whose memory no other test has stretched."""
   row = json.dumps({'text': 'a few words ' * 400}) + '\n'
