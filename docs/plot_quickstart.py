@@ -14,7 +14,6 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-SHOWN = 3            # translations under the curves
 COLOR = '#1f5fa8'
 
 
@@ -31,7 +30,7 @@ def main(workdir):
 
   # Training loss.
   curve.plot([row['step'] for row in train], [row['loss'] for row in train], color=COLOR)
-  curve.set(xlabel='step', ylabel='training loss per token (label smoothing 0.1)',
+  curve.set(xlabel='step', ylabel='training loss per token',
             title='English→German, 3.7 M parameters', xlim=(0, None))
   curve.grid(alpha=0.3)
 
@@ -47,10 +46,6 @@ def main(workdir):
            title=f'Validation, {len(predictions)} sentences')
   bars.spines[['top', 'right']].set_visible(False)
 
-  # A few translations, chosen as the first ones with several words.
-  shown = [p for p in predictions if 3 <= len(p['source'].split()) <= 7][:SHOWN]
-  text = '\n'.join(f'{p["source"]}  →  {p["prediction"]}' for p in shown)
-  figure.supxlabel(text, fontsize=9, color='#444444')
   figure.savefig(Path(__file__).with_name('quickstart.png'), dpi=110)
 
 
