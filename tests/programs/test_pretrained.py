@@ -120,6 +120,7 @@ def test_smollm2_has_the_tensors_and_logits_of_transformers(converted):
   assert lab.vocab.decode([int(expected[0, 4].argmax())]) == ' Paris'     # after five tokens
 
 
+@pytest.mark.slow
 def test_smollm2_learns_on_books(converted, tmp_path):
   values = losses('smollm2_books.py', converted('smollm2'), tmp_path, **{
       'total_steps': 3, 'data.lengths.targets': 32, 'data.batch_size': 2, 'eval.examples': 8})
