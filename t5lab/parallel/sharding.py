@@ -298,6 +298,12 @@ def _is_box(x) -> bool:
   return isinstance(x, nn.LogicallyPartitioned)
 
 
+def boxes(boxed) -> dict[str, nn.LogicallyPartitioned]:
+  """{path: box} of parameters with their logical axes."""
+  leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
+  return {trees.path_name(keys): box for keys, box in leaves}
+
+
 def shardings(boxed, mesh: Mesh, rules: str):
   """The NamedSharding of each parameter. UsageError for an axis that the mesh does not divide.
 
@@ -325,13 +331,12 @@ def like_params(tree, boxed, mesh: Mesh, rules: str):
   are sharded like such a leaf on the others. Any other leaf is replicated.
   """
   rule = rule_set(rules)
-  boxes = {trees.path_name(keys): box for keys, box in
-           jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)}
+  param_boxes = boxes(boxed)
 
   def sharding(path, leaf):
     parts = path.split('/')
     for i, parent in enumerate((None, *parts[:-1])):
-      box = boxes.get('/'.join(parts[i:]))
+      box = param_boxes.get('/'.join(parts[i:]))
       if box is None:
         continue
       shape = box.value.shape

@@ -173,16 +173,13 @@ def parameter_rows(c) -> list[dict]:
   path, shape, dtype, count; axes: the logical axes, one for each dimension; mesh_axes: for each
   dimension the mesh axes that the config's rules split it over.
   """
-  boxed = jax.eval_shape(functools.partial(init_params, c))
   rules = sharding.rule_set(c.rules)
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_box)
   rows = []
-  for keys, box in leaves:
-    x, axes = box.value, box.names
-    rows.append(dict(path=trees.path_name(keys), shape=list(x.shape), dtype=str(x.dtype),
-                     axes=list(axes), count=x.size,
-                     mesh_axes=[list(sharding.mesh_axes(rules.get(axis))) for axis in axes]))
+  for path, box in sharding.boxes(jax.eval_shape(functools.partial(init_params, c))).items():
+    x = box.value
+    spec = sharding.spec(box.names, rules)
+    rows.append(dict(path=path, shape=list(x.shape), dtype=str(x.dtype), axes=list(box.names),
+                     count=x.size, mesh_axes=[list(sharding.mesh_axes(entry)) for entry in spec]))
   return rows
 
 

@@ -178,7 +178,7 @@ def load_base(c, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   checkpoints = open_checkpoints(source, path)
   step = choose_step(checkpoints, c.init.step)
   if step is None:
-    step = max(checkpoints.steps(), default=None)
+    step = checkpoints.newest()
   if step is None:
     raise CheckpointError(f'init.path={c.init.path} has no checkpoint')
 

@@ -222,7 +222,7 @@ class _Loop:
 
   def newest_checkpoint(self) -> int | None:
     self.checkpoints.wait()
-    return max(self.checkpoints.steps(), default=None)
+    return self.checkpoints.newest()
 
   def rewind(self, bad_step: Rewind) -> None:
     """Returns to the newest checkpoint; the batches from there to the bad step are skipped."""

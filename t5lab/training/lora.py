@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from t5lab import trees
 from t5lab.errors import UsageError
+from t5lab.parallel import sharding
 
 PyTree = Any
 
@@ -26,7 +27,7 @@ def kernels(boxed: PyTree, patterns: Sequence[str]) -> list[str]:
   embedding and not experts.
   Errors: UsageError for a pattern that matches no kernel.
   """
-  dense = [path for path in _boxes(boxed) if path.endswith('/kernel')]
+  dense = [path for path in sharding.boxes(boxed) if path.endswith('/kernel')]
   for pattern in patterns:
     try:
       is_used = any(re.fullmatch(pattern, path) for path in dense)
@@ -40,7 +41,7 @@ def kernels(boxed: PyTree, patterns: Sequence[str]) -> list[str]:
 
 def init(boxed: PyTree, patterns: Sequence[str], rank: int, seed: int) -> PyTree:
   """Boxed adapters for the kernels that `patterns` match; they keep leading (layer) axes."""
-  boxes, adapters = _boxes(boxed), {}
+  boxes, adapters = sharding.boxes(boxed), {}
   for path in kernels(boxed, patterns):
     box = boxes[path]
     *lead, fan_in, fan_out = box.value.shape
@@ -75,10 +76,3 @@ def merge(base: PyTree, adapters: PyTree, scale: float) -> PyTree:
     return add(x, pairs[f'{path}/a'], pairs[f'{path}/b']) if has_adapter else x
 
   return trees.map_paths(merge_one, base)
-
-
-def _boxes(boxed: PyTree) -> dict[str, nn.LogicallyPartitioned]:
-  """{path: box} of parameters with logical axes."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
-  return {trees.path_name(keys): box for keys, box in leaves}

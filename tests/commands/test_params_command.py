@@ -40,3 +40,15 @@ def test_json_of_a_model_that_no_machine_here_could_hold(capsys):
 def test_one_source_is_needed(argv, capsys):
   code, _, err = call(*argv, capsys=capsys)
   assert code == 2 and 'needs --config or --workdir' in err and err.count('\n') == 1
+
+
+def test_a_mesh_axis_is_given_to_one_dimension_as_in_training(capsys):
+  """Rules ep map `expert` and `embed` to the mesh axis expert: an expert's kernel uses it once."""
+  code, out, _ = call('--config', QUICKSTART, '--config.rules=ep', '--config.model.experts=4',
+                      '--json', capsys=capsys)
+  assert code == 0
+  kernels = {row['path']: row for row in json.loads(out)['parameters']}
+  kernel, = [row for path, row in kernels.items()
+             if path.startswith('encoder/') and path.endswith('experts/wi_0')]
+  assert dict(zip(kernel['axes'], kernel['mesh_axes'])) == {
+      'layers': [], 'expert': ['expert'], 'embed': ['dcn_fsdp', 'fsdp'], 'mlp': ['model']}

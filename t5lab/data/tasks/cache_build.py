@@ -100,8 +100,7 @@ def _write_shards(job, folder, missing, shards, processes, tick) -> Iterator[tup
     for process in set(multiprocessing.active_children()) - set(other_children):
       process.terminate()
       process.join()
-    for part in folder.glob('*.part'):      # left by the processes that were terminated
-      part.unlink()
+    cache.remove_temporary(folder)          # of the processes that were terminated
 
 
 _progress = None     # of a worker process: the queue for its progress
