@@ -86,8 +86,9 @@ def test_causality_is_exact(name):
   changed = dict(decoder, input_tokens=decoder['input_tokens'].copy())
   changed['input_tokens'][:, 3:] = 40
   a, b = run(features(c, encoder, decoder)), run(features(c, encoder, changed))
-  if c.expert_top_k > 1:
-    # Later tokens move the slots of second choices, and with them the order of the terms in a sum.
+  if c.expert_top_k > 1 and jax.__version_info__ >= (0, 12):
+    # Later tokens move the slots of second choices, and with them the order of the terms in a sum,
+    # which XLA of jax 0.12 rounds differently.
     np.testing.assert_allclose(a[:, :3], b[:, :3], atol=2e-6)
   else:
     assert (a[:, :3] == b[:, :3]).all()

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import meshes
 import pytest
 
@@ -31,8 +32,12 @@ def case(kind, rules, mesh, **changes):
 
 
 def test_rules_cause_no_warning_but_weights_without_pins_do():
+  # XLA of jax 0.12 moves the weights of the simpler mesh without a warning.
+  mesh = dict(data=2, fsdp=4)
+  if jax.__version_info__ >= (0, 12):
+    mesh = dict(data=2, dcn_fsdp=2, fsdp=2)
   unpinned, *pinned = warnings([
-      case('decoder', 'fsdp', dict(data=2, dcn_fsdp=2, fsdp=2), pins=False),
+      case('decoder', 'fsdp', mesh, pins=False),
       case('experts', 'ep', dict(data=1, fsdp=2, expert=2, model=2), tied=True,
            **{'loss.chunks': 2}),
       case('decoder', 'sp', dict(data=1, fsdp=2, sequence=2, model=2))])
