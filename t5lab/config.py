@@ -348,7 +348,7 @@ def mixtures(c: ConfigDict) -> set[str]:
 
 def is_embedded(name: str) -> bool:
   """True if the package contains the data of this task or mixture."""
-  return name.startswith(task_names.EMBEDDED)
+  return name in task_names.EMBEDDED
 
 
 def check_names(c: ConfigDict) -> None:

@@ -10,7 +10,13 @@ from t5lab.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-  """An argparse parser that raises UsageError: one line, exit code 2."""
+  """An argparse parser that keeps the layout of its description, the docstring of a command.
+
+  Errors: UsageError, that is one line and exit code 2.
+  """
+
+  def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+    super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
   def error(self, message):
     raise UsageError(f'{message} (see {self.prog} --help)')

@@ -8,22 +8,19 @@ either folder changes.
 Exit codes: 0 the runs are equal; 70 they differ, and the last line says where.
 """
 
-import argparse
 import functools
-import sys
 
 from t5lab.commands import Parser, use_compilation_cache
 from t5lab.errors import NumericalError
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = Parser('t5lab bisect', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  parser = Parser('t5lab bisect', description=__doc__)
   parser.add_argument('a', metavar='RUN_A')
   parser.add_argument('b', metavar='RUN_B')
   parser.add_argument('--modules', default='', metavar='A,B',
                       help="modules of yours that register the runs' tasks")
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(argv)
 
   from t5lab.programs import bisect
   from t5lab.programs.replay import Replay

@@ -6,19 +6,16 @@ the missing shards, without duplicates. A cache made with another vocabulary, ot
 preprocessors is rejected by the training, and made again by this command.
 """
 
-import argparse
 import os
-import sys
 
 from t5lab import config, files
 from t5lab.commands import Parser, split_overrides
 from t5lab.errors import UsageError
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab cache', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab cache', description=__doc__)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
                       help='a config file; ARG is passed to its get_config')
   parser.add_argument('--processes', type=int, default=os.cpu_count(), metavar='N',

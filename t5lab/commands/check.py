@@ -9,9 +9,7 @@ Then trains a toy twin: a tiny model with the structure of this run and the same
 code is 2 and the message names the tensor or the operation.
 """
 
-import argparse
 import json
-import sys
 
 from t5lab import config
 from t5lab.commands import Parser, split_overrides
@@ -20,10 +18,9 @@ from t5lab.errors import UsageError
 from t5lab.tools.planning import chips
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab check', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab check', description=__doc__)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]')
   parser.add_argument('--topology', help="chip and shape (default: the config's plan.topology)")
   parser.add_argument('--only', choices=('plan', 'twin'), help='run only one half of the checks')

@@ -14,7 +14,6 @@ which check was made and the differences.
          another conversion; t5lab.load, eval, infer and init.path read it
 """
 
-import argparse
 import resource
 import sys
 import time
@@ -24,9 +23,8 @@ from t5lab.commands import Parser, use_compilation_cache
 from t5lab.errors import DataError, UsageError
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = Parser('t5lab convert', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  parser = Parser('t5lab convert', description=__doc__)
   parser.add_argument('src', metavar='SRC')
   parser.add_argument('dst', metavar='DST', help='a directory that does not exist yet')
   parser.add_argument('--from', dest='from_', required=True, choices=('hf', 't5x', 'gguf', 't5lab'))
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--orbax', action='store_true', help="for --to t5x: T5X's Orbax form")
   parser.add_argument('--golden', action='store_true',
                       help='verify with golden vectors even if Hugging Face is installed')
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(argv)
   for name, applies in (('vocab', args.from_ == 't5x'), ('weights', args.from_ == 't5lab'),
                         ('scanned', args.to == 't5x'), ('orbax', args.to == 't5x')):
     if getattr(args, name) and not applies:

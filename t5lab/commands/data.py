@@ -17,9 +17,7 @@ seconds taken. Both files are written completely or not at all. Progress is prin
 error.
 """
 
-import argparse
 import functools
-import sys
 
 from t5lab.commands import Parser
 from t5lab.errors import UsageError
@@ -27,8 +25,8 @@ from t5lab.errors import UsageError
 BACK_TRANSLATION = 'back_translation'
 
 
-def main(argv: list[str] | None = None) -> int:
-  args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> int:
+  args = parser().parse_args(argv)
   job = args.run(args)
   counts = job.counts
   written = f'{counts["written"]:,} records written, ' if 'written' in counts else ''
@@ -37,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-  top = Parser('t5lab data', description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+  top = Parser('t5lab data', description=__doc__)
   tools = top.add_subparsers(dest='tool', metavar='TOOL', required=True)
 
   p = _add_tool(tools, 'clean', _clean)
@@ -104,8 +101,7 @@ def parser() -> Parser:
 
 def _add_tool(tools, name: str, run) -> Parser:
   """Adds the parser of one tool with the options that all tools share."""
-  p = tools.add_parser(name, prog=f't5lab data {name}',
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = tools.add_parser(name, prog=f't5lab data {name}')
   p.format_help = functools.partial(_help, p, {'vocab': 'vocabulary'}.get(name, name))
   p.set_defaults(run=run)
   p.add_argument('inputs', nargs='+', metavar='INPUT',

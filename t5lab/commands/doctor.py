@@ -17,7 +17,6 @@ The first host prints the table. If a check hangs, the command ends after --seco
 the code of that check.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -26,10 +25,9 @@ from t5lab import config
 from t5lab.commands import Parser, split_overrides
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab doctor', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab doctor', description=__doc__)
   add = parser.add_argument
   add('--config', required=True, metavar='FILE[:ARG]', help='the config of `t5lab train`')
   add('--workdir', required=True, help='the workdir of `t5lab train`')

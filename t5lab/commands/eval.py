@@ -10,8 +10,6 @@ in training: --config.data.files.validation=dev.tsv, --config.data.fields.inputs
 imported only if it is named here: --config.data.modules=my.tasks.
 """
 
-import argparse
-import sys
 
 from t5lab import config
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
@@ -21,10 +19,9 @@ MAY_CHANGE = ('eval.', 'data.files.', 'data.fields.', 'data.prompt', 'data.metri
               'data.bad_rows', 'data.modules')
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab eval', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab eval', description=__doc__)
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='a run, or a checkpoint written by `t5lab convert`')
   parser.add_argument('--step', default='latest',

@@ -12,7 +12,6 @@ only field of a task. To build inputs from other columns than in training:
 --config.data.prompt='ask: {q}' or --config.data.fields.inputs=q.
 """
 
-import argparse
 from collections.abc import Iterator
 import contextlib
 import json
@@ -29,8 +28,8 @@ CHUNK = 1024     # records decoded before their output is written
 MAY_CHANGE = ('data.prompt', 'data.fields.inputs')
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
   args = _parse(argv)
   for key in overrides:
     if key not in MAY_CHANGE:
@@ -66,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv):
-  parser = Parser('t5lab infer', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('t5lab infer', description=__doc__)
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='a run, or a checkpoint written by `t5lab convert`')
   parser.add_argument('--step', default='latest',

@@ -7,7 +7,6 @@ plots in a single file. Everything that `t5lab train` would reject in the config
 rejected here too, except what depends on the devices.
 """
 
-import argparse
 import importlib.util
 import json
 import pathlib
@@ -22,8 +21,8 @@ from t5lab.errors import UsageError
 SLOTS = 24       # shown of a sequence
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
   args = _parse(argv)
   c = config.load(args.config, overrides)
   if args.html:
@@ -69,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv):
-  parser = Parser('t5lab inspect', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('t5lab inspect', description=__doc__)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
                       help='a config file; ARG is passed to its get_config')
   parser.add_argument('--html', metavar='PAGE.html',

@@ -29,7 +29,6 @@ the config, a vocabulary or a file that is not in the checkout, TFDS data withou
 --env TFDS_DATA_DIR=gs://….
 """
 
-import argparse
 import os
 from pathlib import Path
 import sys
@@ -47,8 +46,8 @@ PLATFORMS = ('tpu-vm', 'gke', 'slurm', 'local')
 FILES = './t5lab-launch'     # where the script of --dry-run keeps its files
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv = list(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> int:
+  argv = list(argv)
   arguments = ()
   if '--' in argv:
     argv, arguments = argv[:argv.index('--')], tuple(argv[argv.index('--') + 1:])
@@ -183,8 +182,7 @@ def _check_flags(args) -> None:
 
 
 def _parser() -> Parser:
-  parser = Parser('t5lab launch', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('t5lab launch', description=__doc__)
   add = parser.add_argument
   add('--platform', required=True, choices=PLATFORMS)
   add('--config', required=True, metavar='FILE[:ARG]', help='the config of `t5lab train`')

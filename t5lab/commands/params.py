@@ -5,19 +5,16 @@ rules split them over, and the number of elements. With adapters (lora.rank), th
 Nothing is allocated, so the model may be of any size.
 """
 
-import argparse
 import json
-import sys
 
 from t5lab import config
 from t5lab.commands import Parser, split_overrides
 from t5lab.errors import UsageError
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab params', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab params', description=__doc__)
   parser.add_argument('--config', metavar='FILE[:ARG]', help='a config file')
   parser.add_argument('--workdir', help='a run or converted checkpoint, instead of a config')
   parser.add_argument('--json', action='store_true', help='print one JSON object and nothing else')

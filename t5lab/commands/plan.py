@@ -11,7 +11,6 @@ config and the most promising alternatives, and prints lines to paste into the c
 results are cached in ~/.cache/t5lab/plan.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -25,10 +24,9 @@ from t5lab.tools.planning import chips
 PRICES = Path(chips.__file__).with_name('prices.json')
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab plan', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab plan', description=__doc__)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]')
   parser.add_argument('--topology', help='chip and shape, e.g. v5e:4x4, v5p:2x2x4, v6e:16x16*2 '
                                          "(default: the config's plan.topology)")

@@ -10,19 +10,16 @@ Exit codes: 0 reproduced; 70 not reproduced (the first step and number that diff
 number of devices.
 """
 
-import argparse
 import json
 from pathlib import Path
-import sys
 
 from t5lab import files
 from t5lab.commands import Parser, use_compilation_cache
 from t5lab.errors import NumericalError, UsageError
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = Parser('t5lab replay', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  parser = Parser('t5lab replay', description=__doc__)
   parser.add_argument('--workdir', required=True, help='the folder of the run')
   parser.add_argument('--from', dest='start', type=int, required=True, metavar='S',
                       help='a step with a checkpoint, or 0 for the seed')
@@ -32,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
                       help='a new folder for the rows and the last state')
   parser.add_argument('--modules', default='', metavar='A,B',
                       help="modules of yours that register the run's tasks")
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(argv)
 
   from t5lab.programs.replay import Replay, compare_checkpoint, differing_keys, read_rows
   from t5lab.runs import sentry

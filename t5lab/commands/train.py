@@ -10,7 +10,6 @@ For your own files: --config.data.files.train=x.jsonl --config.data.files.valida
 same options shows what the model will see.
 """
 
-import argparse
 import os
 import sys
 
@@ -18,10 +17,9 @@ from t5lab import config
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
 
 
-def main(argv: list[str] | None = None) -> int:
-  argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-  parser = Parser('t5lab train', description=__doc__,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  parser = Parser('t5lab train', description=__doc__)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
                       help='a config file; ARG is passed to its get_config, e.g. FILE:tiny')
   parser.add_argument('--workdir', required=True, metavar='DIR',
