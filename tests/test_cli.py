@@ -253,8 +253,10 @@ def test_a_use_that_the_model_lacks_is_one_line(model, flags, data, code, messag
                                                 tmp_path):
   source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
   source.write_text(data + '\n')
-  got, out, err = call('infer', '--workdir', request.getfixturevalue(model), *flags, '--input',
-                       str(source), '--output', str(target), capsys=capsys)
+  folder = request.getfixturevalue(model)
+  capsys.readouterr()          # drops what the fixture printed
+  got, out, err = call('infer', '--workdir', folder, *flags, '--input', str(source),
+                       '--output', str(target), capsys=capsys)
   assert got == code and message in err, err
   assert err.startswith('t5lab: ') and err.count('\n') == 1 and not out
   assert not list(tmp_path.glob('y*'))
