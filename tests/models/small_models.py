@@ -1,7 +1,5 @@
 """Rows of families.py at a size that compiles in a second, with parameters from numpy streams."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -10,9 +8,6 @@ from t5lab import trees
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-
-# These programs run for milliseconds: what LLVM's optimisation costs, it never gives back.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 # One row of each kind: every row of families.py shrinks to one of these (test_families.py).
 KINDS = {

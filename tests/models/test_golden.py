@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import CONFIGS, jit, random_params
+from small_models import CONFIGS, random_params
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
@@ -59,7 +59,7 @@ def measured(config):
 
   side = 'decoder' if config.dec_layers else 'encoder'
 
-  @jit
+  @jax.jit
   def run(params):
     def loss(params):                  # one pass: compiling another one would take as long again
       logits = model.apply({'params': params}, batch)

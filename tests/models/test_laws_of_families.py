@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from small_models import BATCH, CONFIGS, jit, random_params
+from small_models import BATCH, CONFIGS, random_params
 
 from t5lab.models.cache import init_cache
 from t5lab.models.transformer import Transformer
@@ -32,7 +32,7 @@ def marked(names, same):
 def family(name):
   """(parameters, compiled features -> logits)."""
   model = Transformer(CONFIGS[name])
-  run = jit(lambda params, batch: model.apply({'params': params}, batch))
+  run = jax.jit(lambda params, batch: model.apply({'params': params}, batch))
   params = random_params(CONFIGS[name])
   return params, lambda batch: np.asarray(run(params, batch))
 
@@ -102,9 +102,9 @@ def test_cached_decoding_equals_teacher_forcing(name):
   batch = features(c, *PLAIN)
   tokens, want = batch['decoder_input_tokens'], run(batch)
   model, memory = Transformer(c), ()
-  decode = jit(lambda params, *args: model.apply({'params': params}, *args, method='decode'))
+  decode = jax.jit(lambda params, *args: model.apply({'params': params}, *args, method='decode'))
   if c.enc_layers:
-    memory = jit(functools.partial(model.apply, method='encode'))(
+    memory = jax.jit(functools.partial(model.apply, method='encode'))(
         {'params': params}, batch['encoder_input_tokens'], batch['encoder_segment_ids'])
   start = init_cache(c, 3, 8, *memory)
   y, prefix = decode(params, tokens[:, :3], start, 0)
@@ -128,7 +128,7 @@ def test_remat_changes_nothing_but_memory(name, remat):
   def gradient(remat):
     model = Transformer(dataclasses.replace(c, remat=remat))
     loss = steps.Loss(1e-4, balance=1e-2, router_z=1e-3)
-    return jit(jax.grad(lambda p: steps.loss_sums(model, p, batch, loss)['loss'] / 24))(params)
+    return jax.jit(jax.grad(lambda p: steps.loss_sums(model, p, batch, loss)['loss'] / 24))(params)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6),
                gradient(remat), gradient('none'))
 

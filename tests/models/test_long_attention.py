@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from small_models import jit
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.long_attention import LongAttention, global_blocks, share
@@ -40,7 +39,7 @@ def parameters(c):
   return jax.tree.map(lambda x: r.randn(*x.shape).astype(np.float32), nn.unbox(shapes))
 
 
-bucket = jit(functools.partial(relative_bucket, bidirectional=True, buckets=8, max_distance=16))
+bucket = jax.jit(functools.partial(relative_bucket, bidirectional=True, buckets=8, max_distance=16))
 
 
 def dense(c, p, x, segments):
@@ -81,7 +80,7 @@ def dense(c, p, x, segments):
 
 @functools.cache
 def compiled(c):
-  return jit(Layer(c).apply)
+  return jax.jit(Layer(c).apply)
 
 
 @pytest.mark.parametrize('c', [LOCAL, GLOBAL], ids=['local', 'transient_global'])
@@ -99,7 +98,7 @@ def test_blocks_equal_the_dense_function(c, lengths, padding):
 
 
 def test_global_blocks_by_hand():
-  block, segment = jit(global_blocks, static_argnums=1)(
+  block, segment = jax.jit(global_blocks, static_argnums=1)(
       np.array([[1, 1, 1, 1, 1, 2, 2, 3, 0], [4] * 9, [0] * 9]), 2)
   assert block.tolist() == [[0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 1, 1, 2, 2, 3, 3, 3], [-1] * 9]
   assert segment.tolist() == [[1, 1, 2, 0], [4] * 4, [0] * 4]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import CONFIGS, jit, random_params
+from small_models import CONFIGS, random_params
 
 from t5lab.models.families import TransformerConfig
 from t5lab.models.moe import Moe, route
@@ -15,7 +15,7 @@ from t5lab.models.transformer import Transformer
 from t5lab.training import optim, steps
 
 REAL = np.ones((1, 6), bool)
-route_step = jit(route, static_argnums=(2, 3))
+route_step = jax.jit(route, static_argnums=(2, 3))
 
 
 def routed(probs, real, top_k, capacity):
@@ -62,7 +62,7 @@ def config(**changes):
 
 @functools.cache
 def compiled(c, train=False):
-  return jit(functools.partial(Moe(c, train).apply, mutable=['router']))
+  return jax.jit(functools.partial(Moe(c, train).apply, mutable=['router']))
 
 
 def layer(c, x, real=None, router=None):
@@ -143,7 +143,7 @@ def train_step(microbatches):
   step = lambda params, batch: steps.train_step(
       steps.new_state(params, tx, 0.), batch, model=Transformer(STEP), tx=tx, loss=loss, ema=0.,
       microbatches=microbatches)
-  return jit(step)
+  return jax.jit(step)
 
 
 def batch(encoder_real):
@@ -172,7 +172,7 @@ def test_metrics_of_a_step_whose_tokens_all_want_one_expert():
   _, metrics = train_step(1)(params, batch([4, 4, 2, 2]))
   assert float(metrics['dropped']) == pytest.approx(((2 / 4 + 0) / 2 + 0.75) / 2)
   # and the loss has both terms
-  plain = jit(lambda p, b: steps.loss_sums(Transformer(STEP), p, b, steps.Loss(1e-4)))(
+  plain = jax.jit(lambda p, b: steps.loss_sums(Transformer(STEP), p, b, steps.Loss(1e-4)))(
       params, batch([4, 4, 2, 2]))
   np.testing.assert_allclose(
       metrics['loss'], plain['loss'] / 32 + 0.1 * 1 + 0.01 * np.log(4) ** 2, rtol=1e-5)
@@ -199,4 +199,4 @@ def test_routers_learn_from_the_output_and_from_each_term(statistic):
     y, out = Moe(c, False).apply({'params': {**params, 'router': router}}, x, REAL,
                                  mutable='router')
     return out['router'][statistic][0].sum() if statistic else y.sum()
-  assert jnp.abs(jit(jax.grad(value))(params['router'])).max() > 1e-3
+  assert jnp.abs(jax.jit(jax.grad(value))(params['router'])).max() > 1e-3

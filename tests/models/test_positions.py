@@ -5,15 +5,15 @@ import math
 import jax
 import numpy as np
 import pytest
-from small_models import CONFIGS, jit, random_params
+from small_models import CONFIGS, random_params
 
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.models.positions import relative_bucket, rope, rope_frequencies, sinusoids
 from t5lab.models.transformer import Transformer
 
-bucket_of = jit(relative_bucket, static_argnames='bidirectional')
-rotated = jit(rope, static_argnums=2)
+bucket_of = jax.jit(relative_bucket, static_argnames='bidirectional')
+rotated = jax.jit(rope, static_argnums=2)
 
 
 def test_relative_buckets_of_the_paper():
@@ -64,7 +64,7 @@ def test_scaling_of_llama_3_1():
   plain = TransformerConfig(positions='rope', d_head=128, rope_theta=500_000.)
   scaled = TransformerConfig(positions='rope', d_head=128, rope_theta=500_000.,
                              rope_scaling=(8., 1., 4., 8192.))
-  frequencies = jit(rope_frequencies, static_argnums=0)
+  frequencies = jax.jit(rope_frequencies, static_argnums=0)
   inv, got = (np.asarray(frequencies(c), np.float64) for c in (plain, scaled))
   waves = 2 * np.pi / inv
   assert waves[10] < 2048 < waves[32] < 8192 < waves[50]
@@ -77,7 +77,7 @@ def test_scaling_of_llama_3_1():
 
 def test_sinusoids_of_the_paper():
   """PE(p, 2 i) = sin(p / 10000 ** (2 i / D)), PE(p, 2 i + 1) its cosine, interleaved."""
-  got = np.asarray(jit(sinusoids, static_argnums=1)(np.array([0, 1, 30]), 6))
+  got = np.asarray(jax.jit(sinusoids, static_argnums=1)(np.array([0, 1, 30]), 6))
   np.testing.assert_allclose(got[0], [0, 1, 0, 1, 0, 1], atol=1e-7)
   np.testing.assert_allclose(
       got[1], [0.841471, 0.540302, 0.046399, 0.998923, 0.002154, 0.999998], atol=1e-6)
@@ -89,7 +89,7 @@ def test_bart_reads_position_p_in_row_p_plus_2():
   c = CONFIGS['bart']
   params, tokens = random_params(c), np.array([[5, 7, 9, 11]])
   first = lambda p: Transformer(c).apply({'params': p}, tokens, method='encode')[0][0, :, 0]
-  used = np.abs(jit(jax.jacrev(first))(params)['encoder']['positions']).sum(-1)
+  used = np.abs(jax.jit(jax.jacrev(first))(params)['encoder']['positions']).sum(-1)
   assert c.position_offset == 2 and used.shape == (4, 18)
   assert (used.sum(0) > 0).tolist() == [False] * 2 + [True] * 4 + [False] * 12
 

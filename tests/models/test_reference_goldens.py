@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from small_models import BATCH, jit, next_sentence
+from small_models import BATCH, next_sentence
 
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
@@ -78,7 +78,7 @@ def golden_params(c, table, norm='scale'):
 
 
 def run(c, params, batch, method='__call__'):
-  apply = jit(Transformer(c).apply, static_argnames='method')
+  apply = jax.jit(Transformer(c).apply, static_argnames='method')
   return np.asarray(apply({'params': params}, batch, method=method))
 
 

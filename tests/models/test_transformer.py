@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small_models import BATCH, CONFIGS, jit, random_params
+from small_models import BATCH, CONFIGS, random_params
 
 from t5lab.models.cache import init_cache
 from t5lab.models.layers import dropout
@@ -19,7 +19,7 @@ def test_beams_share_one_copy_of_the_encoder_keys():
   """Two decoder rows for each encoder row equal the encoder row repeated."""
   config, rows = T5_1_1, np.array([[3, 4], [5, 6], [7, 8], [9, 10]])
   params, model = random_params(config), Transformer(config)
-  apply = jit(model.apply, static_argnames='method')
+  apply = jax.jit(model.apply, static_argnames='method')
   decode = lambda *a: apply({'params': params}, *a, method='decode')
   memory, segments = apply({'params': params}, BATCH['encoder_input_tokens'], method='encode')
   repeated = init_cache(config, 4, 2, jnp.repeat(memory, 2, 0), jnp.repeat(segments, 2, 0))
@@ -33,7 +33,7 @@ def test_beams_share_one_copy_of_the_encoder_keys():
 def test_dropout_is_shared_over_the_length_and_differs_between_layers():
   c = dataclasses.replace(T5_1_1, dropout=0.5)
   params, model = random_params(c), Transformer(c, train=True)
-  apply = jit(lambda params, key: model.apply({'params': params}, BATCH, rngs={'dropout': key}))
+  apply = jax.jit(lambda params, key: model.apply({'params': params}, BATCH, rngs={'dropout': key}))
   run = lambda seed: apply(params, jax.random.key(seed))
   assert (np.asarray(run(0)) == np.asarray(run(0))).all()
   assert (np.asarray(run(0)) != np.asarray(run(1))).any()

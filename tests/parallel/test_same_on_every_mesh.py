@@ -10,7 +10,6 @@ import meshes
 import numpy as np
 import optax
 import pytest
-from small_models import jit
 
 from t5lab import trees
 from t5lab.models.families import TransformerConfig
@@ -61,7 +60,7 @@ def make_step(config, mesh, rules, tx=TX, chunks=1):
   placed = steps.TrainState(sharding.replicated(mesh), sharding.shardings(boxed, mesh, rules),
                             like_params(shapes.opt_state), like_params(shapes.ema))
   state = jax.device_put(new(numpy_params(config)), placed)
-  step = jit(functools.partial(
+  step = jax.jit(functools.partial(
       steps.train_step, model=Transformer(config, train=True), tx=tx, ema=0.9,
       loss=steps.Loss(1e-4, balance=0.1, router_z=0.01, chunks=chunks)),
       out_shardings=(placed, sharding.replicated(mesh)))
@@ -87,7 +86,7 @@ def first_step(config, mesh, rules, tx=TX, chunks=1):
 @functools.cache
 def on_one_device(config):
   """The same step without a mesh, so nothing is pinned -> (metrics, average)."""
-  step = jit(functools.partial(
+  step = jax.jit(functools.partial(
       steps.train_step, model=Transformer(config, train=True), tx=TX, ema=0.9,
       loss=steps.Loss(1e-4, balance=0.1, router_z=0.01)))
   state, metrics = step(steps.new_state(numpy_params(config), TX, 0.9), batch())

@@ -6,9 +6,10 @@ import functools
 import json
 import string
 
+import jax
 import numpy as np
 import pytest
-from small_models import jit, random_params, shrink
+from small_models import random_params, shrink
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -106,7 +107,7 @@ def lab(tmp_path_factory):
 
 @functools.cache
 def jitted(model, method):
-  return jit(functools.partial(Transformer(model).apply, method=method))
+  return jax.jit(functools.partial(Transformer(model).apply, method=method))
 
 
 def forward(lab, method='__call__', **batch):

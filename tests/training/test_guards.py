@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import jit
 
 from t5lab import trees
 from t5lab.errors import UsageError
@@ -47,7 +46,7 @@ def broken(batch, kind, **fault):
 
 @pytest.fixture(scope='module')
 def state():
-  params = jit(functools.partial(steps.init_params, Transformer(CONFIG), 0))(make_batch(0))
+  params = jax.jit(functools.partial(steps.init_params, Transformer(CONFIG), 0))(make_batch(0))
   return steps.new_state(nn.unbox(params), TX, 0.9)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from processes import arrays
 import pytest
-from small_models import BATCH, CONFIGS, jit, random_params
+from small_models import BATCH, CONFIGS, random_params
 
 import t5lab
 from t5lab import config, trees
@@ -92,7 +92,7 @@ def test_adapters_start_at_the_base_and_merge_into_what_they_compute(name):
   c = CONFIGS[name]
   adapters = nn.unbox(lora.init(boxed(c), [EVERYWHERE[name]], 2, seed=0))
   params, scale = random_params(c), 3.
-  compiled = jit(lambda *given: Transformer(c).apply(steps.variables(*given), BATCH))
+  compiled = jax.jit(lambda *given: Transformer(c).apply(steps.variables(*given), BATCH))
   apply = lambda *given: np.asarray(compiled(*given))
   plain = apply(params, None, 1.)
   np.testing.assert_array_equal(apply(adapters, params, scale), plain)

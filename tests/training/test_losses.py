@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import jit
 
 from t5lab.training import losses
 from t5lab.training.losses import chunked_cross_entropy
@@ -34,7 +33,7 @@ def smoothed(targets, eps):  # T5X: on = 1 - eps, off = eps / (V - 1)
 def test_sums_against_optax():
   logits, targets, weights = random_batch()
   got = cross_entropy(logits, targets, weights)
-  token = jit(optax.softmax_cross_entropy_with_integer_labels)(logits, targets)
+  token = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(logits, targets)
   np.testing.assert_allclose(got['loss'], (token * weights).sum(), rtol=1e-6)
   np.testing.assert_allclose(got['weight'], weights.sum(), rtol=1e-6)
   np.testing.assert_allclose(
@@ -49,14 +48,15 @@ def test_label_smoothing_number_of_t5x():
   np.testing.assert_allclose(got, .182079, atol=1e-6)
   # The convention of mesh-tensorflow and optax gives another number.
   labels = .1 / 5 + .9 * (np.arange(5) == 0)                    # optax.smooth_labels
-  np.testing.assert_allclose(jit(optax.softmax_cross_entropy)(logits, labels), .602792, atol=1e-6)
+  usual = jax.jit(optax.softmax_cross_entropy)(logits, labels)
+  np.testing.assert_allclose(usual, .602792, atol=1e-6)
 
 
 def test_label_smoothing_against_optax():
   logits, targets, weights = random_batch(1)
   labels = smoothed(targets, .2)
   entropy = -(labels * np.log(labels)).sum(-1)
-  expected = ((jit(optax.softmax_cross_entropy)(logits, labels) - entropy) * weights).sum()
+  expected = ((jax.jit(optax.softmax_cross_entropy)(logits, labels) - entropy) * weights).sum()
   got = cross_entropy(logits, targets, weights, label_smoothing=.2)
   np.testing.assert_allclose(got['loss'], expected, rtol=1e-5)
 
@@ -77,7 +77,7 @@ def test_z_loss_is_added_and_reported():
 def test_z_loss_multiplies_the_softmax_of_the_gradient():
   logits, targets, weights = random_batch(2)
   z = 1e-2
-  got = jit(jax.grad(lambda x: cross_entropy(x, targets, weights, z_loss=z)['loss']))(logits)
+  got = jax.jit(jax.grad(lambda x: cross_entropy(x, targets, weights, z_loss=z)['loss']))(logits)
   log_z = np.log(np.exp(logits).sum(-1, keepdims=True))
   expected = np.exp(logits - log_z) * (1 + 2 * z * log_z) - smoothed(targets, 0.)
   np.testing.assert_allclose(got, expected * weights[..., None], rtol=1e-5, atol=1e-6)
@@ -96,14 +96,14 @@ def test_gradient_equals_autodiff_of_the_formula():
     sums = cross_entropy(x, targets, weights, z_loss=.03, label_smoothing=.1)
     return sums['loss'] - 2 * sums['z_loss']
 
-  np.testing.assert_allclose(jit(jax.grad(ours))(logits), jit(jax.grad(formula))(logits),
+  np.testing.assert_allclose(jax.jit(jax.grad(ours))(logits), jax.jit(jax.grad(formula))(logits),
                              rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
   logits, targets, weights = random_batch(4)
   low = jnp.asarray(logits, jnp.bfloat16)
-  got, grad = jit(jax.value_and_grad(lambda x: cross_entropy(x, targets, weights)['loss']))(low)
+  got, grad = jax.jit(jax.value_and_grad(lambda x: cross_entropy(x, targets, weights)['loss']))(low)
   expected = cross_entropy(low.astype(jnp.float32), targets, weights)['loss']
   assert got.dtype == jnp.float32 and got == expected
   assert grad.dtype == jnp.bfloat16
@@ -133,7 +133,7 @@ def test_chunks_equal_the_whole(chunks):
     sums = chunked_cross_entropy(h, lambda x: x @ m, targets, weights, chunks=chunks, **kw)
     return sums['loss'], sums
 
-  (_, a), a_grads = jit(jax.value_and_grad(whole, (0, 1), has_aux=True))(hidden, matrix)
+  (_, a), a_grads = jax.jit(jax.value_and_grad(whole, (0, 1), has_aux=True))(hidden, matrix)
   (_, b), b_grads = jax.jit(jax.value_and_grad(parts, (0, 1), has_aux=True))(hidden, matrix)
   for x, y in zip(jax.tree.leaves((a, a_grads)), jax.tree.leaves((b, b_grads)), strict=True):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import CONFIGS, jit, next_sentence, random_params
+from small_models import CONFIGS, next_sentence, random_params
 
 from t5lab.data.batches import features
 from t5lab.errors import UsageError
@@ -63,7 +63,7 @@ def state():
 
 @functools.cache
 def stepper(microbatches=1, **loss):
-  return jit(functools.partial(steps.train_step, model=MODEL, tx=TX, loss=steps.Loss(**loss),
+  return jax.jit(functools.partial(steps.train_step, model=MODEL, tx=TX, loss=steps.Loss(**loss),
                                ema=0., microbatches=microbatches))
 
 
@@ -88,7 +88,7 @@ def by_hand(logits, targets):
 
 
 def test_both_losses_follow_from_the_logits(state, batch, stepped):
-  apply = lambda method: jit(functools.partial(MODEL.apply, method=method))(
+  apply = lambda method: jax.jit(functools.partial(MODEL.apply, method=method))(
       {'params': state.params}, batch)
   loss, hit = by_hand(apply('__call__'), batch['encoder_target_tokens'])
   next_loss, next_hit = by_hand(apply(next_sentence), batch['encoder_next_labels'][:, 0])
@@ -102,7 +102,7 @@ def test_both_losses_follow_from_the_logits(state, batch, stepped):
   got = dict(stepped[1])
   assert got.pop('grad_norm') > 0 and got.pop('param_norm') > 0
   close(got, expected, rtol=1e-5)
-  sums = jit(functools.partial(steps.eval_step, model=MODEL))(state.params, batch)
+  sums = jax.jit(functools.partial(steps.eval_step, model=MODEL))(state.params, batch)
   close(dict(sums), {
       'loss': loss[predicted].sum(), 'z_loss': 0, 'weight': 15, 'correct': hit[predicted].sum(),
       'nsp_loss': next_loss[rows].sum(), 'nsp_weight': 6, 'nsp_correct': next_hit[rows].sum()},
@@ -118,7 +118,7 @@ def test_the_gradient_is_of_the_sum_of_both_means(state, batch, stepped):
     pairs = MODEL.apply(given, batch, method=next_sentence)
     return (mean(tokens, batch['encoder_target_tokens'], batch['encoder_loss_weights'])
             + mean(pairs, batch['encoder_next_labels'][:, 0], batch['encoder_next_weights'][:, 0]))
-  expected = jit(jax.grad(loss))(state.params)
+  expected = jax.jit(jax.grad(loss))(state.params)
   for head in ('nsp', 'pooler', 'mlm_dense'):
     assert np.abs(expected[head]['kernel']).max() > 1e-3
   close(gradient(stepped[0]), expected, rtol=1e-4, atol=1e-6)
@@ -154,7 +154,7 @@ def test_eight_devices_equal_one(state, batch, stepped):
 def test_without_pairs_texts_are_packed_and_only_tokens_count(state):
   r = np.random.RandomState(1)
   texts = [x for x in (example(r, pair=False) for _ in range(40)) if len(x['inputs']) == 7][:2]
-  sums = jit(functools.partial(steps.eval_step, model=MODEL))
+  sums = jax.jit(functools.partial(steps.eval_step, model=MODEL))
   packed = sums(state.params, make_batch('mlm', [texts, []]))
   assert sorted(packed) == ['correct', 'loss', 'weight', 'z_loss'] and packed['weight'] > 2
   close(sums(state.params, make_batch('mlm', [[x] for x in texts])), packed, rtol=1e-5)
