@@ -1,6 +1,7 @@
 """A run as a person has it: trained, killed, resumed, refused; bits compared, processes real."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -23,7 +24,9 @@ STEPS = 24
 KILLED = {'total_steps': str(STEPS), 'checkpoint.every': '6', 'log.every': '1',
           'checkpoint.keep': '10', 'eval.every': '12', 'model.dropout': '0.1', 'eval.beams': '1',
           'eval.max_length': '4'}
-ENVIRONMENT = environment(XLA_FLAGS='--xla_backend_optimization_level=0')    # compiles faster
+# The flags of tests/conftest.py, which compile faster, but one device.
+ENVIRONMENT = environment(
+    XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'))
 
 
 def tiny(**overrides):
