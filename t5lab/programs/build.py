@@ -128,7 +128,7 @@ def program(c, devices=None) -> Program:
   step = jax.jit(train_step, donate_argnums=(0, 3), compiler_options=compiler_options(mesh),
                  out_shardings=(state_shardings, replicated, replicated))
 
-  # Its other arguments, as shapes.
+  # The shapes of its other arguments.
   batch = {name: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
                                       sharding=sharding.batch_sharding(mesh, len(x.shape)))
            for name, x in shapes.batch_shapes(c).items()}

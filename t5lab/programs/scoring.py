@@ -1,4 +1,4 @@
-"""Scores of weights on the evaluation of a config: loss, decoded metrics, predictions, as files."""
+"""Scores weights on the evaluation of a config; writes losses, metrics and predictions to files."""
 
 import dataclasses
 import functools

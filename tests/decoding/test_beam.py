@@ -74,12 +74,12 @@ def log_prob(log_p, row, tokens):
 def all_finished(log_p, row, length, alpha):
   """Every sequence that ends with its first eos within length, best first: [(score, tokens)]."""
   others = [t for t in range(V) if t != EOS]
-  found = []
+  hypotheses = []
   for n in range(length):
     for body in itertools.product(others, repeat=n):
       tokens = (*body, EOS)
-      found.append((log_prob(log_p, row, tokens) / penalty(n + 1, alpha), tokens))
-  return sorted(found, reverse=True)
+      hypotheses.append((log_prob(log_p, row, tokens) / penalty(n + 1, alpha), tokens))
+  return sorted(hypotheses, reverse=True)
 
 
 def padded(tokens, length):

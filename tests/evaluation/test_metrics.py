@@ -160,8 +160,8 @@ def test_accuracy():
     ([1, 1, 0, 0], [1, -1, 0, 0], 6 / 80 ** .5),  # 3 * 4 - 6, (16 - 1 - 1 - 4) * (16 - 4 - 4)
     ([1, 0, 1], [1, 1, 1], 0.), ([1, 1], [1, 0], 0.), ([1, 1], [1, 1], 0.)])
 def test_matthews_by_hand(targets, predictions, expected):
-  found = metrics.matthews_corrcoef(targets, predictions)['matthews_corrcoef']
-  assert found == pytest.approx(100 * expected, rel=1e-12)
+  measured = metrics.matthews_corrcoef(targets, predictions)['matthews_corrcoef']
+  assert measured == pytest.approx(100 * expected, rel=1e-12)
 
 
 def test_f1_counts_an_invalid_prediction_as_wrong():

@@ -165,7 +165,7 @@ def resumed_from(output: str) -> int:
 
 
 def has_made_a_step(output: str) -> bool:
-  """Whether a run has printed its first step. (Its entries may be those of the run before.)"""
+  """True once a run has printed its first step. (Its entries may be those of the run before.)"""
   return re.search(r'^step \d+/\d+ ', output, re.M) is not None
 
 

@@ -124,11 +124,11 @@ def test_parameter_count(name):
   same = dict(start_id=0, eos_id=1, norm_eps=1e-6, rope_scaling=(), rope_theta=1e4)
   sizes = shapes(dataclasses.replace(c, **same))
   heads = ('mlm_', 'nsp', 'logit_bias') if c.kind == 'encoder' else ('no head',)
-  found = sum(n for path, n in sizes.items() if not path.startswith(heads))
-  assert found == COUNTS[name]
+  count = sum(n for path, n in sizes.items() if not path.startswith(heads))
+  assert count == COUNTS[name]
   if name in PUBLISHED:
     published, tolerance = PUBLISHED[name]
-    assert abs(found / published - 1) < tolerance
+    assert abs(count / published - 1) < tolerance
 
 
 def test_every_row_is_a_size_of_a_kind_that_the_laws_test():

@@ -1,4 +1,4 @@
-"""What holds in every family: causality, packed = separate, cached decoding = teacher forcing.
+"""Laws that hold in every family: causality, packed = separate, cached decoding = teacher forcing.
 
 One compiled program a family serves all of them: row 0 is packed, rows 1 and 2 are its parts.
 """

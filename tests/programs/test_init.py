@@ -46,8 +46,8 @@ def tiny(init='', **overrides):
 
 def base_of(c, fresh=None):
   mesh = sharding.make_mesh()
-  found = loading.load_base(c, shapes.boxed_params(c), mesh, fresh)
-  return found, trees.flatten(found.params)
+  loaded = loading.load_base(c, shapes.boxed_params(c), mesh, fresh)
+  return loaded, trees.flatten(loaded.params)
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +73,8 @@ def bert(tmp_path_factory):
 
 def matching(init, classes=2, **overrides):
   """docs_match on the converted BERT."""
-  made = loading.read_config(init)
-  c = config.base('bert/base', **{**made.model.to_dict(), 'classes': classes})
+  source = loading.read_config(init)
+  c = config.base('bert/base', **{**source.model.to_dict(), 'classes': classes})
   c.init.path, c.init.fresh = str(init), ('classifier/.*',)
   c.data.mixture, c.data.vocab = 'docs_match', 'init'
   c.data.lengths.inputs, c.data.lengths.targets, c.data.pack = 32, 1, False
@@ -91,8 +91,8 @@ def test_the_weights_of_a_run_averaged_or_raw_of_any_step(run):
   saved = {step: arrays(run, step) for step in (1, 2)}
   for changes, step, part in (({}, 2, 'ema'), ({'init__weights': 'raw'}, 2, 'params'),
                               ({'init__step': '1', 'init__weights': 'ema'}, 1, 'ema')):
-    found, got = base_of(tiny(run, **changes))
-    assert (found.step, found.weights) == (step, 'raw' if part == 'params' else part)
+    loaded, got = base_of(tiny(run, **changes))
+    assert (loaded.step, loaded.weights) == (step, 'raw' if part == 'params' else part)
     assert {f'{part}/{p}' for p in got} == {p for p in saved[step] if p.startswith(f'{part}/')}
     for path, x in got.items():
       np.testing.assert_array_equal(x, saved[step][f'{part}/{path}'])
@@ -104,12 +104,12 @@ def test_a_run_begins_at_them_and_says_so(run, tmp_path, capsys):
   """After a first step with a learning rate of 0, they are as they were."""
   c = tiny(run)
   loop.train(c, tmp_path)
-  said = capsys.readouterr().out
-  assert f'weights of {run}, step 2, ema; optimizer state fresh' in said
-  ours, theirs = arrays(tmp_path, 1), arrays(run, 2)
+  output = capsys.readouterr().out
+  assert f'weights of {run}, step 2, ema; optimizer state fresh' in output
+  ours, initial = arrays(tmp_path, 1), arrays(run, 2)
   for path in ours:
     if path.startswith('params/'):
-      np.testing.assert_array_equal(ours[path], theirs[path.replace('params', 'ema', 1)])
+      np.testing.assert_array_equal(ours[path], initial[path.replace('params', 'ema', 1)])
   meta = Checkpoints(tmp_path / 'checkpoints').manifest(2).meta
   assert meta['init'] == {'path': str(run), 'step': 2, 'sha256': base_of(tiny(run))[0].sha256}
   loop.train(c, tmp_path)
@@ -129,9 +129,9 @@ def test_a_new_classifier_on_converted_weights_and_then_another(bert, tmp_path, 
   assert f'weights of {gone}, step 0, raw; optimizer state fresh' in capsys.readouterr().out
   ours = {p.removeprefix('params/'): x for p, x in arrays(workdir, 2).items()
           if p.startswith('params/')}
-  theirs = trees.flatten(t5lab.load(bert).params)
-  assert ours.keys() - theirs.keys() == {'classifier/kernel', 'classifier/bias'}
-  for path, x in theirs.items():
+  base = trees.flatten(t5lab.load(bert).params)
+  assert ours.keys() - base.keys() == {'classifier/kernel', 'classifier/bias'}
+  for path, x in base.items():
     np.testing.assert_array_equal(ours[path], x)
   assert ours['classifier/kernel'].shape == (32, 2) and ours['classifier/kernel'].std() > 1e-3
   shutil.rmtree(gone)
@@ -141,8 +141,8 @@ def test_a_new_classifier_on_converted_weights_and_then_another(bert, tmp_path, 
   assert lab.classify([('ab', 'cd'), 'ab']).shape == (2, 2)
   # three classes on what has two: a part of another shape is new, too
   c = matching(workdir, classes=3)
-  made = {'classifier/kernel': np.ones((32, 3)), 'classifier/bias': np.ones(3)}
-  _, got = base_of(c, lambda paths: {p: made[p] for p in paths})
+  ones = {'classifier/kernel': np.ones((32, 3)), 'classifier/bias': np.ones(3)}
+  _, got = base_of(c, lambda paths: {p: ones[p] for p in paths})
   assert got['classifier/kernel'].shape == (32, 3) and got['embedding'].shape == (48, 32)
   _, got = base_of(matching(workdir), lambda paths: 1 / 0)           # nothing is new: nothing made
   np.testing.assert_array_equal(got['classifier/kernel'], ours['classifier/kernel'])
@@ -157,10 +157,10 @@ def test_what_path_has_too_much_is_left_only_if_named(bert, tmp_path):
   assert 'params/pooler/kernel' in str(e.value) and 'params/pooler/bias' in str(e.value)
   c.init.ignore = ('pooler/.*',)
   _, got = base_of(c)
-  theirs = trees.flatten(t5lab.load(bert).params)
-  assert theirs.keys() - got.keys() == {'pooler/kernel', 'pooler/bias'}
+  base = trees.flatten(t5lab.load(bert).params)
+  assert base.keys() - got.keys() == {'pooler/kernel', 'pooler/bias'}
   for path, x in got.items():
-    np.testing.assert_array_equal(x, theirs[path])
+    np.testing.assert_array_equal(x, base[path])
 
 
 @pytest.mark.parametrize('changes, error, message', [

@@ -35,9 +35,9 @@ def saved(tmp_path_factory):
   return path
 
 
-def same(found, seed):
+def same(loaded, seed):
   want = random_params(MODEL, seed)
-  jax.tree.map(np.testing.assert_array_equal, trees.unflatten(trees.flatten(found.params)), want)
+  jax.tree.map(np.testing.assert_array_equal, trees.unflatten(trees.flatten(loaded.params)), want)
 
 
 def test_the_average_of_the_newest_step_or_what_is_asked_for(saved):
@@ -45,19 +45,19 @@ def test_the_average_of_the_newest_step_or_what_is_asked_for(saved):
   for step, which, number, part, seed in (
       ('latest', None, 2, 'ema', 12), ('latest', 'raw', 2, 'raw', 2), (1, 'raw', 1, 'raw', 1),
       ('1', 'ema', 1, 'ema', 11), ('best', None, 1, 'ema', 11)):
-    found = loading.load(saved, step, which)
-    assert (found.step, found.weights) == (number, part)
-    same(found, seed)
-    sha256[step, part] = found.sha256
+    loaded = loading.load(saved, step, which)
+    assert (loaded.step, loaded.weights) == (number, part)
+    same(loaded, seed)
+    sha256[step, part] = loaded.sha256
   assert sha256['1', 'ema'] != sha256['latest', 'ema']
   assert sha256['1', 'ema'] == sha256[1, 'raw'] == sha256['best', 'ema']
 
 
 def test_arrays_go_to_the_mesh_that_is_asked_for(saved):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  found = loading.load(saved, mesh=mesh)
-  assert all(x.sharding.device_set == {jax.devices()[0]} for x in jax.tree.leaves(found.params))
-  same(found, 12)
+  loaded = loading.load(saved, mesh=mesh)
+  assert all(x.sharding.device_set == {jax.devices()[0]} for x in jax.tree.leaves(loaded.params))
+  same(loaded, 12)
 
 
 def test_what_is_not_there_is_said(saved, tmp_path):

@@ -82,14 +82,14 @@ def test_killed_damaged_stopped_and_resumed_equals_uninterrupted(reference, tmp_
   data[len(data) // 2] ^= 1
   victim.write_bytes(data)
 
-  said = tmp_path / 'said.txt'
-  with said.open('w') as f:
+  log = tmp_path / 'log.txt'
+  with log.open('w') as f:
     process = subprocess.Popen(command(tmp_path, KILLED), env=ENVIRONMENT, stdout=f, stderr=f)
-    while 'step 7/24' not in said.read_text() and process.poll() is None:
+    while 'step 7/24' not in log.read_text() and process.poll() is None:
       time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=100)
-  output = said.read_text()
+  output = log.read_text()
   assert 'step_00000012.corrupt' in output and 'resuming from step 6' in output
   assert process.returncode == 75, output
   assert 'run the same command to resume' in output and 'Traceback' not in output
@@ -98,10 +98,10 @@ def test_killed_damaged_stopped_and_resumed_equals_uninterrupted(reference, tmp_
   done = run(tmp_path, KILLED)
   assert done.returncode == 0, done.stderr
   assert entries(tmp_path) == entries(reference)
-  ours, theirs = arrays(tmp_path, STEPS), arrays(reference, STEPS)
-  assert ours.keys() == theirs.keys() and any(k.startswith('ema/') for k in ours)
+  ours, expected = arrays(tmp_path, STEPS), arrays(reference, STEPS)
+  assert ours.keys() == expected.keys() and any(k.startswith('ema/') for k in ours)
   for path in ours:
-    np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    np.testing.assert_array_equal(ours[path], expected[path], err_msg=path)
 
 
 # -- refusals, in this process --
@@ -198,6 +198,6 @@ def test_killed_at_random_moments_equals_uninterrupted(reference, tmp_path, seed
     assert process.returncode == -signal.SIGKILL, output
   assert process.returncode == 0 and kills
   assert entries(tmp_path) == entries(reference)
-  ours, theirs = arrays(tmp_path, STEPS), arrays(reference, STEPS)
-  for path in theirs:
-    np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+  ours, expected = arrays(tmp_path, STEPS), arrays(reference, STEPS)
+  for path in expected:
+    np.testing.assert_array_equal(ours[path], expected[path], err_msg=path)

@@ -1,4 +1,4 @@
-"""What a config says of its data reaches the stream."""
+"""The data settings of a config reach the stream."""
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a model in hand can do: logits, scores, vectors, classes, masks, chats; each against a sum
+"""The uses of a loaded model: logits, scores, vectors, classes, masks, chats; each against a sum
 done by hand, one text at a time and without padding."""
 
 import dataclasses
@@ -33,14 +33,14 @@ TEXTS = ['b', 'the quick brown fox jumps over it all', '', 'a dog', 'lazy', 'is 
 def characters(folder, special, framing, **settings):
   """A tokenizer.json with a token a character, after the special ones."""
   tokens = [*special, *LETTERS, ' ']
-  made = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, '<unk>'))
-  made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex('.'), 'isolated')
-  made.decoder = decoders.Fuse()
-  made.add_special_tokens(special)
+  tokenizer = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, '<unk>'))
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex('.'), 'isolated')
+  tokenizer.decoder = decoders.Fuse()
+  tokenizer.add_special_tokens(special)
   if framing:
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=framing, special_tokens=[(t, i) for i, t in enumerate(special)])
-  made.save(str(folder / 'tokenizer.json'))
+  tokenizer.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
   return str(folder / 'tokenizer.json')
 
@@ -78,7 +78,7 @@ LABS = {   # row, vocabulary, what of the row is not as `shrink` leaves it
 def lab(tmp_path_factory):
   """lab(name, **changes of the config) -> a Lab; of one name they share what was compiled."""
   @functools.cache
-  def made(name):
+  def make(name):
     row, kind, fields = LABS[name]
     model = shrink(row).__class__(**{**vars(shrink(row)), **fields})
     c = config.from_model(model, VOCABULARIES[kind](tmp_path_factory.mktemp(name)))
@@ -90,7 +90,7 @@ def lab(tmp_path_factory):
     return c, Lab(c, params, engine=make_engine(c))
 
   def get(name, **changes):
-    c, first = made(name)
+    c, first = make(name)
     if not changes:
       return first
     c = c.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""The identity of a task: what its stored examples depend on, as text.
+"""The identity of a task: a text that names everything its stored examples depend on.
 
 A cache with another identity is refused.
 

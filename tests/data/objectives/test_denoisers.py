@@ -200,8 +200,8 @@ def test_ul2_without_modes_and_of_another_share(rng):
   assert [*pair['inputs'][:-1], *pair['targets'][:-1]] == [7, 8, 9]
   for _ in range(20):
     pair = denoisers.ul2(np.arange(100), rng, share=0., **{**options, 'sentinel': 500})
-    found = pair['inputs'][pair['inputs'] >= 400].tolist()
-    assert found == list(range(500, 500 + len(found))) and found
+    sentinels = pair['inputs'][pair['inputs'] >= 400].tolist()
+    assert sentinels == list(range(500, 500 + len(sentinels))) and sentinels
 
 
 def test_ul2_segments_fit_every_denoiser():

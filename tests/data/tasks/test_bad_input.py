@@ -267,7 +267,7 @@ def test_the_bad_records_of_all_shards_count_together(tmp_path, build):
 
 
 def numbers(component):
-  """Of good(i), in the order of the shards."""
+  """The identities of good(i), in the order of the shards."""
   decode = registry.vocab.load('byte').decode
   return [int(decode(e['targets']).strip('{}\n')) for e in component.examples]
 
