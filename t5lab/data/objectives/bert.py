@@ -30,9 +30,8 @@ def pairs(documents, rng, max_length: int,
   documents = [document for document in documents if document]
   examples = []
   for i in range(len(documents)):
-    target = room
-    if rng.random() < short_probability:
-      target = int(rng.integers(2, room + 1))
+    is_short = rng.random() < short_probability
+    target = int(rng.integers(2, room + 1)) if is_short else room
     examples += _document_pairs(documents, i, rng, target, room)
   return examples
 
@@ -54,12 +53,9 @@ def _document_pairs(documents, index, rng, target, room):
 
     # The second text is the rest, or random; then the rest starts the next pair.
     is_random = count == 1 or rng.random() < 0.5
-    if is_random:
-      second = _other_text(documents, index, rng, target - len(first))
-      start = cut
-    else:
-      second = np.concatenate(document[cut:stop])
-      start = stop
+    second = (_other_text(documents, index, rng, target - len(first)) if is_random
+              else np.concatenate(document[cut:stop]))
+    start = cut if is_random else stop
 
     first, second = _truncated(first, second, room, rng)
     examples.append({'first': first.astype(np.int32), 'second': second.astype(np.int32),
@@ -84,16 +80,11 @@ def _other_text(documents, index, rng, min_length):
 
 def _truncated(first, second, room, rng):
   """Drops tokens of the longer text, or of the second, at a random end until both fit."""
-  ends = [[0, len(first)], [0, len(second)]]
-  lengths = [len(first), len(second)]
-  while sum(lengths) > room:
-    longer = 0 if lengths[0] > lengths[1] else 1
-    if rng.random() < 0.5:
-      ends[longer][0] += 1
-    else:
-      ends[longer][1] -= 1
-    lengths[longer] -= 1
-  return first[slice(*ends[0])], second[slice(*ends[1])]
+  texts = [first, second]
+  while len(texts[0]) + len(texts[1]) > room:
+    longer = 0 if len(texts[0]) > len(texts[1]) else 1
+    texts[longer] = texts[longer][1:] if rng.random() < 0.5 else texts[longer][:-1]
+  return texts
 
 
 # --- masked words --------------------------------------------------------------------------------
@@ -109,10 +100,8 @@ def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: 
   """
   masked, weights = np.array(tokens, np.int32), np.zeros(len(tokens), np.int32)
   candidates = np.flatnonzero(~np.isin(masked, special))
-  count = max(round(len(masked) * density), 1)
-  if max_predictions is not None:
-    count = min(count, max_predictions)
-  chosen = rng.choice(candidates, min(count, len(candidates)), replace=False)
+  most = len(candidates) if max_predictions is None else min(len(candidates), max_predictions)
+  chosen = rng.choice(candidates, min(max(round(len(masked) * density), 1), most), replace=False)
   weights[chosen] = 1
 
   u = rng.random(len(chosen))
@@ -121,8 +110,7 @@ def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: 
   return masked, weights
 
 
-def mlm(example, rng, *, cls: int | None, sep: int, mask: int, vocab_size: int,
-        density: float = 0.15, max_predictions: int | None = None) -> dict[str, np.ndarray]:
+def mlm(example, rng, *, cls: int | None, sep: int, **options) -> dict[str, np.ndarray]:
   """{'first': int[A], 'second': int[B], 'next': int[1]}, or only {'targets': int[A]} -> int32:
 
   inputs [T]   cls A sep B sep (or cls A sep), masked; without cls if it is None
@@ -130,7 +118,7 @@ def mlm(example, rng, *, cls: int | None, sep: int, mask: int, vocab_size: int,
   weights [T]  1 where a word is to be predicted
   types [T]    0 up to the first sep, then 1
   next [1]     0 if B follows A, 1 if it does not; absent for a single text
-  A cls or sep inside a text is never masked.
+  A cls or sep inside a text is never masked. options: of mask_words.
   """
   texts = [example[f] for f in ('first', 'second', 'targets') if f in example]
   framed = [np.append(np.asarray(text, np.int32), np.int32(sep)) for text in texts]
@@ -138,9 +126,7 @@ def mlm(example, rng, *, cls: int | None, sep: int, mask: int, vocab_size: int,
   framed[0] = np.insert(framed[0], 0, opening)
 
   targets = np.concatenate(framed)
-  inputs, weights = mask_words(
-      targets, rng, mask=mask, vocab_size=vocab_size, special=(*opening, sep), density=density,
-      max_predictions=max_predictions)
+  inputs, weights = mask_words(targets, rng, special=(*opening, sep), **options)
   types = np.repeat(np.arange(len(framed), dtype=np.int32), [len(text) for text in framed])
   features = {'inputs': inputs, 'targets': targets, 'weights': weights, 'types': types}
   if 'next' in example:

@@ -58,15 +58,12 @@ def iid_denoising(tokens, rng, *, sentinel: int, sentinels: int, eos: int, densi
   noise, pairs, *_ = _moments(len(tokens), density)
   if noise - pairs > sentinels:
     raise ValueError(f'{len(tokens)} tokens need more than {sentinels} sentinels on average')
-  eos = np.int32(eos)
   while True:
     mask = rng.random(len(tokens)) < density
-    inputs = spans.noise_span_to_sentinel(tokens, mask, sentinel, step)
-    targets = spans.nonnoise_span_to_sentinel(tokens, mask, sentinel, step)
-    features = {'inputs': np.append(inputs, eos), 'targets': np.append(targets, eos)}
-
+    features = spans.corrupted(tokens, mask, sentinel, eos, step)
     runs = 1 + np.count_nonzero(np.diff(mask)) if len(tokens) else 0     # kept and noise
-    if (runs + 1) // 2 <= sentinels and all(len(features[f]) <= limits[f] for f in limits):
+    sizes = {name: len(feature) for name, feature in features.items()}
+    if (runs + 1) // 2 <= sentinels and spans.fits(sizes, limits):
       return features
 
 
@@ -75,8 +72,7 @@ def iid_segment(task: str, lengths, sentinels: int, density: float = 0.15) -> in
   spans.check_sentinels(task, sentinels)
   if not 0 < density < 1:
     raise UsageError(f'task {task!r} needs a noise density between 0 and 1, got {density}')
-  inputs = spans.feature_length(task, lengths, 'inputs')
-  targets = spans.feature_length(task, lengths, 'targets')
+  inputs, targets = spans.feature_lengths(task, lengths)
   tokens = inputs - 1
   if tokens < 1:
     raise UsageError(f'task {task!r} cannot drop tokens in {inputs} inputs: the minimum is 2')
@@ -124,9 +120,9 @@ def ul2(tokens, rng, *, sentinel: int, eos: int, modes, share: float = 0.2,
 
 def ul2_sizes(length: int, modes) -> dict[str, int]:
   """Upper bounds of both features over all denoisers, EOS and mode tokens included."""
-  sizes = [(SEQUENTIAL, spans.prefix_lm_sizes(length))]
-  for mode, mean_span, density in SPANS:
-    sizes.append((mode, spans.span_corruption_sizes(length, density, mean_span)))
+  sizes = [(SEQUENTIAL, spans.prefix_lm_sizes(length)),
+           *((mode, spans.span_corruption_sizes(length, density, mean_span))
+             for mode, mean_span, density in SPANS)]
   return {'inputs': max(len(modes[mode]) + size['inputs'] for mode, size in sizes),
           'targets': max(size['targets'] for _, size in sizes)}
 
@@ -138,10 +134,9 @@ def ul2_segment(task: str, lengths, sentinels: int, modes) -> int:
   no segment fits, or without sentinels.
   """
   spans.check_sentinels(task, sentinels)
-  inputs = spans.feature_length(task, lengths, 'inputs')
-  targets = spans.feature_length(task, lengths, 'targets')
+  inputs, targets = spans.feature_lengths(task, lengths)
   tokens = min(inputs, targets)
-  while tokens >= 2 and any(size > lengths[f] for f, size in ul2_sizes(tokens, modes).items()):
+  while tokens >= 2 and not spans.fits(ul2_sizes(tokens, modes), lengths):
     tokens -= 1
   if tokens < 2:
     minimum = ul2_sizes(2, modes)

@@ -29,15 +29,11 @@ def importance(tokens, starts) -> np.ndarray:
   if not len(tokens):
     return np.zeros(len(starts))
   words, ids = np.unique(tokens, return_inverse=True)
-  sentence = np.repeat(np.arange(len(starts)), _lengths(tokens, starts))
+  sentence = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(tokens)))
   counts = np.zeros((len(starts), len(words)), np.int64)
   np.add.at(counts, (sentence, ids), 1)
   overlap = np.minimum(counts, counts.sum(0) - counts).sum(1)
   return 2 * overlap / len(tokens)
-
-
-def _lengths(tokens, starts) -> np.ndarray:
-  return np.diff(starts, append=len(tokens))
 
 
 def _range(ratio) -> tuple[float, float]:
@@ -65,28 +61,25 @@ def gap_mask(example, rng, *, ratio=0.3, strategy: str = 'principal',
   return np.isin(np.arange(len(starts)), chosen)
 
 
-def gap_sentences(example, rng, *, mask: int, eos: int, ratio=0.3, strategy: str = 'principal',
-                  noise: float = 0.) -> dict[str, np.ndarray]:
+def gap_sentences(example, rng, *, mask: int, eos: int, **options) -> dict[str, np.ndarray]:
   """A document -> int32 {'inputs', 'targets'}, both ending in EOS.
 
   inputs: the document with the single id `mask` in place of each gap sentence. targets: the gap
   sentences in the document's order. The only sentence of a document is a gap.
-  ratio: share of the sentences, or (low, high) to draw it from. strategy: 'principal' takes the
-  best by importance(), 'random' any, 'lead' the first. noise: multiplies scores by
-  1 + U(-noise, noise).
+  options, of gap_mask: ratio, the share of the sentences, or (low, high) to draw it from; strategy:
+  'principal' takes the best by importance(), 'random' any, 'lead' the first; noise: multiplies
+  scores by 1 + U(-noise, noise).
   The released model's "mixed & stochastic" data is ratio=(0.15, 0.45), noise=0.2 according to its
   README; its code draws that noise from a normal distribution.
   """
   tokens = np.asarray(example['targets'], np.int32)
-  gaps = gap_mask(example, rng, ratio=ratio, strategy=strategy, noise=noise)
-  lengths = _lengths(tokens, example['sentences'])
-  gap_tokens = np.repeat(gaps, lengths)
-  firsts = np.asarray(example['sentences'], np.int64)[gaps]
+  starts = np.asarray(example['sentences'], np.int64)
+  gaps = gap_mask(example, rng, **options)
+  gap_tokens = np.repeat(gaps, np.diff(starts, append=len(tokens)))
   # Insert a mask before the first token of each gap, then remove the tokens of the gaps.
-  marked = np.insert(tokens, firsts, mask)
-  kept = np.insert(~gap_tokens, firsts, True)
-  end = np.int32(eos)
-  return {'inputs': np.append(marked[kept], end), 'targets': np.append(tokens[gap_tokens], end)}
+  marked = np.insert(tokens, starts[gaps], mask)
+  kept = np.insert(~gap_tokens, starts[gaps], True)
+  return spans.closed(marked[kept], tokens[gap_tokens], eos)
 
 
 def gap_sentences_sizes(example, *, ratio=0.3, strategy: str = 'principal',
@@ -95,19 +88,17 @@ def gap_sentences_sizes(example, *, ratio=0.3, strategy: str = 'principal',
 
   Otherwise: the shortest sentences, or the longest, for any number that the ratio allows.
   """
-  lengths = _lengths(example['targets'], example['sentences'])
-  low, high = _range(ratio)
   total = len(example['targets'])
+  lengths = np.diff(example['sentences'], append=total)
+  low, high = _range(ratio)
   if low == high and not noise and strategy != 'random':
     gaps = gap_mask(example, None, ratio=ratio, strategy=strategy)
     return {'inputs': int(total - lengths[gaps].sum() + gaps.sum() + 1),
             'targets': int(lengths[gaps].sum() + 1)}
   counts = np.arange(gap_count(len(lengths), low), gap_count(len(lengths), high) + 1)
-  if strategy == 'lead':
-    least = most = np.concatenate([[0], np.cumsum(lengths)])
-  else:
-    least = np.concatenate([[0], np.cumsum(np.sort(lengths))])
-    most = np.concatenate([[0], np.cumsum(np.sort(lengths)[::-1])])
+  shortest = lengths if strategy == 'lead' else np.sort(lengths)
+  longest = lengths if strategy == 'lead' else shortest[::-1]
+  least, most = (np.concatenate([[0], np.cumsum(order)]) for order in (shortest, longest))
   return {'inputs': int((total - least[counts] + counts).max() + 1),
           'targets': int(most[counts].max() + 1)}
 
@@ -120,26 +111,20 @@ def gap_sentences_pieces(task: str, example, lengths, **options) -> list[dict[st
   of a document, or to a document of one. options: ratio, strategy, noise, as in gap_sentences.
   UsageError if two tokens do not fit.
   """
-  inputs = spans.feature_length(task, lengths, 'inputs')
-  targets = spans.feature_length(task, lengths, 'targets')
+  inputs, targets = spans.feature_lengths(task, lengths)
   longest = min(inputs - 2, targets - 1)   # one sentence masked and one not, and EOS
   if longest < 1:
     raise UsageError(f'task {task!r} cannot mask sentences in {inputs} inputs and {targets} '
                      'targets: the minimum is 3 and 2')
   tokens = np.asarray(example['targets'], np.int32)
   ends = [*example['sentences'][1:], len(tokens)]
-  starts = [cut for start, end in zip(example['sentences'], ends)
-            for cut in range(start, end, longest)]
-  starts = np.array(starts, np.int64)
+  starts = np.array([cut for start, end in zip(example['sentences'], ends)
+                     for cut in range(start, end, longest)], np.int64)
   bounds = np.append(starts, len(tokens))
 
   def piece(first, last):
     return {'targets': tokens[bounds[first]:bounds[last]],
             'sentences': starts[first:last] - bounds[first]}
-
-  def fits(first, last):
-    sizes = gap_sentences_sizes(piece(first, last), **options)
-    return sizes['inputs'] <= inputs and sizes['targets'] <= targets
 
   pieces, first = [], 0
   while first + 1 < len(starts):
@@ -150,7 +135,7 @@ def gap_sentences_pieces(task: str, example, lengths, **options) -> list[dict[st
     over = min(over, len(starts) + 1)
     while over - fit > 1:
       middle = (fit + over) // 2
-      if fits(first, middle):
+      if spans.fits(gap_sentences_sizes(piece(first, middle), **options), lengths):
         fit = middle
       else:
         over = middle

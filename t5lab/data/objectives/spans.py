@@ -15,8 +15,7 @@ def span_noise_counts(length: int, density: float, mean_span: float) -> tuple[in
   length = max(length, 2)
   noise = int(np.round(np.float32(length) * np.float32(density)))
   noise = min(max(noise, 1), length - 1)
-  spans = int(np.round(np.float32(noise) / np.float32(mean_span)))
-  spans = max(spans, 1)
+  spans = max(int(np.round(np.float32(noise) / np.float32(mean_span))), 1)
   return noise, min(spans, length - noise)  # a kept token precedes each span; T5 fails without
 
 
@@ -34,11 +33,8 @@ def span_noise_mask(rng, length: int, density: float = 0.15, mean_span: float = 
     cuts = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
-  padded = max(length, 2)
-  kept_and_noise = [composition(padded - noise), composition(noise)]
-  runs = np.stack(kept_and_noise, axis=1).reshape(-1)
-  is_noise = np.arange(2 * spans) % 2 == 1
-  return np.repeat(is_noise, runs)[:length]
+  runs = np.stack([composition(max(length, 2) - noise), composition(noise)], axis=1)
+  return np.repeat([False, True] * spans, runs.ravel())[:length]
 
 
 def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
@@ -47,16 +43,26 @@ def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.nd
   Example: tokens 5 6 7 8, mask 0 1 1 0, sentinel 99 -> 5 99 8
   """
   tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
-  previous = np.concatenate([[False], mask[:-1]]) if len(mask) else mask
+  previous = np.concatenate([[False], mask])[:-1]
   starts = mask & ~previous
-  numbers = np.cumsum(starts) - 1
-  marked = np.where(starts, sentinel + step * numbers, tokens)
+  marked = np.where(starts, sentinel + step * (np.cumsum(starts) - 1), tokens)
   return marked[~(mask & previous)].astype(np.int32)
 
 
 def nonnoise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
   """Replaces each run of False by one sentinel. No sentinel follows a last noise span."""
   return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel, step)
+
+
+def closed(inputs, targets, eos: int) -> dict[str, np.ndarray]:
+  """Two int32 arrays as the features 'inputs' and 'targets', each with an EOS after it."""
+  return {'inputs': np.append(inputs, np.int32(eos)), 'targets': np.append(targets, np.int32(eos))}
+
+
+def corrupted(tokens, mask, sentinel: int, eos: int, step: int) -> dict[str, np.ndarray]:
+  """inputs: the tokens without the noise; targets: the noise. Sentinels stand for the others."""
+  return closed(noise_span_to_sentinel(tokens, mask, sentinel, step),
+                nonnoise_span_to_sentinel(tokens, mask, sentinel, step), eos)
 
 
 def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
@@ -67,10 +73,7 @@ def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.
   sentinel: the first one's id. step: from one sentinel's id to the next.
   """
   mask = span_noise_mask(rng, len(tokens), density, mean_span)
-  inputs = noise_span_to_sentinel(tokens, mask, sentinel, step)
-  targets = nonnoise_span_to_sentinel(tokens, mask, sentinel, step)
-  eos = np.int32(eos)
-  return {'inputs': np.append(inputs, eos), 'targets': np.append(targets, eos)}
+  return corrupted(tokens, mask, sentinel, eos, step)
 
 
 def span_corruption_sizes(length: int, density: float = 0.15,
@@ -113,8 +116,7 @@ def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
     raise ValueError(f'prefix LM needs segments of 2 tokens or more, got {len(tokens)} token(s)')
   tokens = np.asarray(tokens, np.int32)
   cut = int(rng.integers(1, len(tokens)))
-  eos = np.int32(eos)
-  return {'inputs': np.append(tokens[:cut], eos), 'targets': np.append(tokens[cut:], eos)}
+  return closed(tokens[:cut], tokens[cut:], eos)
 
 
 def prefix_lm_sizes(length: int) -> dict[str, int]:
@@ -143,6 +145,14 @@ def feature_length(task: str, lengths, feature: str) -> int:
   return lengths[feature]
 
 
+def feature_lengths(task: str, lengths) -> list[int]:
+  return [feature_length(task, lengths, feature) for feature in ('inputs', 'targets')]
+
+
+def fits(sizes, lengths) -> bool:
+  return all(size <= lengths[feature] for feature, size in sizes.items())
+
+
 def check_sentinels(task: str, sentinels: int) -> None:
   if not sentinels:
     raise UsageError(f'task {task!r} needs sentinels <extra_id_0>, <extra_id_1>, … with '
@@ -157,15 +167,13 @@ def span_corruption_segment(task: str, lengths, sentinels: int, density: float =
   if not (0 < density < 1 and mean_span >= 1):
     raise UsageError(f'task {task!r} needs a noise density between 0 and 1 and a mean span of 1 or '
                      f'more, got a density of {density} in spans of {mean_span} tokens')
-  inputs = feature_length(task, lengths, 'inputs')
-  targets = feature_length(task, lengths, 'targets')
-
+  inputs, targets = feature_lengths(task, lengths)
   tokens, needed = span_corruption_lengths(inputs, density, mean_span)
   if needed > targets:
     raise UsageError(f'span corruption with {inputs} inputs makes targets of {needed} tokens, the '
                      f'limit is {targets}: set targets to {needed} or lower inputs')
   # The rule rounds in float64 and the mask in float32. They rarely differ; T5 then loses tokens.
-  while not _fits(span_corruption_sizes(tokens, density, mean_span), lengths):
+  while not fits(span_corruption_sizes(tokens, density, mean_span), lengths):
     tokens -= 1
     if tokens < 2:
       raise UsageError(f'task {task!r} cannot corrupt text in {inputs} inputs and {targets} '
@@ -178,12 +186,8 @@ def span_corruption_segment(task: str, lengths, sentinels: int, density: float =
   return tokens
 
 
-def _fits(sizes, lengths) -> bool:
-  return all(size <= lengths[feature] for feature, size in sizes.items())
-
-
 def prefix_lm_segment(task: str, lengths) -> int:
-  return min(feature_length(task, lengths, feature) for feature in ('inputs', 'targets'))
+  return min(feature_lengths(task, lengths))
 
 
 def lm_segment(task: str, lengths) -> int:

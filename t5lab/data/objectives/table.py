@@ -103,13 +103,6 @@ def _num_sentinels(v) -> int:
   return v.num_sentinels if v.sentinel_step else 0
 
 
-def _sentinel_options(v) -> dict:
-  options = {'sentinel': v.sentinel(0) if _num_sentinels(v) else None}
-  if v.sentinel_step > 0:
-    options['step'] = 1
-  return options
-
-
 def _or_sentinel(v, token, i: int):
   """`token`, or sentinel number i where the vocabulary lacks the token; None if it lacks both."""
   if token is None and i < v.num_sentinels:
@@ -117,28 +110,28 @@ def _or_sentinel(v, token, i: int):
   return token
 
 
-def _span_options(options) -> dict:
-  return {k: options[k] for k in ('density', 'mean_span') if k in options}
-
-
 # --- the recipes ---------------------------------------------------------------------------------
 
 
+def _denoising(v, options, fn, segment, sizes, least=2):
+  """The recipe of an objective that puts sentinels in the place of spans."""
+  shape = {k: options[k] for k in ('density', 'mean_span', 'modes') if k in options}
+  length = functools.partial(segment, sentinels=_num_sentinels(v), **shape)
+  step = {'step': 1} if v.sentinel_step > 0 else {}
+  drawn = {'sentinel': v.sentinel(0) if _num_sentinels(v) else None, **step, 'eos': v.eos_id,
+           **options}
+  return Recipe(Segments(length, least), Draw(fn, functools.partial(sizes, **shape), drawn))
+
+
 def _span_corruption(v, options):
-  shape = _span_options(options)
-  length = functools.partial(
-      spans.span_corruption_segment, sentinels=_num_sentinels(v), **shape)
-  sizes = functools.partial(spans.span_corruption_sizes, **shape)
-  drawn = {**_sentinel_options(v), 'eos': v.eos_id, **options}
-  return Recipe(Segments(length, least=2), Draw(spans.span_corruption, sizes, drawn))
+  return _denoising(v, options, spans.span_corruption, spans.span_corruption_segment,
+                    spans.span_corruption_sizes)
 
 
 def _iid_denoising(v, options):
-  shape = _span_options(options)
-  length = functools.partial(denoisers.iid_segment, sentinels=_num_sentinels(v), **shape)
-  sizes = functools.partial(denoisers.iid_sizes, **shape)
-  drawn = {**_sentinel_options(v), 'sentinels': _num_sentinels(v), 'eos': v.eos_id, **options}
-  return Recipe(Segments(length), Draw(denoisers.iid_denoising, sizes, drawn))
+  options = {'sentinels': _num_sentinels(v), **options}
+  return _denoising(v, options, denoisers.iid_denoising, denoisers.iid_segment,
+                    denoisers.iid_sizes, least=1)
 
 
 def _prefix_lm(v, options):
@@ -159,11 +152,8 @@ def _document_lm(v, options):
 
 
 def _ul2(v, options):
-  modes = tuple(tuple(v.encode(mode)) for mode in UL2_MODES)
-  length = functools.partial(denoisers.ul2_segment, sentinels=_num_sentinels(v), modes=modes)
-  sizes = functools.partial(denoisers.ul2_sizes, modes=modes)
-  drawn = {**_sentinel_options(v), 'eos': v.eos_id, 'modes': modes, **options}
-  return Recipe(Segments(length, least=2), Draw(denoisers.ul2, sizes, drawn))
+  options = {'modes': tuple(tuple(v.encode(mode)) for mode in UL2_MODES), **options}
+  return _denoising(v, options, denoisers.ul2, denoisers.ul2_segment, denoisers.ul2_sizes)
 
 
 def _mask_ids(v) -> dict:
@@ -175,13 +165,10 @@ def _mask_alone(tokens, rng, **options):
   return bert.mlm({'targets': tokens}, rng, **options)
 
 
-def _mask_alone_sizes(length):
-  return bert.mlm_sizes({'targets': length})
-
-
 def _mlm(v, options):
   ids = _mask_ids(v)
-  draw = Draw(_mask_alone, _mask_alone_sizes, {**ids, **options})
+  draw = Draw(_mask_alone, lambda length: bert.mlm_sizes({'targets': length}),
+              {**ids, **options})
   return Recipe(Segments(bert.mlm_segment), draw, marks={'mask': ids['mask']})
 
 
@@ -192,7 +179,7 @@ def _bert(v, options):
     def pairs(texts):
       # Seeded by the batch itself, so that the pairs are the same every time.
       seed = zlib.crc32(b'\0'.join(text.encode('utf-8') for text in texts))
-      documents = [_sentence_ids(v, text) for text in texts]
+      documents = [list(map(v.encode, sentences.split(text))) for text in texts]
       return bert.pairs(documents, np.random.default_rng(seed), length)
     return pairs
 
@@ -201,14 +188,10 @@ def _bert(v, options):
   return Recipe(Pieces(prepare, ('first', 'second', 'next')), draw, marks={'mask': ids['mask']})
 
 
-def _sentence_ids(v, text: str) -> list[list[int]]:
-  return [v.encode(sentence) for sentence in sentences.split(text)]
-
-
 def _gap_sentences(v, options):
   def prepare(task, lengths):
     def pieces(text):
-      ids = [sentence for sentence in _sentence_ids(v, text) if sentence]
+      ids = [ids for ids in map(v.encode, sentences.split(text)) if ids]
       if not ids:
         return []
       starts = np.cumsum([0, *map(len, ids[:-1])])
@@ -216,11 +199,9 @@ def _gap_sentences(v, options):
       return gap_sentences.gap_sentences_pieces(task, document, lengths, **options)
     return lambda texts: [piece for text in texts for piece in pieces(text)]
 
-  def sizes(lengths):
-    return dict.fromkeys(BOTH, lengths['targets'] + 1)
-
   ids = {'mask': _or_sentinel(v, v.mask_id, 0), 'eos': v.eos_id}
-  draw = Draw(gap_sentences.gap_sentences, sizes, {**ids, **options})
+  draw = Draw(gap_sentences.gap_sentences,
+              lambda lengths: dict.fromkeys(BOTH, lengths['targets'] + 1), {**ids, **options})
   return Recipe(Pieces(prepare, ('targets', 'sentences')), draw, marks=ids)
 
 
