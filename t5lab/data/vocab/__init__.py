@@ -21,12 +21,11 @@ import shutil
 from t5lab import files
 from t5lab.data.vocab import gguf, hf_tokenizers, tables, tokenizer_config
 from t5lab.data.vocab.base import Vocab
-from t5lab.data.vocab.gguf import export_gguf
 from t5lab.data.vocab.tables import EOS, NUM_SENTINELS, PAD, UNK, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
 
 __all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_embedding_size', 'embedded',
-           'export', 'export_gguf', 'load', 'padded_size', 'sentencepiece_model', 'source_files']
+           'export', 'load', 'padded_size', 'sentencepiece_model', 'source_files']
 
 DEFAULT = 't5lab_2048'
 KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
@@ -52,7 +51,6 @@ def load(spec: str = DEFAULT) -> Vocab:
   Errors: UsageError for an unknown name or kind of file, DataError for a file that cannot be read
   as the kind that its name ends in.
   """
-  # Vocabularies without a file.
   if spec == 'byte':
     return tables.byte()
   if match := re.fullmatch(r'byte:(\d{1,6})', spec):
@@ -108,15 +106,18 @@ def export(spec: str, folder) -> str:
   The tokenizer of a .gguf file is written as ordinary files, without the model. 'byte' and embedded
   vocabularies have no files and keep their spec.
   """
+  sources, converted = source_files(spec), {}
   if spec.endswith('.gguf'):
-    return export_gguf(spec, folder)
-  sources = source_files(spec)
+    sources, converted = [], gguf.tokenizer_files(gguf.metadata(spec), spec)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   for path in sources:
     if path.resolve() != (folder / path.name).resolve():
       shutil.copyfile(path, folder / path.name)
-  return str(folder / sources[0].name) if sources else spec
+  for name, data in converted.items():
+    (folder / name).write_bytes(data)
+  names = [*converted, *(path.name for path in sources)]
+  return str(folder / names[0]) if names else spec
 
 
 def padded_size(vocab: Vocab, multiple: int = 128) -> int:

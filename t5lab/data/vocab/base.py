@@ -5,7 +5,6 @@ The kinds are in tables.py, hf_tokenizers.py and gguf.py; vocab.load opens them 
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-import re
 
 from t5lab.data.vocab import chat
 from t5lab.errors import DataError
@@ -97,14 +96,6 @@ class Vocab:
     if not self.chat_template:
       raise DataError(f'vocabulary {self.spec!r} has no chat template: give the model plain text')
     return chat.render(self.chat_template, messages, self.names, add_generation_prompt, self.spec)
-
-
-def splitter(special: dict[str, int], marks: str = '') -> re.Pattern | None:
-  """Splits a text at every special token (the longest that matches), and at runs of `marks`."""
-  patterns = [re.escape(text) for text in sorted(special, key=len, reverse=True) if text]
-  if marks:
-    patterns.append(f'[{marks}]+')
-  return re.compile(f'({"|".join(patterns)})') if patterns else None
 
 
 def numbered_sentinels(ids: dict[str, int]) -> list[int]:

@@ -3,7 +3,6 @@
 Only the file's header is read; no tensor is touched. [GGUF specification, ggml]
 """
 import json
-import pathlib
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
@@ -72,16 +71,6 @@ def tokenizer_files(meta: dict, what: str) -> dict[str, bytes]:
   return {name: data, 'tokenizer_config.json': config.encode()}
 
 
-def export_gguf(path, folder) -> str:
-  """Writes a .gguf file's tokenizer as ordinary files into `folder` -> the spec that loads it."""
-  contents = tokenizer_files(metadata(path), str(path))
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, data in contents.items():
-    (folder / name).write_bytes(data)
-  return str(folder / next(iter(contents)))
-
-
 def _numbers(meta: dict, key: str, kind: type) -> list | None:
   """The array of numbers of this Python type at `key`, None for any other value."""
   value = meta.get(key)
@@ -93,15 +82,12 @@ def _numbers(meta: dict, key: str, kind: type) -> list | None:
 
 def _special_ids(meta: dict, size: int, what: str) -> dict[str, int]:
   """{role: token id} of the special tokens that the file names."""
-  ids = {}
-  for role, key in _ID_KEYS.items():
-    i = meta.get(f'tokenizer.ggml.{key}')
-    if i is None:
-      continue
+  ids = {role: meta.get(f'tokenizer.ggml.{key}') for role, key in _ID_KEYS.items()}
+  ids = {role: i for role, i in ids.items() if i is not None}
+  for role, i in ids.items():
     if type(i) is not int or not 0 <= i < size:
-      raise DataError(f'{what}: tokenizer.ggml.{key} must be the id of one of the {size:,} tokens, '
-                      f'got {i!r}')
-    ids[role] = i
+      raise DataError(f'{what}: tokenizer.ggml.{_ID_KEYS[role]} must be the id of one of the '
+                      f'{size:,} tokens, got {i!r}')
   if 'eos' not in ids:
     raise DataError(f'{what} has no tokenizer.ggml.eos_token_id')
   return ids
@@ -128,14 +114,11 @@ def _byte_level(meta, tokens, types, ids, settings, what) -> bytes:
   if rule == 'qwen2':
     tokenizer.normalizer = normalizers.NFC()
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in _BY_REGEX)
+  split = pre_tokenizers.Digits(individual_digits=True) if rule == 'smollm' else None
   if rule in _BY_REGEX:
     split = pre_tokenizers.Split(tokenizers.Regex(_BY_REGEX[rule]), 'isolated')
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-  elif rule == 'smollm':
-    split = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-  else:
-    tokenizer.pre_tokenizer = byte_level
+  tokenizer.pre_tokenizer = (
+      pre_tokenizers.Sequence([split, byte_level]) if split else byte_level)
   tokenizer.decoder = decoders.ByteLevel()
 
   # Special tokens, and those put around a text.

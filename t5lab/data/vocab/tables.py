@@ -7,6 +7,7 @@ be decoded as a space, so it is encoded as bytes there.
 import collections
 from collections.abc import Sequence
 import hashlib
+import re
 
 from google.protobuf import message as protobuf_message
 import sentencepiece
@@ -14,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5lab import files
 from t5lab.data.vocab import tokenizer_config
-from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels, splitter
+from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels
 from t5lab.errors import DataError
 
 PAD, EOS, UNK = 0, 1, 2           # of the byte vocabulary and of T5's kind of sentencepiece model
@@ -43,10 +44,16 @@ def _append_sentinels(table: list[bytes], count: int) -> dict[str, int]:
 
 
 def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_prefix: str = ''):
-  """Returns text -> ids: special tokens have their own ids, encode_text encodes the rest."""
-  pattern = splitter(special, marks)
-  if pattern is None:
+  """Returns text -> ids: special tokens have their own ids, encode_text encodes the rest.
+
+  The text is split at every special token (the longest that matches), and at runs of `marks`.
+  """
+  patterns = [re.escape(text) for text in sorted(special, key=len, reverse=True) if text]
+  if marks:
+    patterns.append(f'[{marks}]+')
+  if not patterns:
     return encode_text
+  pattern = re.compile(f'({"|".join(patterns)})')
 
   def encode(text):
     ids = []
@@ -120,10 +127,8 @@ def sentencepiece_model(spec: str, model: bytes,
       return [byte_ids[b] for b in text.encode('utf-8')]
     return sp.encode(text)
 
-  if t5:
-    encode = _split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '')
-  else:
-    encode = _split_encoder(encode_text, special | controls)
+  encode = (_split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '') if t5
+            else _split_encoder(encode_text, special | controls))
   decode, piece = _decoder(table, strip_prefix)
   ids = {'bos': sp.bos_id(), 'eos': sp.eos_id(), 'unk': sp.unk_id(), 'pad': sp.pad_id()}
   ids = {role: i for role, i in ids.items() if i >= 0}
@@ -168,22 +173,19 @@ def characters(spec: str, data: bytes) -> Vocab:
   """
   settings = files.parse_json(data, spec, DataError)
   keys = ('pad_id', 'bos_id', 'eos_id', 'unk_id')
-  tables = {name: settings.get(name) for name in ('inputs', 'targets')}
-  special = [settings.get(key) for key in keys]
-  texts = all(isinstance(table, str) for table in tables.values())
-  if not texts or not all(type(i) is int for i in special):
+  tables = [settings.get(name) for name in ('inputs', 'targets')]
+  special = pad, bos, eos, unk = [settings.get(key) for key in keys]
+  if {*map(type, tables)} != {str} or {*map(type, special)} != {int}:
     raise DataError(f'{spec} must hold the texts inputs and targets and the numbers '
                     f'{", ".join(keys)}; it has: {", ".join(settings)}')
-  sizes = [len(table) for table in tables.values()]
+  sizes = list(map(len, tables))
   if len(set(special)) < 4 or not all(0 <= i < min(sizes) for i in special):
     raise DataError(f'{spec}: the special ids {special} must be four different ids of both tables, '
                     f'which have {sizes[0]} and {sizes[1]} characters')
 
-  pad, bos, eos, unk = special
-
   def encoder(name):
     """Returns text -> ids for one of the tables, whose characters must differ."""
-    pairs = [(c, i) for i, c in enumerate(tables[name]) if i not in special]
+    pairs = [(c, i) for i, c in enumerate(settings[name]) if i not in special]
     ids = dict(pairs)
     if len(ids) < len(pairs):
       counts = collections.Counter(c for c, _ in pairs)
@@ -191,9 +193,9 @@ def characters(spec: str, data: bytes) -> Vocab:
     return lambda text: [ids.get(c, unk) for c in text]
 
   table = [_UNKNOWN] * max(sizes)
-  for i, character in enumerate(tables['targets']):
+  for i, character in enumerate(settings['targets']):
     if i != unk:
-      table[i] = b'' if i in (pad, bos, eos) else character.encode('utf-8')
+      table[i] = b'' if i in special else character.encode('utf-8')
   decode, piece = _decoder(table)
   return Vocab(
       spec, hashlib.sha256(data).hexdigest(), len(table), eos, encoder('inputs'), decode, piece,

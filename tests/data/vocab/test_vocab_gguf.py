@@ -98,7 +98,7 @@ def test_bos_and_eos_follow_the_file(tmp_path):
 
 def test_export_is_the_same_vocabulary(tmp_path):
   v = vocab.load(write_gguf(tmp_path / 'm.gguf', bpe(add_bos_token=True, padding_token_id=0)))
-  spec = vocab.export_gguf(tmp_path / 'm.gguf', tmp_path / 'out')
+  spec = vocab.export(str(tmp_path / 'm.gguf'), tmp_path / 'out')
   assert sorted(os.listdir(tmp_path / 'out')) == ['tokenizer.json', 'tokenizer_config.json']
   w = vocab.load(spec)
   assert w.sha256 == v.sha256 and w.pad_id == v.pad_id == 0 and w.starts_with_bos
