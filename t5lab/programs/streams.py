@@ -33,8 +33,8 @@ def open_stream(c, rows=None) -> Stream:
   """
   from t5lab.data import vocab
   from t5lab.data.batches import pipeline
-  from t5lab.data.sources.base import RecordSource
   from t5lab.data.tasks import registry
+  from t5lab.data.tasks.record_sources import FileSource
   vocabulary = vocab.load(settle_vocabulary(c))
   vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
 
@@ -43,7 +43,7 @@ def open_stream(c, rows=None) -> Stream:
       c.data.mixture, c.data.split, lengths, c.data.vocab, files=config.files(c),
       modules=tuple(c.data.modules), cached=c.data.cache, mixing=_mixing(c))
   for task, _ in registry.select(c.eval.mixture or c.data.mixture, c.eval.split):
-    if isinstance(task.source, RecordSource):
+    if isinstance(task.source, FileSource):
       task.source.read_through(c.eval.split)
 
   model = config.model_config(c)
@@ -67,9 +67,9 @@ def open_evaluation(c):
 
 
 def _mixing(c):
-  """How several tasks are mixed; None if a Mixture brings its own rates."""
-  from t5lab.data.tasks import registry
+  """The rate of a task by its size; None if a Mixture brings its own rates."""
+  from t5lab.data.tasks import paper_mixtures
   mixing = c.data.mixing
   if ',' in c.data.mixture or mixing.temperature != 1 or mixing.limit:
-    return registry.Mixing(mixing.temperature, mixing.limit)
+    return lambda size: paper_mixtures.rate(size, mixing.limit or None, mixing.temperature)
   return None

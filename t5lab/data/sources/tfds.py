@@ -5,7 +5,6 @@ A TFDS builder without data has no splits and raises no error: seqio would then 
 import math
 import os
 
-from t5lab.data.sources.base import RecordSource
 from t5lab.errors import DataError
 
 # Steps beyond `tfds build`, by the start of the data set's name and config.
@@ -41,8 +40,8 @@ def _instructions(builder, name: str) -> str:
 
 def splits(task) -> list[str]:
   """The splits of a Task on this machine; DataError with instructions if its data is missing."""
-  if isinstance(task.source, RecordSource):
-    task.source.check(task.name)
+  if check := getattr(task.source, 'check', None):          # of our FileSource
+    check(task.name)
   loader = getattr(task.source, 'tfds_dataset', None)       # of seqio's TfdsDataSource
   if loader is None:
     return list(task.source.splits)

@@ -9,7 +9,6 @@ import functools
 from t5lab.data.sources import corpora
 from t5lab.data.tasks import (
   embedded,
-  hub,
   names,
   own_files,
   paper_mixtures,
@@ -20,7 +19,7 @@ from t5lab.data.tasks import (
   t5_text,
   text,
 )
-from t5lab.data.tasks.seqio_tf import seqio, tf, token_lists
+from t5lab.data.tasks.seqio_tf import by_rows, seqio, tf
 from t5lab.errors import UsageError
 from t5lab.evaluation import metrics
 
@@ -29,8 +28,8 @@ def register_tasks(spec: str) -> None:
   """Adds all tasks on the vocabulary `spec`."""
   _register_embedded(spec)
   _register_papers(spec)
-  for name, repository in hub.TEXT.items():
-    text.add(name, spec, record_sources.HubSource(repository), repository.objective, 'targets')
+  for name, place in papers.HUB.items():
+    text.add(name, spec, record_sources.HubSource(*place), 'lm', 'targets')
 
 
 def register_mixtures() -> None:
@@ -47,10 +46,11 @@ def register_mixtures() -> None:
 def _register_embedded(spec: str) -> None:
   for name, row in embedded.SUPERVISED.items():
     answers = 'answers' in row.columns
-    parts.add_supervised(
-        name, spec, _corpus(row.corpus, row.columns), row.target, row.metric_fns,
-        first=[_pad_answers] if answers else [],
-        postprocess_fn=t5_text.answers if answers else None)
+    preprocessors = [parts.prompted(name, row.target), parts.tokenize]
+    parts.add(name, spec, _corpus(row.corpus, row.columns),
+              [*map(parts.by_batch, [_pad_answers] * answers + preprocessors),
+               seqio.preprocessors.append_eos_after_trim],
+              metric_fns=list(row.metric_fns), postprocess_fn=t5_text.answers if answers else None)
   for name, objective in embedded.TEXT.items():
     text.add(name, spec, _corpus('books', ('text',)), objective)
   parts.add('docs_match', spec, _corpus('match', ('document', 'summary', 'match')),
@@ -77,7 +77,7 @@ def _pad_answers(batch, output_features):
   """Pads gold answers as the text is padded: otherwise padded predictions never match them."""
   del output_features
   answers = batch['answers'].with_flat_values(
-      parts.texts(prompts.pad_punctuation, batch['answers'].flat_values))
+      by_rows(prompts.pad_punctuation, str, batch['answers'].flat_values))
   return {**batch, 'answers': answers, 'target': answers[:, :1].flat_values}
 
 
@@ -87,7 +87,7 @@ def _pair(batch, output_features):
 
   def frame(summary, document):
     return vocabulary.frame(summary, document)[:-1]
-  return {'inputs': token_lists(frame, batch['summary'], batch['document']),
+  return {'inputs': by_rows(frame, list[int], batch['summary'], batch['document']),
           'targets': tf.cast(batch['match'], tf.int32)[:, None]}
 
 

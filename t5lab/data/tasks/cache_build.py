@@ -12,8 +12,8 @@ from pathlib import Path
 import threading
 import time
 
+from t5lab.data import vocab
 from t5lab.data.batches import cache
-from t5lab.data.sources.base import RecordSource
 from t5lab.errors import DataError, Failure
 
 
@@ -36,21 +36,24 @@ def build(job: CacheJob, root: str, *, shards: int, processes: int,
   Errors: DataError for unreadable records, too many bad records over all shards, a full disk or a
     process that died. Finished shards stay, and the same call resumes with the others.
   """
-  from t5lab.data.tasks import identity, registry
+  from t5lab.data.tasks import identity, record_sources, registry
   task = _open(job)
   folder = cache.folder(root, job.task, job.split)
   task_identity = identity.identity(task, job.split, job.lengths, job.vocab_spec)
-  files = {}
-  if isinstance(task.source, RecordSource):
-    files = cache.stamps(task.source.files(job.split))
-
+  has_files = isinstance(task.source, record_sources.FileSource)
+  files = cache.stamps(task.source.files(job.split)) if has_files else {}
   with cache.writing(folder):
     entries = cache.begin(folder, task_identity, shards, files)
   tick(sum(entry['rows'] for entry in entries.values()))
   missing = [k for k in range(shards) if k not in entries]
   entries.update(_write_shards(job, folder, missing, shards, processes, tick))
 
-  reader = _reader_of_all_shards(task, job.split, entries)
+  # A reader with the counts of all shards, which checks the share of bad records.
+  reader = task.source.reader(job.split) if has_files else None
+  if reader:
+    for entry in entries.values():
+      reader.add(entry['read'])
+    reader.check_fraction()
   if not missing and (folder / cache.MANIFEST).exists():
     return cache.read_manifest(folder, '')
   if not sum(entry['rows'] for entry in entries.values()):
@@ -58,19 +61,6 @@ def build(job: CacheJob, root: str, *, shards: int, processes: int,
                     f'(lengths {job.lengths})')
   note = registry.report(task, job.split, reader)
   return cache.commit(folder, task_identity, registry.stored_features(task), entries, files, note)
-
-
-def _reader_of_all_shards(task, split, entries):
-  """A RecordReader with the counts of all shards; None for other sources. DataError: too many bad.
-  """
-  counts = [entry['read'] for entry in entries.values() if entry['read']]
-  if not counts:
-    return None
-  reader = task.source.reader(split)
-  for shard_counts in counts:
-    reader.add(shard_counts)
-  reader.check_fraction()
-  return reader
 
 
 def _write_shards(job, folder, missing, shards, processes, tick) -> Iterator[tuple[int, dict]]:
@@ -123,14 +113,13 @@ def _write_shard_in_worker(job, folder, k, shards):
 
 
 def _write_shard(job: CacheJob, folder: Path, k: int, shards: int, tick) -> tuple[int, dict]:
-  from t5lab.data import vocab
-  from t5lab.data.tasks import registry
+  from t5lab.data.tasks import record_sources, registry
   task = _open(job)
   num_ids = vocab.load(job.vocab_spec).size
   examples = registry.stream(task, job.split, job.lengths, num_ids, (k, shards))
-
-  def counts():
-    return task.source.readers[job.split].counts() if isinstance(task.source, RecordSource) else {}
+  counts = dict
+  if isinstance(task.source, record_sources.FileSource):
+    counts = lambda: task.source.readers[job.split].counts()
   try:
     return k, cache.write_shard(folder, k, shards, examples, registry.stored_features(task), tick,
                                 counts)
@@ -139,7 +128,6 @@ def _write_shard(job: CacheJob, folder: Path, k: int, shards: int, tick) -> tupl
 
 
 def _open(job):
-  from t5lab.data import vocab
   from t5lab.data.tasks import registry
   registry.register(job.vocab_spec, job.files, job.modules)
   task = registry.get(job.task)

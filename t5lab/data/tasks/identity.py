@@ -12,8 +12,8 @@ import types
 
 from t5lab.data import vocab
 from t5lab.data.batches import cache
-from t5lab.data.sources.base import RecordSource
 from t5lab.data.tasks.parts import trims
+from t5lab.data.tasks.record_sources import FileSource
 from t5lab.data.tasks.seqio_tf import NumpyObjective, seqio
 
 PLAIN = (str, bytes, int, float, bool, type(None))
@@ -47,7 +47,7 @@ def _digest(value) -> str:
 
 
 def _source_identity(source, split) -> str:
-  if isinstance(source, RecordSource):
+  if isinstance(source, FileSource):
     return source.fingerprint(split)
   if isinstance(source, seqio.TfdsDataSource):
     return repr([source.tfds_dataset.name, source.tfds_dataset._split_map])

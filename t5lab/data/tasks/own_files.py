@@ -1,5 +1,4 @@
 """The user's own files as examples {'inputs', 'targets', 'answers'} of plain text."""
-from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
@@ -7,7 +6,7 @@ import json
 import string
 
 from t5lab.data.sources import records
-from t5lab.data.tasks import names
+from t5lab.data.tasks import names, prompts
 from t5lab.errors import DataError, UsageError, did_you_mean
 
 NAME = 'files'   # of the seqio task on these files, see builtin.py
@@ -75,11 +74,15 @@ class OwnFiles:
       raise UsageError(f'data.prompt={self.prompt!r} names no column, so all inputs would be the '
                        f'same; did you mean {suggestion!r}?')
 
-  def _input_columns(self) -> list[str]:
+  def _template(self) -> list[tuple[str, str | None]]:
+    """The inputs as pieces: see prompts.py."""
     if self.prompt:
-      columns = [column for _, column in _pieces(self.prompt) if column is not None]
-      return list(dict.fromkeys(columns))
-    return [self.fields['inputs']] if self.fields['inputs'] else []
+      return _checked_pieces(self.prompt)
+    return [('', self.fields['inputs'])] if self.fields['inputs'] else []
+
+  def _input_columns(self) -> list[str]:
+    return list(dict.fromkeys(
+        column for _, column in self._template() if column is not None))
 
   def columns(self) -> list[str]:
     """The columns that every record needs, each once: those of the inputs, then targets."""
@@ -95,10 +98,7 @@ class OwnFiles:
     for column in self._input_columns():
       if column not in fields:
         raise DataError(f'the prompt needs the column {column!r}.{did_you_mean(column, fields)}')
-    if not self.prompt:
-      return fields[self.fields['inputs']] if self.fields['inputs'] else ''
-    return ''.join(literal + ('' if column is None else fields[column])
-                   for literal, column in _pieces(self.prompt))
+    return prompts.fill(self._template(), fields)
 
   def inputs_for(self, record: str | dict) -> str:
     """The model's input for a user's record, or for a text that fills the only column."""
@@ -119,13 +119,7 @@ class OwnFiles:
 
   def without_prompt(self, text: str) -> str:
     """The column inside a prompt of one column: 'translate: Hi' -> 'Hi'. Otherwise the text."""
-    pieces = _pieces(self.prompt)
-    places = [i for i, (_, column) in enumerate(pieces) if column is not None]
-    if len(places) != 1:
-      return text
-    literals = [literal for literal, _ in pieces]
-    before, after = ''.join(literals[:places[0] + 1]), ''.join(literals[places[0] + 1:])
-    return text.removeprefix(before).removesuffix(after)
+    return prompts.without(self._template(), text)
 
   def example(self, fields: dict) -> dict:
     """{'inputs': str, 'targets': str, 'answers': [str, …]} of a record's fields."""
@@ -144,10 +138,6 @@ class OwnFiles:
     return records.RecordReader(self.files[split], bad_rows=self.bad_rows, shard=shard,
                                 required=self.columns(), lists=lists)
 
-  def examples(self, split: str, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
-    """The examples of a split, in the order of the files; for shard (k, n), the k-th of every n."""
-    return (self.example(record.fields) for record in self.reader(split, shard))
-
   def fingerprint(self) -> str:
     """32 hex digits of all settings that decide the examples. File contents are not included.
 
@@ -158,14 +148,14 @@ class OwnFiles:
 
 
 @functools.lru_cache(maxsize=64)
-def _pieces(prompt: str) -> tuple[tuple[str, str | None], ...]:
-  """(literal text, column or None) in order. Columns are names: no index, attribute or format."""
+def _checked_pieces(prompt: str) -> list[tuple[str, str | None]]:
+  """The pieces of a prompt. UsageError for a column with a format, or that is no name."""
   syntax = 'a column is {name}, a brace {{ or }}'
   try:
-    pieces = list(string.Formatter().parse(prompt))
+    parsed = list(string.Formatter().parse(prompt))
   except ValueError as e:
     raise UsageError(f'data.prompt={prompt!r}: {e}; {syntax}') from e
-  for _, column, format_spec, conversion in pieces:
+  for _, column, format_spec, conversion in parsed:
     if column is None:
       continue
     if not column.strip() or column.isdigit():
@@ -173,4 +163,4 @@ def _pieces(prompt: str) -> tuple[tuple[str, str | None], ...]:
     if format_spec or conversion:
       raise UsageError(f'data.prompt={prompt!r}: {{{column}}} has a format after its name, but '
                        f'only text is inserted; {syntax}')
-  return tuple((literal, column) for literal, column, _, _ in pieces)
+  return prompts.pieces(prompt)

@@ -165,3 +165,8 @@ TEXT = MappingProxyType({
     **{mc4_task(language): _mc4(language) for language in MC4},
 })
 NAMES = (*SUPERVISED, *TEXT)
+
+# Language modeling on text that TFDS lacks: (repository of the Hugging Face hub, folder of Parquet
+# files). [Merity et al. 2016]
+HUB = MappingProxyType({f'wikitext_{size}_lm': ('Salesforce/wikitext', f'wikitext-{size}-raw-v1')
+                        for size in (2, 103)})

@@ -3,12 +3,11 @@
 A call from tf.data into Python costs as much as tokenizing 20 sentences. So everything written in
 Python runs on batches: `by_batch(fn)` is the preprocessor of fn(batch, output_features).
 """
-import itertools
-
-import numpy as np
+import functools
+import operator
 
 from t5lab.data.tasks import prompts
-from t5lab.data.tasks.seqio_tf import SeqioVocabulary, ragged, seqio, tf
+from t5lab.data.tasks.seqio_tf import SeqioVocabulary, by_columns, by_rows, seqio
 
 SHUFFLE_BUFFER = 10_000      # seqio's shuffle buffer, in examples: larger than any embedded corpus
 EXAMPLES_PER_CALL = 256
@@ -21,21 +20,6 @@ def by_batch(fn):
     batches = batches.map(lambda batch: fn(batch, output_features))
     return batches.unbatch().map(lambda example: example)   # the map makes ragged values dense
   return preprocess
-
-
-def texts(fn, *columns):
-  """Applies fn(*str) -> str to string[B] columns."""
-  def run(*columns):
-    rows = [[text.decode('utf-8') for text in row] for row in zip(*columns)]
-    return _text_array([fn(*row) for row in rows])
-  return tf.ensure_shape(tf.numpy_function(run, columns, tf.string, stateful=False), [None])
-
-
-def _text_array(values) -> np.ndarray:
-  return np.array([value.encode('utf-8') for value in values], object)
-
-
-# --- preprocessors -------------------------------------------------------------------------------
 
 
 def tokenize(batch, output_features):
@@ -59,7 +43,7 @@ def prompted(task: str, target: str):
   def preprocess(batch, output_features):
     del output_features
     others = {k: v for k, v in batch.items() if k not in (*fields, target)}
-    inputs = texts(fill, *(batch[field] for field in fields))
+    inputs = by_rows(fill, str, *(batch[field] for field in fields))
     return {'inputs': inputs, 'targets': batch[target], **others}
   return preprocess
 
@@ -70,9 +54,6 @@ def trims(preprocessor) -> bool:
   return fn is seqio.preprocessors.append_eos_after_trim
 
 
-# --- records of a data set -----------------------------------------------------------------------
-
-
 def from_records(text):
   """Preprocessor: records of a data set -> tokenized examples, any number for each record.
 
@@ -80,78 +61,24 @@ def from_records(text):
   float, or a list of one of them} and returns dicts of 'inputs' and 'targets', str, and of the
   names in `extra`, int or list of str.
   """
-  batches = by_batch(lambda batch, output_features: tokenize(
-      _examples(text, batch), output_features))
-
-  def preprocess(dataset, output_features):
-    columns = dataset.map(lambda record: {c: _column(record, c) for c in text.columns})
-    return batches(columns, output_features)
-  return preprocess
-
-
-def _column(record, path: str):
-  for key in path.split('/'):
-    record = record[key]
-  return record
-
-
-def _examples(text, batch):
-  """Runs text.fn on every record of a batch. numpy_function takes and returns flat arrays only."""
-  values = [_ragged_if_list(batch[column]) for column in text.columns]
-  is_list = [isinstance(value, tf.RaggedTensor) for value in values]
-  arrays = []
-  for value in values:
-    if isinstance(value, tf.RaggedTensor):
-      arrays += [value.flat_values, value.row_splits]
-    else:
-      arrays.append(value)
-
   kinds = {'inputs': str, 'targets': str, **dict(text.extra)}
-  types = {str: [tf.string], int: [tf.int32], list: [tf.string, tf.int64]}
 
-  def run(*arrays):
-    columns = _python_columns(iter(arrays), is_list)
+  def make(*columns):
     records = [dict(zip(text.columns, values)) for values in zip(*columns)]
     examples = [example for record in records for example in text.fn(record)]
-    flat = []
-    for name, kind in kinds.items():
-      flat += _flat_column([example[name] for example in examples], kind)
-    return flat
+    return [[example[name] for example in examples] for name in kinds]
 
-  flat = iter(tf.numpy_function(
-      run, arrays, sum((types[kind] for kind in kinds.values()), []), stateful=False))
-  return {name: ragged(next(flat), next(flat)) if kind is list
-          else tf.ensure_shape(next(flat), [None]) for name, kind in kinds.items()}
+  def examples(batch, output_features):
+    columns = by_columns(make, [batch[column] for column in text.columns],
+                         [list[str] if kind is list else kind for kind in kinds.values()])
+    return tokenize(dict(zip(kinds, columns)), output_features)
 
-
-def _ragged_if_list(value):
-  """A batch whose lists all have the same length arrives as a dense matrix."""
-  if isinstance(value, tf.Tensor) and value.shape.rank == 2:
-    return tf.RaggedTensor.from_tensor(value)
-  return value
-
-
-def _python_columns(arrays, is_list: list[bool]) -> list[list]:
-  columns = []
-  for ragged_column in is_list:
-    values = _python_values(next(arrays))
-    if ragged_column:
-      values = [values[a:b] for a, b in itertools.pairwise(next(arrays))]
-    columns.append(values)
-  return columns
-
-
-def _python_values(array: np.ndarray) -> list:
-  if array.dtype == object:
-    return [tf.compat.as_text(value) for value in array]
-  return array.tolist()
-
-
-def _flat_column(values: list, kind: type) -> list[np.ndarray]:
-  if kind is list:
-    lengths = np.array([len(value) for value in values], np.int64)
-    return [_text_array(itertools.chain(*values)), lengths]
-  return [_text_array(values) if kind is str else np.array(values, np.int32)]
+  def preprocess(dataset, output_features):
+    columns = dataset.map(lambda record: {
+        column: functools.reduce(operator.getitem, column.split('/'), record)
+        for column in text.columns})
+    return by_batch(examples)(columns, output_features)
+  return preprocess
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -173,11 +100,3 @@ def add(name, spec, source, preprocessors, features=('inputs', 'targets'), class
   seqio.TaskRegistry.add(
       name, source=source, preprocessors=preprocessors, output_features=output_features,
       shuffle_buffer_size=SHUFFLE_BUFFER, **options)
-
-
-def add_supervised(name, spec, source, target, metric_fns, first=(), **options):
-  """Registers a task of prompts.py. first: preprocessors that run before the prompt."""
-  preprocessors = [*first, prompted(name, target), tokenize]
-  add(name, spec, source,
-      [*map(by_batch, preprocessors), seqio.preprocessors.append_eos_after_trim],
-      metric_fns=list(metric_fns), **options)

@@ -32,11 +32,32 @@ def pad_punctuation(text: str) -> str:
   return _SPACES.sub(' ', _PUNCTUATION.sub(r' \1 ', text))
 
 
+def pieces(template: str) -> list[tuple[str, str | None]]:
+  """'a: {x}.' -> [('a: ', 'x'), ('.', None)]: (literal text, the column after it)."""
+  return [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
+
+
+def fill(template: list[tuple[str, str | None]], record: dict[str, str]) -> str:
+  """The text of a template in pieces, with the record's columns in it."""
+  return ''.join(literal + ('' if column is None else record[column])
+                 for literal, column in template)
+
+
+def without(template: list[tuple[str, str | None]], text: str) -> str:
+  """The column inside a filled template of one column; the text if there are several or none."""
+  places = [i for i, (_, column) in enumerate(template) if column is not None]
+  if len(places) != 1:
+    return text
+  literals = [literal for literal, _ in template]
+  before, after = ''.join(literals[:places[0] + 1]), ''.join(literals[places[0] + 1:])
+  return text.removeprefix(before).removesuffix(after)
+
+
 def fields(task: str) -> list[str]:
   """The names of the fields in the task's prompt, in order."""
   if task not in PROMPTS:
     raise UsageError(f'task {task!r} has no prompt.{did_you_mean(task, PROMPTS)}')
-  return [name for _, name, _, _ in string.Formatter().parse(PROMPTS[task]) if name]
+  return [column for _, column in pieces(PROMPTS[task]) if column]
 
 
 def prompt(task: str, record: str | dict) -> str:
@@ -52,11 +73,10 @@ def prompt(task: str, record: str | dict) -> str:
     present = ', '.join(map(str, record)) or 'none'
     raise UsageError(f'task {task!r} needs the text fields {", ".join(needed)}; missing: '
                      f'{", ".join(missing)}; the record has: {present}.')
-  values = {name: record[name] for name in needed}
   if task not in PADDED:
-    return PROMPTS[task].format(**values)
-  values = {name: pad_punctuation(text) for name, text in values.items()}
-  return _SPACES.sub(' ', PROMPTS[task].format(**values))
+    return fill(pieces(PROMPTS[task]), record)
+  padded = {name: pad_punctuation(record[name]) for name in needed}
+  return _SPACES.sub(' ', fill(pieces(PROMPTS[task]), padded))
 
 
 def without_prompt(task: str, text: str) -> str:
@@ -64,7 +84,4 @@ def without_prompt(task: str, text: str) -> str:
 
   The whole text if the task has no prompt or a prompt of several fields.
   """
-  if task not in PROMPTS or len(fields(task)) != 1:
-    return text
-  before, _, after = PROMPTS[task].partition('{' + fields(task)[0] + '}')
-  return text.removeprefix(before).removesuffix(after)
+  return without(pieces(PROMPTS.get(task, '')), text)

@@ -4,7 +4,7 @@ The vocabulary is an option of a run, so `register(spec)` puts the same names on
 `open_components(name, …)` is how the pipeline reads any seqio Task or Mixture: as numpy examples,
 from the task's own source and preprocessors, in memory or in a cache on disk.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib
 import os
@@ -14,10 +14,10 @@ import numpy as np
 
 from t5lab.data import vocab
 from t5lab.data.batches import cache
-from t5lab.data.sources.base import RecordSource
 from t5lab.data.sources.tfds import splits
-from t5lab.data.tasks import builtin, identity, names, own_files, paper_mixtures
+from t5lab.data.tasks import builtin, identity, names, own_files
 from t5lab.data.tasks.parts import EXAMPLES_PER_CALL, trims
+from t5lab.data.tasks.record_sources import FileSource
 from t5lab.data.tasks.seqio_tf import NumpyObjective, seqio, tf
 from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 
@@ -164,7 +164,7 @@ def stream(task, split: str, lengths: dict[str, int], num_ids: int,
     try:
       yield from _numpy_examples(task, dataset, num_ids)
     except tf.errors.OpError as e:
-      if isinstance(task.source, RecordSource) and task.source.failure:
+      if isinstance(task.source, FileSource) and task.source.failure:
         raise task.source.failure from e
       reason = str(e).strip().splitlines()[-1][:300]
       raise DataError(f'task {task.name!r}, split {split!r}: {reason}') from e
@@ -172,7 +172,7 @@ def stream(task, split: str, lengths: dict[str, int], num_ids: int,
 
 def _open_source(task, split, shard):
   k, n = shard
-  if isinstance(task.source, RecordSource):        # parses only the records of this shard
+  if isinstance(task.source, FileSource):        # parses only the records of this shard
     return task.source.shard(split, k, n)
   dataset = task.source.get_dataset(split=split, shuffle=False)
   return dataset.shard(n, k) if n > 1 else dataset
@@ -236,7 +236,7 @@ def report(task, split: str, reader=None) -> str:
 
   reader: the RecordReader to report on; by default the last one that read the split.
   """
-  if not isinstance(task.source, RecordSource) or not task.source.reports_bad_records:
+  if not isinstance(task.source, FileSource) or not task.source.reports_bad_records:
     return ''
   reader = reader or task.source.readers.get(split)
   return f'{task.name}, {split}: {reader.summary()}' if reader and reader.bad else ''
@@ -259,31 +259,17 @@ class Component:
   note: str = ''
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixing:
-  """Rates by the number of examples n: min(n, limit) ** (1 / temperature).
-
-  Temperature 1 is proportional to the examples, a large one approaches equal rates; limit 0 is no
-  limit. [Raffel et al. 2020, 3.5.2]
-  """
-  temperature: float = 1.
-  limit: int = 0
-
-  def rate(self, examples: int) -> float:
-    return paper_mixtures.rate(examples, self.limit or None, self.temperature)
-
-
 def open_components(name: str, split: str, lengths: dict[str, int],
                     vocab_spec: str = vocab.DEFAULT, *, files: own_files.OwnFiles | None = None,
                     modules: Sequence[str] = (), cached: str = '',
-                    mixing: Mixing | None = None) -> list[Component]:
+                    mixing: Callable[[int], float] | None = None) -> list[Component]:
   """Opens the tasks behind the name of a Task or Mixture, or behind comma-separated names.
 
   lengths: tokens of each feature. Text is cut into segments of these; other examples stay whole.
   files, modules: see `register`.
   cached: a folder with the examples, written by `t5lab cache` or seqio; '': they are tokenized now
     and held in memory.
-  mixing: rates of several names.
+  mixing: the rate of a task with so many examples, instead of a Mixture's.
   Errors: UsageError for an unknown name or an impossible length; DataError for an unknown split,
     data that is not on this machine, a cache of other data, or no examples.
   """
@@ -307,7 +293,7 @@ def open_components(name: str, split: str, lengths: dict[str, int],
                       f'(lengths {lengths}) {note}')
     components.append(Component(task.name, rate, examples, objective_of(task), note))
   if mixing:
-    components = [dataclasses.replace(c, rate=mixing.rate(len(c.examples))) for c in components]
+    components = [dataclasses.replace(c, rate=mixing(len(c.examples))) for c in components]
   return components
 
 

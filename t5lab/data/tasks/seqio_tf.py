@@ -5,6 +5,7 @@ never sees an accelerator.
 """
 from collections.abc import Callable
 import contextlib
+import itertools
 import os
 
 
@@ -35,27 +36,58 @@ import numpy as np  # noqa: E402
 
 from t5lab.data import vocab  # noqa: E402
 
-# --- lists of token ids --------------------------------------------------------------------------
+# --- Python over the columns of a batch ----------------------------------------------------------
 
 
-def flat_lists(lists) -> tuple[np.ndarray, np.ndarray]:
-  """Lists of ids -> (int32 of all ids, int64 of the lengths), which a numpy_function can return."""
-  arrays = [np.asarray(ids, np.int32) for ids in lists]
-  flat = np.concatenate([np.zeros(0, np.int32), *arrays])
-  return flat, np.array([len(ids) for ids in arrays], np.int64)
+def by_columns(fn, columns, kinds) -> list:
+  """Calls fn(*columns) -> columns in tf.data: from and to tensors [B], or ragged [B, n] for lists.
+
+  fn gets lists of str, int or float, or lists of such lists. kinds: what its columns hold: str,
+  int, list[str] or list[int]; they may have another length than the batch.
+  """
+  # numpy_function takes and returns flat arrays only. Lists of one length arrive as a matrix.
+  columns = [tf.RaggedTensor.from_tensor(column) if column.shape.rank == 2
+             and not isinstance(column, tf.RaggedTensor) else column for column in columns]
+  are_lists = [isinstance(column, tf.RaggedTensor) for column in columns]
+  arrays = tf.nest.flatten(columns, expand_composites=True)     # of lists: values and row splits
+
+  def run(*arrays):
+    rest = iter(arrays)
+    values = [_lists(next(rest), next(rest)) if is_list else _python_values(next(rest))
+              for is_list in are_lists]
+    return [array for column, kind in zip(fn(*values), kinds) for array in _flat(column, kind)]
+
+  dtypes = {str: [tf.string], int: [tf.int32], list[str]: [tf.string, tf.int64],
+            list[int]: [tf.int32, tf.int64]}
+  flat = (tf.ensure_shape(array, [None]) for array in tf.numpy_function(
+      run, arrays, [dtype for kind in kinds for dtype in dtypes[kind]], stateful=False))
+  return [next(flat) if kind in (str, int) else
+          tf.RaggedTensor.from_row_lengths(next(flat), next(flat), validate=False)
+          for kind in kinds]
 
 
-def ragged(flat, lengths) -> tf.RaggedTensor:
-  """The rows that a numpy_function returned as flat values and lengths."""
-  flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
-  return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+def by_rows(fn, kind, *columns):
+  """The column of fn(*values of a row): see by_columns."""
+  return by_columns(lambda *values: [list(map(fn, *values))], columns, [kind])[0]
 
 
-def token_lists(fn, *columns) -> tf.RaggedTensor:
-  """Applies fn(*str) -> ids to string[B] columns: int32[B, ragged]."""
-  def run(*columns):
-    return flat_lists([fn(*map(tf.compat.as_text, row)) for row in zip(*columns)])
-  return ragged(*tf.numpy_function(run, columns, [tf.int32, tf.int64], stateful=False))
+def _python_values(array: np.ndarray) -> list:
+  return list(map(tf.compat.as_text, array)) if array.dtype == object else array.tolist()
+
+
+def _lists(array: np.ndarray, splits: np.ndarray) -> list[list]:
+  values = _python_values(array)
+  return [values[a:b] for a, b in itertools.pairwise(splits)]
+
+
+def _flat(column: list, kind) -> list[np.ndarray]:
+  if kind is str:
+    return [np.array([text.encode('utf-8') for text in column], object)]
+  if kind is int:
+    return [np.asarray(column, np.int32)]
+  item, = kind.__args__
+  lists = [_flat(values, item)[0] for values in column]
+  return [np.concatenate([_flat([], item)[0], *lists]), np.array([*map(len, lists)], np.int64)]
 
 
 # --- the vocabulary ------------------------------------------------------------------------------
@@ -103,7 +135,7 @@ class SeqioVocabulary(seqio.Vocabulary):
   def _encode_tf(self, s):
     """string[] -> int32[T]; string[B] -> ragged int32[B, T]."""
     s = tf.convert_to_tensor(s)
-    ids = token_lists(self._encode, tf.reshape(s, [-1]))
+    ids = by_rows(self._encode, list[int], tf.reshape(s, [-1]))
     return ids.flat_values if s.shape.rank == 0 else ids
 
   def decode_tf(self, ids):

@@ -2,12 +2,10 @@
 
 The preprocessors close over functions and plain values only: the identity of a cache follows them.
 """
-import numpy as np
-
 from t5lab.data import vocab
 from t5lab.data.objectives import table
 from t5lab.data.tasks import parts
-from t5lab.data.tasks.seqio_tf import NumpyObjective, flat_lists, ragged, seqio, tf
+from t5lab.data.tasks.seqio_tf import NumpyObjective, by_columns, seqio, tf
 from t5lab.errors import UsageError
 
 
@@ -49,7 +47,7 @@ def _cut(task: str, cut: table.Segments | table.Pieces) -> list:
   if isinstance(cut, table.Segments):
     append_eos = [seqio.preprocessors.append_eos] if cut.closed else []
     return [tokenize, *append_eos, _segments(task, cut.length, cut.least)]
-  pieces = _pieces(task, cut.prepare, cut.features, cut.tokenized)
+  pieces = _pieces(task, cut.prepare, cut.features)
   return [tokenize, pieces] if cut.tokenized else [pieces]
 
 
@@ -63,29 +61,21 @@ def _segments(task, length, least):
   return preprocess
 
 
-def _pieces(task, prepare, features, tokenized):
+def _pieces(task, prepare, features):
   """Runs the function that `prepare` returns over batches of texts or of token ids."""
   def preprocess(dataset, sequence_length):
     make = prepare(task, _known(task, sequence_length))
 
-    def run(values, splits=None):
-      if tokenized:
-        texts = np.split(values, splits[1:-1])
-      else:
-        texts = [text.decode('utf-8') for text in values]
+    def run(texts):
       pieces = make(texts)
-      columns = [flat_lists([piece[name] for piece in pieces]) for name in features]
-      return [array for column in columns for array in column]
+      return [[piece[name] for piece in pieces] for name in features]
 
-    def expand(batch):
-      texts = batch['targets']
-      arrays = [texts.flat_values, texts.row_splits] if tokenized else [texts]
-      types = [tf.int32, tf.int64] * len(features)
-      results = iter(tf.numpy_function(run, arrays, types, stateful=False))
-      return {name: ragged(next(results), next(results)) for name in features}
+    def expand(batch, output_features):
+      del output_features
+      columns = by_columns(run, [batch['targets']], [list[int]] * len(features))
+      return dict(zip(features, columns))
 
-    batches = dataset.ragged_batch(parts.EXAMPLES_PER_CALL).map(expand)
-    return batches.unbatch().map(lambda example: example)   # the map makes ragged values dense
+    return parts.by_batch(expand)(dataset, None)
   return preprocess
 
 

@@ -131,12 +131,12 @@ def data_hashes(c) -> dict:
 def _source_hashes(c, task, split) -> dict[str, str]:
   """{kind of data: hash}; empty if the data is part of t5lab."""
   from t5lab.data.batches import cache
-  from t5lab.data.sources.base import RecordSource
+  from t5lab.data.tasks.record_sources import FileSource
   if split == c.data.split and c.data.cache:
     manifest = cache.folder(c.data.cache, task.name, split) / cache.MANIFEST
     if manifest.is_file():
       return {'manifest of the cache': _hash(manifest.read_bytes())}
-  if isinstance(task.source, RecordSource):
+  if isinstance(task.source, FileSource):
     return {'files': _hash_files(task.source.files(split))}
   if loader := getattr(task.source, 'tfds_dataset', None):
     return {'TFDS data': _hash(_describe_tfds(loader))}

@@ -14,6 +14,10 @@ def own(path='x.jsonl', prompt='', fields=None, **options):
   return OwnFiles({'train': str(path)}, fields or FIELDS, prompt, **options)
 
 
+def examples(own_data, split='train', shard=(0, 1)):
+  return [own_data.example(record.fields) for record in own_data.reader(split, shard)]
+
+
 def put(path, lines):
   path.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
   return path
@@ -22,7 +26,7 @@ def put(path, lines):
 def test_examples_of_pairs(tmp_path):
   path = put(tmp_path / 'a.jsonl', [{'en': 'Hi {de}', 'de': 'Hallo {{', 'n': 1},
                                     {'de': '}\n{}', 'en': '{0} %s\\'}])
-  assert list(own(path).examples('train')) == [
+  assert examples(own(path)) == [
       {'inputs': 'Hi {de}', 'targets': 'Hallo {{', 'answers': ['Hallo {{']},
       {'inputs': '{0} %s\\', 'targets': '}\n{}', 'answers': ['}\n{}']}]
   assert own(path, '{de}').columns() == ['de']
@@ -31,7 +35,7 @@ def test_examples_of_pairs(tmp_path):
   prompt = own(path, 'to {{German}}: {en}\n({en})')
   assert prompt.columns() == ['en', 'de']
   assert prompt.inputs_for('Hi') == prompt.inputs_for({'en': 'Hi'}) == 'to {German}: Hi\n(Hi)'
-  assert [row['inputs'] for row in prompt.examples('train')] == [
+  assert [row['inputs'] for row in examples(prompt)] == [
       'to {German}: Hi {de}\n(Hi {de})', 'to {German}: {0} %s\\\n({0} %s\\)']
 
 
@@ -42,7 +46,7 @@ def test_prompt_of_several_columns(tmp_path):
                  {'inputs': 'unused', 'targets': 'answer'})
   own_data.check()
   assert own_data.columns() == ['my question', 'con.text[0]', 'answer']
-  assert list(own_data.examples('train')) == [
+  assert examples(own_data) == [
       {'inputs': 'question: Who? context: It was\nme.', 'targets': 'me', 'answers': ['me']}]
   assert own_data.fill_prompt({'my question': 'a', 'con.text[0]': '{my question}'}) == (
       'question: a context: {my question}')
@@ -56,7 +60,7 @@ def test_text_alone(tmp_path):
   own_data = own(path, fields={'inputs': '', 'targets': 'text'})
   own_data.check()
   assert own_data.columns() == ['text']
-  assert list(own_data.examples('train')) == [
+  assert examples(own_data) == [
       {'inputs': '', 'targets': 'one {x}', 'answers': ['one {x}']},
       {'inputs': '', 'targets': 'two', 'answers': ['two']}]
 
@@ -64,11 +68,11 @@ def test_text_alone(tmp_path):
 def test_several_answers(tmp_path):
   rows = [{'en': 'a', 'de': ['x', 'y']}, {'en': 'b', 'de': 'z'}]
   own_data = own(put(tmp_path / 'a.jsonl', rows))
-  assert list(own_data.examples('train')) == [
+  assert examples(own_data) == [
       {'inputs': 'a', 'targets': 'x', 'answers': ['x', 'y']},
       {'inputs': 'b', 'targets': 'z', 'answers': ['z']}]
   pq.write_table(pa.table({'en': ['a'], 'de': [['x', 'y']]}), tmp_path / 'a.parquet')
-  assert list(own(tmp_path / 'a.parquet').examples('train')) == [
+  assert examples(own(tmp_path / 'a.parquet')) == [
       {'inputs': 'a', 'targets': 'x', 'answers': ['x', 'y']}]
   rows = [{'en': ['a'], 'de': 'x'}]
   reader = own(put(tmp_path / 'b.jsonl', rows), bad_rows=1.).reader('train')
@@ -81,16 +85,16 @@ def test_several_answers(tmp_path):
 def test_bad_rows_and_shards(tmp_path):
   path = put(tmp_path / 'a.jsonl', [{'en': str(i), 'de': 'x' if i % 10 else ''} for i in range(30)])
   with pytest.raises(DataError, match='^3 of 30 records are bad, 10 %; the limit is 1 %'):
-    list(own(path).examples('train'))
+    examples(own(path))
   own_data = own(path, bad_rows=0.1)
-  assert [row['inputs'] for row in own_data.examples('train', (1, 2))] == [
+  assert [row['inputs'] for row in examples(own_data, 'train', (1, 2))] == [
       str(i) for i in range(1, 30, 2)]
-  assert len(list(own_data.examples('train', (0, 2)))) == 12     # all bad ones: the whole is judged
+  assert len(examples(own_data, 'train', (0, 2))) == 12     # all bad ones: the whole is judged
 
 
 def test_unknown_split():
   with pytest.raises(UsageError, match="data.files has no split 'trian'. Did you mean 'train'"):
-    own().examples('trian')
+    examples(own(), 'trian')
 
 
 @pytest.mark.parametrize('prompt, message', [
