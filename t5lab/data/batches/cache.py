@@ -103,29 +103,23 @@ def _write_records(where, path, examples, features, tick) -> np.ndarray:
   count = 0
   with writing(where):
     writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-  for example in examples:
+  for count, example in enumerate(examples, start=1):
     with writing(where):
       writer.write(_encode(example, features))
     lengths.extend(len(example.get(name, ())) for name in features)
-    count += 1
     if count % 1000 == 0:
       tick(1000)
   tick(count % 1000)
   with writing(where):
     writer.close()
-    _check_count(path, count)
+    reader = array_record_module.ArrayRecordReader(str(path))
+    written = reader.num_records()
+    reader.close()
+    if written != count:       # on a full disk a writer may close without an error
+      raise OSError(errno.ENOSPC, f'{written} of {count} records were written')
     with open(path, 'r+b') as f:
       os.fsync(f.fileno())
   return np.array(lengths, '<i4').reshape(count, len(features))
-
-
-def _check_count(path: Path, count: int) -> None:
-  """Counts the records in a file: on a full disk a writer may close without an error."""
-  reader = array_record_module.ArrayRecordReader(str(path))
-  written = reader.num_records()
-  reader.close()
-  if written != count:
-    raise OSError(errno.ENOSPC, f'{written} of {count} records were written')
 
 
 @contextlib.contextmanager
@@ -140,20 +134,6 @@ def writing(where: Path):
     raise DataError(
         f'cannot write the cache in {where}: {reason} ({free:,.0f} MiB free); make room and run '
         'the same command to write the missing shards') from e
-
-
-def finished(where: Path, n: int) -> dict[int, dict]:
-  """{k: entry} of the shards that an earlier build finished."""
-  entries = {}
-  for k in range(n):
-    path = _shard_path(where, k, n)
-    try:
-      entry = json.loads(path.with_suffix('.json').read_text())
-      if path.stat().st_size == entry['bytes'] and path.with_suffix('.npy').exists():
-        entries[k] = entry
-    except (OSError, ValueError, KeyError):
-      continue
-  return entries
 
 
 def begin(where: Path, identity: dict, n: int, sources: dict) -> dict[int, dict]:
@@ -173,7 +153,15 @@ def begin(where: Path, identity: dict, n: int, sources: dict) -> dict[int, dict]
     for path in [*where.glob('shard-*'), *where.glob(MANIFEST)]:
       path.unlink()
   _write_json(where / PLAN, plan)
-  return finished(where, n)
+
+  entries = {}
+  for k in range(n):
+    path = _shard_path(where, k, n)
+    with contextlib.suppress(OSError, ValueError, KeyError):     # not finished
+      entry = json.loads(path.with_suffix('.json').read_text())
+      if path.stat().st_size == entry['bytes'] and path.with_suffix('.npy').exists():
+        entries[k] = entry
+  return entries
 
 
 def remove_temporary(where: Path) -> None:
@@ -199,7 +187,7 @@ def commit(where: Path, identity: dict, features: Sequence[str], entries: dict[i
 
   sources: `stamps` of the files that it was made from. note: a line about their records, or ''.
   """
-  shards = [entries[k] for k in sorted(entries)]
+  shards = [entry for _, entry in sorted(entries.items())]
   manifest = dict(identity=identity, features=list(features), rows=sum(s['rows'] for s in shards),
                   tokens=sum(s['tokens'] for s in shards), shards=shards, files=sources, note=note)
   with writing(where):
@@ -245,13 +233,8 @@ class Cached(Examples):
     _check_sources(where, manifest['files'], command)
     self.features, self.note = manifest['features'], manifest['note']
     shards = manifest['shards']
-
-    tables = []
-    for shard in shards:
-      path = where / shard['file']
-      _check_shard(path, shard, command)
-      tables.append(np.load(path.with_suffix('.npy'), allow_pickle=False))
-    table = np.concatenate(tables)
+    table = np.concatenate([_checked_lengths(where / shard['file'], shard, command)
+                            for shard in shards])
     self.lengths = {name: np.ascontiguousarray(table[:, i])
                     for i, name in enumerate(self.features)}
 
@@ -303,7 +286,8 @@ def _check_sources(where, cached, command):
                       f'{where} was built from it: run `{command}`, or restore the file')
 
 
-def _check_shard(path, shard, command):
+def _checked_lengths(path, shard, command) -> np.ndarray:
+  """int32[examples, features] of a shard. DataError unless it is the manifest's."""
   how = f'restore it, or remove {path.with_suffix(".json")} and run `{command}`'
   try:
     status = path.stat()
@@ -317,3 +301,4 @@ def _check_shard(path, shard, command):
     raise DataError(
         f'{path} is not the shard that the manifest lists ({shard["rows"]:,} examples, '
         f'{shard["bytes"]:,} bytes, sha256 {shard["sha256"][:12]}): {how}')
+  return np.load(path.with_suffix('.npy'), allow_pickle=False)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -30,32 +31,11 @@ BLOCK = 2**16     # examples of a cache that are packed and shuffled together
 Batch = dict[str, np.ndarray]     # int32[rows, length] by model feature
 
 
-class _Block:
-  """Packed examples: the layout of their rows, and which example takes which place in an epoch.
-
-  layout: for each row, int[...] indices into members. members: int[n], the numbers of the examples
-  in their task. size_class: int[n], equal where the examples have equal sizes.
-  """
-
-  def __init__(self, layout, members, size_class, seed: list[int]):
-    self.layout = layout
-    self.members = members
-    self._size_class = size_class
-    self._seed = seed
-    self._by_size = np.argsort(size_class, kind='stable')
-    self._swapped = functools.lru_cache(maxsize=2)(self._swap)   # a batch may span two epochs
-
-  def _swap(self, epoch: int) -> np.ndarray:
-    """int[n]: the member that takes the place of each member in this epoch, of equal size."""
-    chance = np.random.default_rng([*self._seed, epoch]).random(len(self.members))
-    swapped = np.empty(len(self.members), np.int64)
-    swapped[self._by_size] = np.lexsort((chance, self._size_class))
-    return swapped
-
-  def ids(self, epoch: int, row: int) -> list[int]:
-    """The numbers of the examples in a row of the layout."""
-    places = self.layout[row]
-    return self.members[self._swapped(epoch)[places]].tolist()
+class _Block(NamedTuple):
+  """Packed examples."""
+  layout: list[np.ndarray]      # for each row, int[...] indices into members
+  members: np.ndarray           # int[n], the numbers of the examples in their task
+  size_class: np.ndarray        # int[n], equal where the examples have equal sizes
 
 
 class TaskRows:
@@ -88,13 +68,13 @@ class TaskRows:
     count = len(self.examples)
     taken = features.row_sizes(sizes, kind).values()
     self._sizes = np.stack([np.broadcast_to(size, count) for size in taken], axis=1)
-    room = features.row_lengths(lengths, kind).values()
-    self._room = np.array(list(room))
+    self._room = np.array([*features.row_lengths(lengths, kind).values()])
 
     # Blocks are packed when they are needed; two stay in memory.
     in_memory = self.examples.fingerprint is None
     self.blocks = 1 if in_memory else -(-count // BLOCK)
     self._block = functools.lru_cache(maxsize=2)(self._make_block)
+    self._ids_by_place = functools.lru_cache(maxsize=2)(self._swap)   # a batch may span two epochs
     self._block_order = functools.lru_cache(maxsize=2)(self._make_block_order)
     self._row_order = functools.lru_cache(maxsize=2)(self._make_row_order)
 
@@ -109,8 +89,7 @@ class TaskRows:
 
   def _check_examples(self, kind: str, form: str) -> None:
     """Checks that every feature has a length, and an encoder's examples what their form needs."""
-    sequences = set(self.examples.lengths) & {'inputs', 'targets'}
-    unlimited = sorted(sequences - set(self.lengths))
+    unlimited = sorted({'inputs', 'targets'} & set(self.examples.lengths) - set(self.lengths))
     if unlimited:
       raise UsageError(f'task {self.name!r} has the features {", ".join(unlimited)}, which have no '
                        f'length: set data.lengths.{unlimited[0]}')
@@ -134,8 +113,7 @@ class TaskRows:
 
     def make():                # as one array: the number of rows, their sizes, their places
       layout = features.pack(sizes, self._room)
-      row_sizes = [len(row) for row in layout]
-      return np.concatenate([[len(layout)], row_sizes, *layout]).astype(np.int32)
+      return np.concatenate([[len(layout)], [*map(len, layout)], *layout]).astype(np.int32)
 
     # Packing takes a second per block, so the layout is stored with the cache.
     stored = self.examples.remember(f'layout{b}', self._key, make)
@@ -146,8 +124,17 @@ class TaskRows:
   def _make_block(self, b: int) -> _Block:
     members = np.arange(b, len(self.examples), self.blocks)
     _, size_class = np.unique(self._sizes[members], axis=0, return_inverse=True)
+    return _Block(self._layout(b), members, size_class.ravel())
+
+  def _swap(self, b: int, epoch: int) -> np.ndarray:
+    """int[n]: the example that takes the place of each member of a block, of equal size."""
+    block = self._block(b)
     seed = [self.seed] if self.blocks == 1 else [self.seed, b]
-    return _Block(self._layout(b), members, size_class.ravel(), seed)
+    chance = np.random.default_rng([*seed, epoch]).random(len(block.members))
+    swapped = np.empty(len(block.members), np.int64)
+    swapped[np.argsort(block.size_class, kind='stable')] = block.members[
+        np.lexsort((chance, block.size_class))]
+    return swapped
 
   def _make_block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(the blocks in this epoch's order, the epoch's first row of each)."""
@@ -160,40 +147,33 @@ class TaskRows:
 
   def ids(self, epoch: int, i: int) -> list[int]:
     """The numbers of the examples in the epoch's row i."""
-    if self.blocks == 1:               # grain has shuffled its rows
-      return self._block(0).ids(epoch, i)
-    order, first_rows = self._block_order(epoch)
-    position = int(np.searchsorted(first_rows, i, side='right')) - 1
-    b = int(order[position])
-    row = self._row_order(epoch, b)[i - first_rows[position]]
-    return self._block(b).ids(epoch, int(row))
+    b, row = 0, i                      # grain has shuffled the rows of a single block
+    if self.blocks > 1:
+      order, first_rows = self._block_order(epoch)
+      position = int(np.searchsorted(first_rows, i, side='right')) - 1
+      b = int(order[position])
+      row = int(self._row_order(epoch, b)[i - first_rows[position]])
+    return self._ids_by_place(b, epoch)[self._block(b).layout[row]].tolist()
 
   # --- building ---
 
   def uncut(self, epoch: int, i: int) -> Example:
     """Example i in this epoch, after its objective, before it is cut to the lengths."""
-    return self._apply_objective(epoch, i, self.examples[i])
+    return self._draw(epoch, i, self.examples[i])
 
-  def example(self, epoch: int, i: int) -> Example:
-    return self._trim(self.uncut(epoch, i))
-
-  def _apply_objective(self, epoch, i, stored):
+  def _draw(self, epoch, i, stored):
     if self.objective is None:
       return stored
     return self.objective.apply(stored, np.random.default_rng([self.seed, epoch, i]))
-
-  def _trim(self, example):
-    trimmed, _ = features.trim(example, self.lengths, self._eos)
-    return trimmed
 
   def build(self, places: Sequence[tuple[int, int]]) -> list[Row]:
     """Model features of each (epoch, row). All examples are read from a cache in one call."""
     ids = [self.ids(epoch, i) for epoch, i in places]
     stored = iter(self.examples.many([i for row in ids for i in row]))
     rows = []
-    for (epoch, _), row_ids in zip(places, ids):
-      examples = [self._trim(self._apply_objective(epoch, i, next(stored))) for i in row_ids]
-      rows.append(self._build_row(examples))
+    for (epoch, _), row in zip(places, ids):
+      drawn = [self._draw(epoch, i, next(stored)) for i in row]
+      rows.append(self._build_row([features.trim(x, self.lengths, self._eos)[0] for x in drawn]))
     return rows
 
   def row(self, epoch: int, i: int) -> Row:
@@ -206,9 +186,8 @@ class TaskRows:
       return self._sizes.sum() / (self.count * self._room.sum())
     every = -(-self.count // 64)
     rows = self.build([(0, i) for i in range(0, self.count, every)])
-    tokens = 0
-    for row in rows:
-      tokens += sum((row[name] > 0).sum() for name in row if name.endswith('segment_ids'))
+    tokens = sum((row[name] > 0).sum() for row in rows for name in row
+                 if name.endswith('segment_ids'))
     return tokens / (len(rows) * self._room.sum())
 
 
@@ -227,13 +206,8 @@ def _objective_sizes(objective, stored) -> dict[str, np.ndarray]:
   """
   columns = np.stack(list(stored.values()), axis=1)
   distinct, which = np.unique(columns, axis=0, return_inverse=True)
-  bounds = []
-  for combination in distinct.tolist():
-    bounds.append(objective.sizes(dict(zip(stored, combination))))
-  sizes = {}
-  for name in bounds[0]:
-    sizes[name] = np.array([bound[name] for bound in bounds])[which.ravel()]
-  return sizes
+  bounds = [objective.sizes(dict(zip(stored, combination))) for combination in distinct.tolist()]
+  return {name: np.array([bound[name] for bound in bounds])[which.ravel()] for name in bounds[0]}
 
 
 def form_of(component, kind: str) -> str:
@@ -270,21 +244,15 @@ class Pipeline:
           f'{form!r} ({name})' for form, name in forms.items()))
     form, = forms
     pack = pack and form not in features.ALONE
-    self.rows = []
-    for i, component in enumerate(components):
-      self.rows.append(TaskRows(component, lengths, seed=seed + 7919 * i, pack=pack, kind=kind,
-                                form=form, eos=eos, start_id=start_id))
+    self.rows = [TaskRows(component, lengths, seed=seed + 7919 * i, pack=pack, kind=kind, form=form,
+                          eos=eos, start_id=start_id) for i, component in enumerate(components)]
 
     # A rate counts examples, but the mixture draws rows: a task whose rows hold more examples is
     # drawn less often. Rates are rounded to 1e-4: grain turns them into small integers.
-    order, weights = [], []
-    for i, (component, rows) in enumerate(zip(components, self.rows)):
-      order.append(self._epochs(i, rows))
-      weights.append(component.rate * rows.count / len(rows.examples))
-    self._order = order[0]
-    if len(order) > 1:
-      relative = [round(weight / max(weights), 4) for weight in weights]
-      self._order = grain.MapDataset.mix(order, relative)
+    order = [self._epochs(i, rows) for i, rows in enumerate(self.rows)]
+    weights = [c.rate * rows.count / len(rows.examples) for c, rows in zip(components, self.rows)]
+    relative = [round(weight / max(weights), 4) for weight in weights]
+    self._order = grain.MapDataset.mix(order, relative) if len(order) > 1 else order[0]
     self._notes = [c.note for c in components]
     self.fingerprint = self._fingerprint(components, pack, kind, eos, start_id)
 
@@ -300,8 +268,7 @@ class Pipeline:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run notices a change."""
     digest = hashlib.sha256()
     for c, rows in zip(components, self.rows):
-      settings = [c.name, float(c.rate), repr(c.objective)]
-      digest.update(json.dumps(settings).encode())
+      digest.update(json.dumps([c.name, float(c.rate), repr(c.objective)]).encode())
       if rows.examples.fingerprint is not None:
         digest.update(f'{rows.examples.fingerprint} {BLOCK}'.encode())
         continue

@@ -195,7 +195,7 @@ def test_a_far_step_costs_what_a_near_one_does():
   """Counted, not timed: a jump to step 10^6 shuffles one epoch, not all before it."""
   p = pipeline()
   p.batch(1_000_000)
-  assert p.rows[0]._block(0)._swapped.cache_info().misses <= 2
+  assert p.rows[0]._ids_by_place.cache_info().misses <= 2
 
 
 def test_any_rows_of_a_batch_equal_those_of_the_whole():
