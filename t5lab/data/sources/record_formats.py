@@ -111,19 +111,11 @@ def _lines(stream, max_line: int) -> Iterator[tuple[int, bytes | None]]:
 def _text(line: bytes | None, parse, max_line: int):
   """parse(text of the line), or the reason why the line is not text."""
   if line is None:
-    return _too_long(max_line)
+    return f'the line has over {max_line:,} bytes, the limit'
   try:
     return parse(line.decode('utf-8'))
   except UnicodeDecodeError as e:
-    return _not_utf8(e)
-
-
-def _too_long(max_line: int) -> str:
-  return f'the line has over {max_line:,} bytes, the limit'
-
-
-def _not_utf8(e: UnicodeDecodeError) -> str:
-  return f'not UTF-8: byte 0x{e.object[e.start]:02x} at byte {e.start} of the line'
+    return f'not UTF-8: byte 0x{e.object[e.start]:02x} at byte {e.start} of the line'
 
 
 def _json(text: str):
@@ -172,48 +164,34 @@ def _check_columns(what: str, names: Sequence[str], required: Sequence[str]):
       raise DataError(f'{what} has no column {name!r}.{did_you_mean(name, names)}')
 
 
-class _CsvSource:
-  """Text lines for csv.reader, with the first problem since the current record started."""
-
-  def __init__(self, lines: Iterator, max_line: int):
-    self.lines, self.max_line, self.number, self.problem = lines, max_line, 0, ''
-
-  def __iter__(self):
-    return self
-
-  def __next__(self) -> str:
-    self.number, line = next(self.lines)
-    if line is None:
-      self.problem = self.problem or _too_long(self.max_line)
-      return '\n'
-    try:
-      return line.decode('utf-8') + '\n'
-    except UnicodeDecodeError as e:         # the quotes of the line still count
-      self.problem = self.problem or _not_utf8(e)
-      return line.decode('utf-8', 'replace') + '\n'
-
-
 def _csv(lines: Iterator, max_line: int) -> Iterator[tuple]:
   """Yields (first line, values or a reason) of each record."""
   # The module has one limit for all its readers (131,072 characters per field): it is only raised.
   csv.field_size_limit(max(csv.field_size_limit(), max_line))
-  source = _CsvSource(lines, max_line)
-  records = csv.reader(source, strict=True)
+  number, problem = 0, ''          # of the last line; the first since the current record started
+
+  def texts():
+    nonlocal number, problem
+    for line_number, line in lines:
+      number = line_number
+      # The quotes of a line that is not UTF-8 still count.
+      problem = problem or _text(line, lambda text: '', max_line)
+      yield (line or b'').decode('utf-8', 'replace') + '\n'
+
+  records = csv.reader(texts(), strict=True)
   while True:
-    start, source.problem = source.number + 1, ''
+    start, problem = number + 1, ''
     try:
       values = next(records, None)
     except csv.Error as e:
-      reason = source.problem or f'not valid CSV: {e}'
+      reason = problem or f'not valid CSV: {e}'
       reason = reason.replace('not valid CSV: unexpected end of data', 'unclosed quote')
       yield start, reason
-      for line in range(start + 1, source.number + 1):
+      for line in range(start + 1, number + 1):
         yield line, f'part of the record at line {start}: {reason}'
       continue
-    if source.problem:
-      yield start, source.problem
-    elif values:
-      yield start, values
+    if problem or values:
+      yield start, problem or values
     elif values is None:
       return
 
@@ -281,15 +259,10 @@ def _checked(batch):
 def _to_python(batch) -> list:
   try:
     return batch.to_pylist()
-  except UnicodeDecodeError:
-    return [_one_to_python(batch.slice(i, 1)) for i in range(batch.num_rows)]
-
-
-def _one_to_python(batch):
-  try:
-    return batch.to_pylist()[0]
   except UnicodeDecodeError as e:
-    return f'not UTF-8: byte 0x{e.object[e.start]:02x} at byte {e.start} of a field'
+    if batch.num_rows > 1:
+      return [_to_python(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
+    return [f'not UTF-8: byte 0x{e.object[e.start]:02x} at byte {e.start} of a field']
 
 
 @contextlib.contextmanager

@@ -178,29 +178,14 @@ class RecordReader:
   def _problem(self, fields: dict) -> str:
     """The reason why a record is bad, or ''."""
     for name, value in fields.items():
-      reason = _text_problem(name, self.max_line) or _text_problem(value, self.max_line)
-      if reason:
+      if reason := _text_problem([value, name], self.max_line):
         return f'field {name!r} {reason}'
     for name in self.required:
       if name not in fields:
         return f'no field {name!r}.' + (did_you_mean(name, fields) if fields else '')
-      reason = self._required_problem(fields[name], name in self.lists)
-      if reason:
+      if reason := _required_problem(fields[name], name in self.lists):
         return f'field {name!r} {reason}'
     return ''
-
-  def _required_problem(self, value, may_be_list: bool) -> str:
-    if value is None:
-      return 'is null'
-    texts = [value]
-    if isinstance(value, list) and may_be_list:
-      texts = value
-      wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
-      if wrong:
-        return f'is a list that holds {wrong[0]}, not only text'
-    elif not isinstance(value, str):
-      return f'is {type(value).__name__}, not text'
-    return '' if texts and all(text.strip() for text in texts) else 'is empty'
 
   def _skip(self, file: str, line: int, reason: str):
     self.bad += 1
@@ -246,6 +231,19 @@ class RecordReader:
     percent = 100 * self.bad / (self.good + self.bad)
     return (f'{self.good:,} records; {self.bad:,} bad ones skipped, {percent:.3g} %: '
             f'{self._first(3)}')
+
+
+def _required_problem(value, may_be_list: bool) -> str:
+  """The reason why a required value is unusable, or ''."""
+  if value is None:
+    return 'is null'
+  is_list = isinstance(value, list) and may_be_list
+  texts = value if is_list else [value]
+  wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+  if wrong:
+    return f'is a list that holds {wrong[0]}, not only text' if is_list else (
+        f'is {wrong[0]}, not text')
+  return '' if texts and all(text.strip() for text in texts) else 'is empty'
 
 
 def _text_problem(value, longest: int) -> str:
