@@ -14,22 +14,24 @@ lossless: decode(encode(text)) == text for any Unicode text. Files keep the ids 
 """
 import functools
 from importlib import resources
+import itertools
 import pathlib
 import re
-import shutil
 
 from t5lab import files
 from t5lab.data.vocab import gguf, hf_tokenizers, tables, tokenizer_config
 from t5lab.data.vocab.base import Vocab
-from t5lab.data.vocab.tables import EOS, NUM_SENTINELS, PAD, UNK, sentencepiece_model
+from t5lab.data.vocab.tables import NUM_SENTINELS, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
 
-__all__ = ['EOS', 'NUM_SENTINELS', 'PAD', 'UNK', 'Vocab', 'check_embedding_size', 'embedded',
-           'export', 'load', 'padded_size', 'sentencepiece_model', 'source_files']
+__all__ = ['NUM_SENTINELS', 'Vocab', 'check_embedding_size', 'embedded', 'export', 'load',
+           'padded_size', 'sentencepiece_model', 'source_files']
 
 DEFAULT = 't5lab_2048'
 KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
 MOST_SENTINELS = 100_000
+MODEL_BYTES = 256 << 20       # limit; the largest tokenizer.json of 2025's models has about 35 MB
+SIBLING_BYTES = 16 << 20
 
 
 def embedded_model(spec: str) -> bytes:
@@ -60,20 +62,13 @@ def load(spec: str = DEFAULT) -> Vocab:
   if spec in embedded():
     return sentencepiece_model(spec, embedded_model(spec))
 
-  # A .gguf file is converted to the files of one of the other kinds.
   path = _path(spec)
   try:
-    if spec.endswith('.gguf'):
-      contents = gguf.tokenizer_files(gguf.metadata(path), spec)
-      (name, data), (_, settings) = contents.items()
-      config = tokenizer_config.config(files.parse_json(settings, spec, DataError))
-    else:
-      name, data = spec, files.read_bytes(path, tokenizer_config.MODEL_BYTES, DataError)
-      config = tokenizer_config.read_config(path)
+    (name, data), *siblings = _contents(spec).items()
   except OSError as e:
     raise DataError(f'cannot read vocabulary {spec!r}: {e.strerror}. '
                     f'Embedded: {", ".join(embedded())}.') from e
-
+  config = tokenizer_config.config(dict(siblings), path.parent)
   if name.endswith('characters.json'):
     return tables.characters(spec, data)
   if name.endswith('.model'):
@@ -90,6 +85,15 @@ def _path(spec: str) -> pathlib.Path:
   return pathlib.Path(spec)
 
 
+def _contents(spec: str) -> dict[str, bytes]:
+  """{name: contents} of a vocabulary's files; a .gguf file becomes files of another kind."""
+  if spec.endswith('.gguf'):
+    return gguf.tokenizer_files(gguf.metadata(_path(spec)), spec)
+  limits = itertools.chain([MODEL_BYTES], itertools.repeat(SIBLING_BYTES))
+  return {path.name: files.read_bytes(path, limit, DataError)
+          for path, limit in zip(source_files(spec), limits)}
+
+
 def source_files(spec: str) -> list[pathlib.Path]:
   """The files of a vocabulary, its model first; none for 'byte' and embedded ones."""
   if spec in embedded() or re.fullmatch(r'byte:\d+', spec):
@@ -97,7 +101,8 @@ def source_files(spec: str) -> list[pathlib.Path]:
   path = _path(spec)
   if spec.endswith(('.gguf', 'characters.json')):
     return [path]
-  return [path, *tokenizer_config.siblings(path)]
+  beside = (path.parent / name for name in tokenizer_config.SIBLINGS)
+  return [path, *(file for file in beside if file.is_file())]
 
 
 def export(spec: str, folder) -> str:
@@ -106,25 +111,18 @@ def export(spec: str, folder) -> str:
   The tokenizer of a .gguf file is written as ordinary files, without the model. 'byte' and embedded
   vocabularies have no files and keep their spec.
   """
-  sources, converted = source_files(spec), {}
-  if spec.endswith('.gguf'):
-    sources, converted = [], gguf.tokenizer_files(gguf.metadata(spec), spec)
+  contents = _contents(spec)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  for path in sources:
-    if path.resolve() != (folder / path.name).resolve():
-      shutil.copyfile(path, folder / path.name)
-  for name, data in converted.items():
-    (folder / name).write_bytes(data)
-  names = [*converted, *(path.name for path in sources)]
-  return str(folder / names[0]) if names else spec
+  here = [path.resolve() for path in source_files(spec)]
+  for name, data in contents.items():
+    if (folder / name).resolve() not in here:
+      (folder / name).write_bytes(data)
+  return str(folder / next(iter(contents))) if contents else spec
 
 
 def padded_size(vocab: Vocab, multiple: int = 128) -> int:
-  """The size of an embedding for this vocabulary, padded so that mesh axes divide it.
-
-  Example: 32,100 -> 32,128 (T5), 250,100 -> 250,112 (mT5).
-  """
+  """The rows of an embedding, which mesh axes divide: 32,100 -> 32,128 (T5)."""
   return -(-vocab.size // multiple) * multiple
 
 

@@ -5,6 +5,7 @@ The kinds are in tables.py, hf_tokenizers.py and gguf.py; vocab.load opens them 
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 from t5lab.data.vocab import chat
 from t5lab.errors import DataError
@@ -96,6 +97,11 @@ class Vocab:
     if not self.chat_template:
       raise DataError(f'vocabulary {self.spec!r} has no chat template: give the model plain text')
     return chat.render(self.chat_template, messages, self.names, add_generation_prompt, self.spec)
+
+
+def special_fields(ids: dict[str, int]) -> dict[str, Any]:
+  """{role: id} -> the fields of a Vocab. Without padding, the end of sequence pads."""
+  return {'pad_id': ids['eos'], **{f'{role}_id': i for role, i in ids.items()}}
 
 
 def numbered_sentinels(ids: dict[str, int]) -> list[int]:

@@ -31,7 +31,9 @@ def render(template: str, messages: list[dict[str, str]], tokens: dict[str, str]
   tokens: special tokens by role, e.g. {'eos': '</s>'}. what: whose template it is, for messages.
   Errors: DataError for malformed messages, and for a template that is too long or fails.
   """
-  if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+  if not isinstance(messages, list) or not messages or not all(
+      isinstance(message, dict) and isinstance(message.get('role'), str)
+      and isinstance(message.get('content'), str) for message in messages):
     raise DataError("a chat must be a list of {'role': …, 'content': …} with text values, at least "
                     f'one; got {str(messages)[:80]}')
   if len(template) > MAX_CHARACTERS:
@@ -61,8 +63,3 @@ def render(template: str, messages: list[dict[str, str]], tokens: dict[str, str]
     reason = ' '.join(str(e).split())[:300] or type(e).__name__
     raise DataError(f'the chat template of {what} failed: {reason}') from e
   return ''.join(pieces)
-
-
-def _is_message(message) -> bool:
-  return (isinstance(message, dict) and isinstance(message.get('role'), str)
-          and isinstance(message.get('content'), str))

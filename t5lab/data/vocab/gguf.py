@@ -114,11 +114,12 @@ def _byte_level(meta, tokens, types, ids, settings, what) -> bytes:
   if rule == 'qwen2':
     tokenizer.normalizer = normalizers.NFC()
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in _BY_REGEX)
-  split = pre_tokenizers.Digits(individual_digits=True) if rule == 'smollm' else None
+  steps = [byte_level]
   if rule in _BY_REGEX:
-    split = pre_tokenizers.Split(tokenizers.Regex(_BY_REGEX[rule]), 'isolated')
-  tokenizer.pre_tokenizer = (
-      pre_tokenizers.Sequence([split, byte_level]) if split else byte_level)
+    steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(_BY_REGEX[rule]), 'isolated'))
+  elif rule == 'smollm':
+    steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if steps[1:] else byte_level
   tokenizer.decoder = decoders.ByteLevel()
 
   # Special tokens, and those put around a text.

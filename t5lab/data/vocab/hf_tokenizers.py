@@ -8,10 +8,10 @@ import itertools
 import json
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import models
 
 from t5lab.data.vocab import tokenizer_config
-from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels
+from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels, special_fields
 from t5lab.errors import DataError
 
 CONVENTIONAL = {'bos': ('<s>', '<|begin_of_text|>', '<|endoftext|>'),
@@ -31,10 +31,7 @@ def tokenizer_json(spec: str, data: bytes, config: tokenizer_config.Config) -> V
 
 
 def vocab_txt(spec: str, data: bytes, config: tokenizer_config.Config) -> Vocab:
-  """BERT's WordPiece, one token per line. Lower-cases unless the config has do_lower_case false.
-
-  [Devlin et al. 2019]
-  """
+  """BERT's WordPiece, which lower-cases unless do_lower_case is false. [Devlin et al. 2019]"""
   try:
     # str.splitlines would also split at U+2028 and the like, which are tokens of some vocabularies.
     lines = data.decode('utf-8').removesuffix('\n').split('\n')
@@ -49,20 +46,11 @@ def vocab_txt(spec: str, data: bytes, config: tokenizer_config.Config) -> Vocab:
                     'a WordPiece vocabulary of BERT')
 
   settings = config.settings
-  tokenizer = tokenizers.Tokenizer(models.WordPiece(
-      ids, unk_token=names['unk'], max_input_chars_per_word=100))
-  tokenizer.normalizer = normalizers.BertNormalizer(
-      clean_text=True, handle_chinese_chars=settings.get('tokenize_chinese_chars') is not False,
+  tokenizer = tokenizers.BertWordPieceTokenizer(
+      ids, **{f'{role}_token': text for role, text in names.items()},
+      handle_chinese_chars=settings.get('tokenize_chinese_chars') is not False,
       strip_accents=settings.get('strip_accents'),
       lowercase=settings.get('do_lower_case') is not False)
-  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  tokenizer.post_processor = processors.BertProcessing(
-      (names['sep'], ids[names['sep']]), (names['cls'], ids[names['cls']]))
-  tokenizer.decoder = decoders.WordPiece()
-  tokenizer.add_special_tokens([
-      tokenizers.AddedToken(text, special=True, normalized=False)
-      for text in names.values() if text in ids])
-
   rules = json.dumps([settings.get(key) for key in ('do_lower_case', 'strip_accents',
                                                     'tokenize_chinese_chars')])
   config = tokenizer_config.Config(settings, {**names, **config.names}, config.chat_template)
@@ -97,7 +85,9 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
   special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
   silent = (special | set(ids.values())) - set(sentinels)
   unknown = None                  # byte-level models use the role for some other special token
-  if _has_unknown(tokenizer.model) and list(ids.values()).count(ids.get('unk')) == 1:
+  model = tokenizer.model
+  has_unknown = isinstance(model, models.Unigram) or model.unk_token is not None
+  if has_unknown and list(ids.values()).count(ids.get('unk')) == 1:
     unknown = ids['unk']
     silent.discard(unknown)
 
@@ -113,14 +103,13 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
 
   framing = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
   return Vocab(
-      spec, hashlib.sha256(data + framing).hexdigest(), size=max(texts) + 1, eos_id=ids['eos'],
+      spec, hashlib.sha256(data + framing).hexdigest(), size=max(texts) + 1,
       encoder=lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decoder=decode,
-      piece=lambda i: texts.get(i, UNKNOWN), pad_id=ids.get('pad', ids['eos']),
-      unk_id=ids.get('unk'), bos_id=ids.get('bos'), mask_id=ids.get('mask'), cls_id=ids.get('cls'),
-      sep_id=ids.get('sep'), sentinels=tuple(sentinels), prefix=tuple(prefix) if suffix else (),
+      piece=lambda i: texts.get(i, UNKNOWN), sentinels=tuple(sentinels),
+      prefix=tuple(prefix) if suffix else (),
       starts_with_bos=not suffix and (bool(prefix) or add_bos),
       chat_template=config.chat_template,
-      names={**names, **{role: texts[i] for role, i in ids.items()}})
+      names={**names, **{role: texts[i] for role, i in ids.items()}}, **special_fields(ids))
 
 
 def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
@@ -140,7 +129,3 @@ def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
     raise DataError(f'{spec} puts {len(prefix)} tokens before a text and {len(suffix)} after it; '
                     'supported: one after it, or one before it and none after it')
   return prefix, suffix
-
-
-def _has_unknown(model) -> bool:
-  return isinstance(model, models.Unigram) or model.unk_token is not None

@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5lab import files
 from t5lab.data.vocab import tokenizer_config
-from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels
+from t5lab.data.vocab.base import UNKNOWN, Vocab, numbered_sentinels, special_fields
 from t5lab.errors import DataError
 
 PAD, EOS, UNK = 0, 1, 2           # of the byte vocabulary and of T5's kind of sentencepiece model
@@ -44,10 +44,7 @@ def _append_sentinels(table: list[bytes], count: int) -> dict[str, int]:
 
 
 def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_prefix: str = ''):
-  """Returns text -> ids: special tokens have their own ids, encode_text encodes the rest.
-
-  The text is split at every special token (the longest that matches), and at runs of `marks`.
-  """
+  """Returns text -> ids, split at special tokens (the longest that matches) and runs of `marks`."""
   patterns = [re.escape(text) for text in sorted(special, key=len, reverse=True) if text]
   if marks:
     patterns.append(f'[{marks}]+')
@@ -67,10 +64,7 @@ def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_pr
 
 
 def byte(spec: str = 'byte', sentinels: int = NUM_SENTINELS) -> Vocab:
-  """3 + UTF-8 byte. ByT5's tasks and its Hugging Face tokenizer have 125 sentinels: 384 ids.
-
-  [Xue et al. 2022, ByT5]
-  """
+  """3 + UTF-8 byte; ByT5's 384 ids have 125 sentinels. [Xue et al. 2022, ByT5]"""
   table = [b'', b'', _UNKNOWN] + [bytes([b]) for b in range(256)]
   count = b'' if sentinels == NUM_SENTINELS else f'{sentinels} sentinels'.encode()
   sha256 = hashlib.sha256(b''.join(table) + count).hexdigest()
@@ -82,7 +76,7 @@ def byte(spec: str = 'byte', sentinels: int = NUM_SENTINELS) -> Vocab:
 
 
 def sentencepiece_model(spec: str, model: bytes,
-                        config: tokenizer_config.Config = tokenizer_config.config({})) -> Vocab:
+                        config: tokenizer_config.Config = tokenizer_config.NO_CONFIG) -> Vocab:
   """The vocabulary of a sentencepiece model file's bytes.
 
   With T5's special ids (pad 0, eos 1, unk 2) it gets 100 sentinels after its pieces, unless the
@@ -127,15 +121,16 @@ def sentencepiece_model(spec: str, model: bytes,
       return [byte_ids[b] for b in text.encode('utf-8')]
     return sp.encode(text)
 
-  encode = (_split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '') if t5
-            else _split_encoder(encode_text, special | controls))
+  if t5:
+    encode = _split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '')
+  else:
+    encode = _split_encoder(encode_text, special | controls)
   decode, piece = _decoder(table, strip_prefix)
   ids = {'bos': sp.bos_id(), 'eos': sp.eos_id(), 'unk': sp.unk_id(), 'pad': sp.pad_id()}
   ids = {role: i for role, i in ids.items() if i >= 0}
   return Vocab(
-      spec, hashlib.sha256(model).hexdigest(), len(table), ids['eos'], encode, decode, piece,
-      pad_id=ids.get('pad', ids['eos']), unk_id=ids.get('unk'), bos_id=ids.get('bos'),
-      sentinels=sentinels, chat_template=config.chat_template,
+      spec, hashlib.sha256(model).hexdigest(), len(table), encoder=encode, decoder=decode,
+      piece=piece, **special_fields(ids), sentinels=sentinels, chat_template=config.chat_template,
       starts_with_bos=not t5 and 'bos' in ids and config.settings.get('add_bos_token') is not False,
       names={**{role: proto.pieces[i].piece for role, i in ids.items()}, **config.names})
 
@@ -174,7 +169,8 @@ def characters(spec: str, data: bytes) -> Vocab:
   settings = files.parse_json(data, spec, DataError)
   keys = ('pad_id', 'bos_id', 'eos_id', 'unk_id')
   tables = [settings.get(name) for name in ('inputs', 'targets')]
-  special = pad, bos, eos, unk = [settings.get(key) for key in keys]
+  special = [settings.get(key) for key in keys]
+  pad, bos, eos, unk = special
   if {*map(type, tables)} != {str} or {*map(type, special)} != {int}:
     raise DataError(f'{spec} must hold the texts inputs and targets and the numbers '
                     f'{", ".join(keys)}; it has: {", ".join(settings)}')
