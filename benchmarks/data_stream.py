@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from t5lab.data.batches import cache, pipeline
-from t5lab.data.batches.examples import InMemoryExamples
+from t5lab.data.batches.examples import Examples
 from t5lab.data.tasks import registry
 
 LENGTHS = {'inputs': 64, 'targets': 64}
@@ -78,7 +78,7 @@ def main(count=1_000_000, root=None, batches=200):
   print_rate('cache, one after the other', map(p.batch, range(1, 1 + batches)), batches)
   print_rate('cache, read ahead', p.iterate(1, 1 + 2 * batches), 2 * batches)
 
-  memory = open_pipeline(InMemoryExamples([cached[i] for i in range(min(count, 200_000))]))
+  memory = open_pipeline(Examples([cached[i] for i in range(min(count, 200_000))]))
   print_seconds('memory: batch of step 1,000,000', lambda: memory.batch(1_000_000))
   print_rate('memory, one after the other', map(memory.batch, range(1, 1 + batches)), batches)
 

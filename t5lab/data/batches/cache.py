@@ -278,8 +278,7 @@ def _check_identity(where, cached, expected, command):
 
 
 def _check_sources(where, cached, command):
-  """Compares sizes; files that are not on this machine, where the cache was copied to, are skipped.
-  """
+  """Compares sizes; files that are not here, because the cache was copied, are skipped."""
   for file, (size, _) in stamps(list(cached)).items():
     if size >= 0 and size != cached[file][0]:
       raise DataError(f'{file} has {size:,} bytes; it had {cached[file][0]:,} when the cache in '

@@ -8,26 +8,11 @@ Example = dict[str, np.ndarray]   # int32[any length] by feature
 
 
 class Examples(Sequence):
-  """Examples by number, and their lengths without reading them.
+  """Examples by number, all with the features of the first, and their lengths without reading them.
 
   fingerprint: of the contents of examples that are stored on disk; None for examples in memory.
-  lengths: {feature: int[n]}.
   """
   fingerprint: str | None = None
-  lengths: dict[str, np.ndarray]
-
-  def many(self, ids: Iterable[int]) -> list[Example]:
-    """The examples of these numbers, in order; from disk much faster than one by one."""
-    return [self[i] for i in ids]
-
-  def remember(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns make(), which may be stored with the examples: it depends on them and `key` alone."""
-    del name, key
-    return make()
-
-
-class InMemoryExamples(Examples):
-  """A list of examples, all with the features of the first."""
 
   def __init__(self, examples: Iterable[Example]):
     self._examples = list(examples)
@@ -40,10 +25,15 @@ class InMemoryExamples(Examples):
 
   @functools.cached_property
   def lengths(self) -> dict[str, np.ndarray]:
+    """{feature: int[n]}."""
     names = self._examples[0] if self._examples else ()
     return {name: np.array([len(example[name]) for example in self._examples]) for name in names}
 
+  def many(self, ids: Iterable[int]) -> list[Example]:
+    """The examples of these numbers, in order; from disk much faster than one by one."""
+    return [self[i] for i in ids]
 
-def as_examples(examples: Sequence[Example]) -> Examples:
-  """Puts the interface on a plain list."""
-  return examples if isinstance(examples, Examples) else InMemoryExamples(examples)
+  def remember(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns make(), which may be stored with the examples: it depends on them and `key` alone."""
+    del name, key
+    return make()

@@ -38,16 +38,14 @@ from t5lab.errors import DataError
 KINDS = ('encoder_decoder', 'decoder', 'encoder')
 FORMS = ('inputs', 'classes', 'mlm', 'nsp')
 ALONE = ('classes', 'nsp')
+INPUTS = ('input_tokens', 'segment_ids', 'positions')    # of every encoder
 EOS, START = 1, 0                 # T5's token ids: its decoder starts with the padding id
 
 Row = dict[str, np.ndarray]       # int32[length of its sequence] by model feature
 
 
 def form_of(names: Collection[str]) -> str:
-  """The form of an encoder's examples that have these features: one of FORMS.
-
-  Example: form_of({'inputs', 'targets', 'weights'}) -> 'mlm'.
-  """
+  """One of FORMS, of an encoder's examples with these features."""
   if 'next' in names:
     return 'nsp'
   if 'weights' in names:
@@ -120,32 +118,26 @@ def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
   if kind == 'encoder':
     return _encoder_row(examples, lengths['inputs'], form, eos)
 
-  # An empty row.
   sizes = row_lengths(lengths, kind)
   row = _zeros('decoder', ('input_tokens', 'target_tokens', 'loss_weights', 'segment_ids',
                            'positions'), sizes['targets'])
   if kind == 'encoder_decoder':
-    row.update(_encoder_inputs(sizes['inputs']))
+    row |= _zeros('encoder', INPUTS, sizes['inputs'])
 
   encoder_end = decoder_end = 0
   for segment, example in enumerate(examples, start=1):
     inputs, targets = example.get('inputs', np.zeros(0, np.int32)), example['targets']
     weights = np.ones(len(targets), np.int32)
     if kind == 'encoder_decoder':
-      encoder_end = _add_inputs(row, encoder_end, segment, inputs).stop
+      encoder_end = _write(row, 'encoder', encoder_end, segment, input_tokens=inputs).stop
     else:
       targets = np.concatenate([inputs, targets])
       weights = np.concatenate([np.zeros(len(inputs), np.int32), weights])
 
     # The decoder reads its targets one position later, after the start token.
-    at = slice(decoder_end, decoder_end + len(targets))
-    row['decoder_target_tokens'][at] = targets
-    row['decoder_input_tokens'][at][:1] = start_id
-    row['decoder_input_tokens'][at][1:] = targets[:-1]
-    row['decoder_loss_weights'][at] = weights
-    row['decoder_segment_ids'][at] = segment
-    row['decoder_positions'][at] = np.arange(len(targets))
-    decoder_end = at.stop
+    decoder_end = _write(
+        row, 'decoder', decoder_end, segment, target_tokens=targets, loss_weights=weights,
+        input_tokens=np.concatenate([[start_id], targets])[:-1]).stop
 
   if decoder_end > sizes['targets'] or encoder_end > sizes.get('inputs', 0):
     raise ValueError(f'{encoder_end} input and {decoder_end} target tokens do not fit a row of '
@@ -157,16 +149,13 @@ def _zeros(prefix: str, names: Sequence[str], length: int) -> Row:
   return {f'{prefix}_{name}': np.zeros(length, np.int32) for name in names}
 
 
-def _encoder_inputs(length: int) -> Row:
-  return _zeros('encoder', ('input_tokens', 'segment_ids', 'positions'), length)
-
-
-def _add_inputs(row, first, segment, inputs) -> slice:
-  """Writes an example's inputs into a row, from position `first` -> the positions they take."""
-  at = slice(first, first + len(inputs))
-  row['encoder_input_tokens'][at] = inputs
-  row['encoder_segment_ids'][at] = segment
-  row['encoder_positions'][at] = np.arange(len(inputs))
+def _write(row, prefix, first, segment, *, input_tokens, **values) -> slice:
+  """Writes an example into a row, from position `first` -> the positions that it takes."""
+  length = len(input_tokens)
+  at = slice(first, first + length)
+  values |= {'input_tokens': input_tokens, 'segment_ids': segment, 'positions': np.arange(length)}
+  for name, value in values.items():
+    row[f'{prefix}_{name}'][at] = value
   return at
 
 
@@ -178,9 +167,8 @@ def _encoder_row(examples, length, form, eos):
   if total > length:
     raise ValueError(f'{total} input tokens do not fit a row of {length}')
 
-  # An empty row.
   masked = form in ('mlm', 'nsp')
-  row = _encoder_inputs(length) | _zeros('encoder', ['token_types'], length)
+  row = _zeros('encoder', (*INPUTS, 'token_types'), length)
   if form != 'inputs':
     row |= _zeros('encoder', ('target_tokens', 'loss_weights'), length if masked else 1)
   if form == 'nsp':
@@ -192,14 +180,10 @@ def _encoder_row(examples, length, form, eos):
     if form_of(example) != form:
       raise ValueError(f'an example with {", ".join(example)} has the form {form_of(example)!r}, '
                        f'the row has {form!r}')
-    inputs = example['inputs']
-    at = _add_inputs(row, first, segment, inputs)
-
     # Without given types, tokens after the first end of sequence have type 1.
-    ends = inputs == eos
-    types = np.zeros(len(inputs)) if masked else np.cumsum(ends) - ends > 0
-    row['encoder_token_types'][at] = example.get('types', types)
-
+    ends = example['inputs'] == eos
+    types = example.get('types', 0 if masked else np.cumsum(ends) - ends > 0)
+    at = _write(row, 'encoder', first, segment, input_tokens=example['inputs'], token_types=types)
     if form != 'inputs':
       where = at if masked else slice(0, 1)
       row['encoder_target_tokens'][where] = example['targets']
@@ -211,10 +195,7 @@ def _encoder_row(examples, length, form, eos):
 
 
 def check_example(example: Example, what: str, form: str) -> None:
-  """DataError unless an encoder-only model's example has the features that its form needs.
-
-  what: the example, for the message.
-  """
+  """DataError unless an example, called `what`, has the features that its form needs."""
   sizes = {name: len(tokens) for name, tokens in example.items()}
   valid, needs = 'inputs' in example, 'inputs'
   if form == 'classes':

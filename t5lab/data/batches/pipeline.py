@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from t5lab.data.batches import features
-from t5lab.data.batches.examples import Example, as_examples
+from t5lab.data.batches.examples import Example, Examples
 from t5lab.data.batches.features import Row
 from t5lab.errors import DataError, UsageError
 
@@ -49,7 +49,8 @@ class TaskRows:
 
   def __init__(self, component, lengths, *, seed, pack, kind, form, eos, start_id):
     self.name, self.objective = component.name, component.objective
-    self.examples = as_examples(component.examples)
+    examples = component.examples
+    self.examples = examples if isinstance(examples, Examples) else Examples(examples)
     self.lengths, self.seed, self._pack, self._eos = lengths, seed, pack, eos
     self._build_row = functools.partial(
         features.build_row, lengths=lengths, kind=kind, form=form, eos=eos, start_id=start_id)
@@ -100,8 +101,6 @@ class TaskRows:
       suspects = np.flatnonzero(self.examples.lengths['targets'] != 1)[:1]
     for i in suspects:
       features.check_example(self.examples[i], f'example {self.name}:{i}', form)
-
-  # --- packing ---
 
   def _layout(self, b: int) -> list[np.ndarray]:
     """The places of the examples in each row of a block."""
@@ -155,16 +154,21 @@ class TaskRows:
       row = int(self._row_order(epoch, b)[i - first_rows[position]])
     return self._ids_by_place(b, epoch)[self._block(b).layout[row]].tolist()
 
-  # --- building ---
-
   def uncut(self, epoch: int, i: int) -> Example:
     """Example i in this epoch, after its objective, before it is cut to the lengths."""
     return self._draw(epoch, i, self.examples[i])
+
+  def example(self, epoch: int, i: int) -> Example:
+    return self._trim(self.uncut(epoch, i))
 
   def _draw(self, epoch, i, stored):
     if self.objective is None:
       return stored
     return self.objective.apply(stored, np.random.default_rng([self.seed, epoch, i]))
+
+  def _trim(self, example):
+    trimmed, _ = features.trim(example, self.lengths, self._eos)
+    return trimmed
 
   def build(self, places: Sequence[tuple[int, int]]) -> list[Row]:
     """Model features of each (epoch, row). All examples are read from a cache in one call."""
@@ -172,8 +176,8 @@ class TaskRows:
     stored = iter(self.examples.many([i for row in ids for i in row]))
     rows = []
     for (epoch, _), row in zip(places, ids):
-      drawn = [self._draw(epoch, i, next(stored)) for i in row]
-      rows.append(self._build_row([features.trim(x, self.lengths, self._eos)[0] for x in drawn]))
+      examples = [self._trim(self._draw(epoch, i, next(stored))) for i in row]
+      rows.append(self._build_row(examples))
     return rows
 
   def row(self, epoch: int, i: int) -> Row:
@@ -200,10 +204,7 @@ def _trimmed_sizes(stored, lengths) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _objective_sizes(objective, stored) -> dict[str, np.ndarray]:
-  """Upper bounds of the features that an objective makes of all examples.
-
-  The objective is called once for each distinct combination of stored lengths.
-  """
+  """Upper bounds of an objective's features, which it gives once for each distinct example size."""
   columns = np.stack(list(stored.values()), axis=1)
   distinct, which = np.unique(columns, axis=0, return_inverse=True)
   bounds = [objective.sizes(dict(zip(stored, combination))) for combination in distinct.tolist()]
