@@ -9,11 +9,9 @@ import numpy as np
 from t5lab.data.objectives import spans
 from t5lab.errors import UsageError
 
-# --- pairs of texts ------------------------------------------------------------------------------
-
 
 def pairs(documents, rng, max_length: int,
-          short_probability: float = 0.1) -> list[dict[str, np.ndarray]]:
+          short_probability: float = 0.1) -> list[spans.Features]:
   """Documents of sentences of ids -> int32 {'first': [A], 'second': [B], 'next': [1]}.
 
   next: 0 if the second text follows the first in its document, 1 if it comes from another document:
@@ -30,8 +28,9 @@ def pairs(documents, rng, max_length: int,
   documents = [document for document in documents if document]
   examples = []
   for i in range(len(documents)):
-    is_short = rng.random() < short_probability
-    target = int(rng.integers(2, room + 1)) if is_short else room
+    target = room
+    if rng.random() < short_probability:
+      target = int(rng.integers(2, room + 1))
     examples += _document_pairs(documents, i, rng, target, room)
   return examples
 
@@ -53,9 +52,12 @@ def _document_pairs(documents, index, rng, target, room):
 
     # The second text is the rest, or random; then the rest starts the next pair.
     is_random = count == 1 or rng.random() < 0.5
-    second = (_other_text(documents, index, rng, target - len(first)) if is_random
-              else np.concatenate(document[cut:stop]))
-    start = cut if is_random else stop
+    if is_random:
+      second = _other_text(documents, index, rng, target - len(first))
+      start = cut
+    else:
+      second = np.concatenate(document[cut:stop])
+      start = stop
 
     first, second = _truncated(first, second, room, rng)
     examples.append({'first': first.astype(np.int32), 'second': second.astype(np.int32),
@@ -87,9 +89,6 @@ def _truncated(first, second, room, rng):
   return texts
 
 
-# --- masked words --------------------------------------------------------------------------------
-
-
 def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: float = 0.15,
                max_predictions: int | None = None) -> tuple[np.ndarray, np.ndarray]:
   """int[T] -> (int32[T] masked, int32[T] weights, 1 where a word is to be predicted).
@@ -100,8 +99,10 @@ def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: 
   """
   masked, weights = np.array(tokens, np.int32), np.zeros(len(tokens), np.int32)
   candidates = np.flatnonzero(~np.isin(masked, special))
-  most = len(candidates) if max_predictions is None else min(len(candidates), max_predictions)
-  chosen = rng.choice(candidates, min(max(round(len(masked) * density), 1), most), replace=False)
+  count = max(round(len(masked) * density), 1)
+  if max_predictions is not None:
+    count = min(count, max_predictions)
+  chosen = rng.choice(candidates, min(count, len(candidates)), replace=False)
   weights[chosen] = 1
 
   u = rng.random(len(chosen))
@@ -110,7 +111,7 @@ def mask_words(tokens, rng, *, mask: int, vocab_size: int, special=(), density: 
   return masked, weights
 
 
-def mlm(example, rng, *, cls: int | None, sep: int, **options) -> dict[str, np.ndarray]:
+def mlm(example, rng, *, cls: int | None, sep: int, **options) -> spans.Features:
   """{'first': int[A], 'second': int[B], 'next': int[1]}, or only {'targets': int[A]} -> int32:
 
   inputs [T]   cls A sep B sep (or cls A sep), masked; without cls if it is None

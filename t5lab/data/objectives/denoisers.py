@@ -45,7 +45,7 @@ def iid_spans(length: int, density: float = 0.15) -> int:
 
 
 def iid_denoising(tokens, rng, *, sentinel: int, sentinels: int, eos: int, density: float = 0.15,
-                  step: int = -1) -> dict[str, np.ndarray]:
+                  step: int = -1) -> spans.Features:
   """int[T] -> int32 {'inputs', 'targets'}: each token is dropped with probability `density`.
 
   As in T5, a mask may drop nothing: then the targets are one sentinel. A mask whose features are
@@ -99,7 +99,7 @@ SEQUENTIAL = 1                                                   # S: prefix LM,
 
 
 def ul2(tokens, rng, *, sentinel: int, eos: int, modes, share: float = 0.2,
-        step: int = -1) -> dict[str, np.ndarray]:
+        step: int = -1) -> spans.Features:
   """int[T >= 2] -> int32 {'inputs', 'targets'} of one denoiser; its mode tokens open the inputs.
 
   modes: tuples of ids for R, S and X in this order, the ids of '[NLU] ', '[S2S] ' and '[NLG] ', or

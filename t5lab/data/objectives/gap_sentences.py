@@ -61,7 +61,7 @@ def gap_mask(example, rng, *, ratio=0.3, strategy: str = 'principal',
   return np.isin(np.arange(len(starts)), chosen)
 
 
-def gap_sentences(example, rng, *, mask: int, eos: int, **options) -> dict[str, np.ndarray]:
+def gap_sentences(example, rng, *, mask: int, eos: int, **options) -> spans.Features:
   """A document -> int32 {'inputs', 'targets'}, both ending in EOS.
 
   inputs: the document with the single id `mask` in place of each gap sentence. targets: the gap
@@ -103,7 +103,7 @@ def gap_sentences_sizes(example, *, ratio=0.3, strategy: str = 'principal',
           'targets': int(most[counts].max() + 1)}
 
 
-def gap_sentences_pieces(task: str, example, lengths, **options) -> list[dict[str, np.ndarray]]:
+def gap_sentences_pieces(task: str, example, lengths, **options) -> list[spans.Features]:
   """Cuts a document into pieces of whole sentences, as many to each as fit both lengths.
 
   A sentence that is too long to share a piece with another is first cut into ones that can. A piece
@@ -118,8 +118,9 @@ def gap_sentences_pieces(task: str, example, lengths, **options) -> list[dict[st
                      'targets: the minimum is 3 and 2')
   tokens = np.asarray(example['targets'], np.int32)
   ends = [*example['sentences'][1:], len(tokens)]
-  starts = np.array([cut for start, end in zip(example['sentences'], ends)
-                     for cut in range(start, end, longest)], np.int64)
+  starts = [cut for start, end in zip(example['sentences'], ends)
+            for cut in range(start, end, longest)]
+  starts = np.array(starts, np.int64)
   bounds = np.append(starts, len(tokens))
 
   def piece(first, last):

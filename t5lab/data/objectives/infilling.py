@@ -8,7 +8,7 @@ from t5lab.errors import UsageError
 
 
 def fim(tokens, rng, *, prefix: int, suffix: int, middle: int, eos: int,
-        rate: float = 0.5) -> dict[str, np.ndarray]:
+        rate: float = 0.5) -> spans.Features:
   """int[T] -> int32 {'targets'}, ending in EOS; reordered with probability `rate`.
 
   The text is cut at two uniform points of [0, T]. Half of the reordered texts have either order:

@@ -26,10 +26,7 @@ _INITIALS = re.compile(r'[^\W\d_](?:\.[^\W\d_])+|[A-HJ-Z]')   # I is rather the 
 
 
 def _abbreviates(before: str, following: str) -> bool:
-  """True if a dot marks an abbreviation.
-
-  before: the sentence up to the dot, or its last characters. following: the character after it.
-  """
+  """True if the dot after `before` marks an abbreviation. following: the character after it."""
   word = _WORD.search(before)[0]
   return (word.lower() in ABBREVIATIONS
           or word.lower() in BEFORE_NUMBERS and following.isdigit()

@@ -7,7 +7,7 @@ import numpy as np
 
 from t5lab.errors import UsageError
 
-# --- span corruption -----------------------------------------------------------------------------
+Features = dict[str, np.ndarray]
 
 
 def span_noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
@@ -33,8 +33,9 @@ def span_noise_mask(rng, length: int, density: float = 0.15, mean_span: float = 
     cuts = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
-  runs = np.stack([composition(max(length, 2) - noise), composition(noise)], axis=1)
-  return np.repeat([False, True] * spans, runs.ravel())[:length]
+  kept_and_noise = [composition(max(length, 2) - noise), composition(noise)]
+  runs = np.stack(kept_and_noise, axis=1).ravel()
+  return np.repeat([False, True] * spans, runs)[:length]
 
 
 def noise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np.ndarray:
@@ -54,19 +55,19 @@ def nonnoise_span_to_sentinel(tokens, mask, sentinel: int, step: int = -1) -> np
   return noise_span_to_sentinel(tokens, ~np.asarray(mask, bool), sentinel, step)
 
 
-def closed(inputs, targets, eos: int) -> dict[str, np.ndarray]:
+def closed(inputs, targets, eos: int) -> Features:
   """Two int32 arrays as the features 'inputs' and 'targets', each with an EOS after it."""
   return {'inputs': np.append(inputs, np.int32(eos)), 'targets': np.append(targets, np.int32(eos))}
 
 
-def corrupted(tokens, mask, sentinel: int, eos: int, step: int) -> dict[str, np.ndarray]:
+def corrupted(tokens, mask, sentinel: int, eos: int, step: int) -> Features:
   """inputs: the tokens without the noise; targets: the noise. Sentinels stand for the others."""
   return closed(noise_span_to_sentinel(tokens, mask, sentinel, step),
                 nonnoise_span_to_sentinel(tokens, mask, sentinel, step), eos)
 
 
 def span_corruption(tokens, rng, *, sentinel: int, eos: int, density: float = 0.15,
-                    mean_span: float = 3., step: int = -1) -> dict[str, np.ndarray]:
+                    mean_span: float = 3., step: int = -1) -> Features:
   """int[T] -> int32 {'inputs', 'targets'}, each ending in EOS.
 
   inputs: the kept text with a sentinel for each dropped span. targets: sentinel, span, sentinel, …
@@ -107,7 +108,7 @@ def span_corruption_lengths(inputs_length: int, density: float = 0.15,
 # --- prefix LM and language modeling -------------------------------------------------------------
 
 
-def prefix_lm(tokens, rng, *, eos: int) -> dict[str, np.ndarray]:
+def prefix_lm(tokens, rng, *, eos: int) -> Features:
   """int[T >= 2] -> int32 {'inputs', 'targets'}, each ending in EOS.
 
   The cut is at a uniform point of [1, T). [3.2.3]
