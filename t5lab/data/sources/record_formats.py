@@ -132,8 +132,7 @@ TEXT = {'jsonl': _json, 'tsv': lambda text: text.split('\t'), 'txt': lambda text
 
 
 def _table(file: str, raw: Iterator, parse, required: Sequence[str]):
-  """Takes the header from raw -> (raw, a parse to fields). parse: to a list of values, or a reason.
-  """
+  """Takes the header from raw -> (raw, parse to fields). parse: to the values, or a reason."""
   line, value = next(raw, (0, ''))
   if line == 0:
     raise DataError(f'{file} holds no records')
@@ -306,17 +305,13 @@ def open_binary(file: str):
 
 
 def exists(path: str) -> bool:
-  if '://' not in path:
-    return os.path.exists(path)
-  fs, path = filesystem(path)
-  return fs.exists(path)
+  fs, remote = filesystem(path) if '://' in path else (os.path, path)
+  return fs.exists(remote)
 
 
 def is_folder(path: str) -> bool:
-  if '://' not in path:
-    return os.path.isdir(path)
-  fs, path = filesystem(path)
-  return fs.isdir(path)
+  fs, remote = filesystem(path) if '://' in path else (os.path, path)
+  return fs.isdir(remote)
 
 
 def names(folder: str) -> list[str]:

@@ -16,6 +16,7 @@ import glob
 import gzip
 import json
 import os
+import types
 
 from t5lab import files
 from t5lab.data.sources import record_formats
@@ -240,9 +241,10 @@ def _required_problem(value, may_be_list: bool) -> str:
   is_list = isinstance(value, list) and may_be_list
   texts = value if is_list else [value]
   wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+  if wrong and is_list:
+    return f'is a list that holds {wrong[0]}, not only text'
   if wrong:
-    return f'is a list that holds {wrong[0]}, not only text' if is_list else (
-        f'is {wrong[0]}, not text')
+    return f'is {wrong[0]}, not text'
   return '' if texts and all(text.strip() for text in texts) else 'is empty'
 
 
@@ -319,19 +321,11 @@ def _packer(file, packing: str):
     return gzip.GzipFile(filename='', fileobj=file, mode='wb', compresslevel=6, mtime=0)
   if packing == 'zst':
     import pyarrow as pa
-    return pa.CompressedOutputStream(_Unclosed(file), 'zstd')
+    # pyarrow can write this file but not close it: it is synced after its last byte.
+    unclosed = types.SimpleNamespace(write=file.write, flush=file.flush, close=lambda: None,
+                                     closed=False)
+    return pa.CompressedOutputStream(unclosed, 'zstd')
   return file
-
-
-class _Unclosed:
-  """A file that pyarrow can write but not close: it is synced after its last byte."""
-  closed = False
-
-  def __init__(self, file):
-    self.write, self.flush = file.write, file.flush
-
-  def close(self):
-    pass
 
 
 def _iso_format(value) -> str:

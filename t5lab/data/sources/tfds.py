@@ -20,10 +20,7 @@ _SPECIAL = (
 
 
 def special(name: str) -> str:
-  """'; …' with the steps beyond `tfds build` for this data set, '' if there are none.
-
-  name: 'data_set/config:version'.
-  """
+  """'; …' with the steps beyond `tfds build` for 'data_set/config:version', '' if there is none."""
   return next((f'; {note}' for start, note in _SPECIAL if name.startswith(start)), '')
 
 
