@@ -37,10 +37,6 @@ G2P_RECORDS = {'train': 6000, 'validation': 300}
 G2P_PHONEMES = frozenset('AIOWYbdfhijklmnpstuvwzæðŋɑɔəɛɜɡɪɹɾʃʊʌʒʔʤʧˈˌθᵊᵻ')
 
 
-def names() -> list[str]:
-  return list(FILES)
-
-
 @functools.cache
 def _splits(name: str) -> dict[str, tuple]:
   """{split: records} of a corpus."""
@@ -60,16 +56,12 @@ def _splits(name: str) -> dict[str, tuple]:
 def load(name: str, split: str) -> list:
   """Records of one split, in file order: read-only mappings, shared between callers.
 
-  name: one of names(), or 'match', which match_pairs makes from 'summarize'.
+  name: one of FILES, or 'match', which match_pairs makes from 'summarize'.
   """
   splits = _splits(name)
   if split not in splits:
     raise DataError(f'corpus {name!r} has no split {split!r}.{did_you_mean(split, splits)}')
   return list(splits[split])
-
-
-def num_records(name: str, split: str) -> int:
-  return len(load(name, split))
 
 
 def _draw(text: str) -> float:

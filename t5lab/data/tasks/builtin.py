@@ -26,8 +26,22 @@ from t5lab.evaluation import metrics
 
 def register_tasks(spec: str) -> None:
   """Adds all tasks on the vocabulary `spec`."""
-  _register_embedded(spec)
-  _register_papers(spec)
+  for name, row in embedded.SUPERVISED.items():
+    answers = 'answers' in row.columns
+    preprocessors = [parts.prompted(name, row.target), parts.tokenize]
+    parts.add(name, spec, _corpus(row.corpus, row.columns),
+              [*map(parts.by_batch, [_pad_answers] * answers + preprocessors)],
+              metric_fns=list(row.metric_fns), postprocess_fn=t5_text.answers if answers else None)
+  for name, objective in embedded.TEXT.items():
+    text.add(name, spec, _corpus('books', ('text',)), objective)
+  parts.add('docs_match', spec, _corpus('match', ('document', 'summary', 'match')),
+            [parts.by_batch(_pair)], classes=2)
+
+  for name, row in papers.SUPERVISED.items():
+    parts.add(name, spec, _tfds(row), [parts.from_records(row.text)],
+              metric_fns=list(row.metric_fns), postprocess_fn=row.text.value)
+  for name, row in papers.TEXT.items():
+    text.add(name, spec, _tfds(row), row.objective)
   for name, place in papers.HUB.items():
     text.add(name, spec, record_sources.HubSource(*place), 'lm', 'targets')
 
@@ -40,21 +54,8 @@ def register_mixtures() -> None:
     seqio.MixtureRegistry.add(name, list(rates))
 
 
-# --- corpora inside the package ------------------------------------------------------------------
-
-
-def _register_embedded(spec: str) -> None:
-  for name, row in embedded.SUPERVISED.items():
-    answers = 'answers' in row.columns
-    preprocessors = [parts.prompted(name, row.target), parts.tokenize]
-    parts.add(name, spec, _corpus(row.corpus, row.columns),
-              [*map(parts.by_batch, [_pad_answers] * answers + preprocessors),
-               seqio.preprocessors.append_eos_after_trim],
-              metric_fns=list(row.metric_fns), postprocess_fn=t5_text.answers if answers else None)
-  for name, objective in embedded.TEXT.items():
-    text.add(name, spec, _corpus('books', ('text',)), objective)
-  parts.add('docs_match', spec, _corpus('match', ('document', 'summary', 'match')),
-            [parts.by_batch(_pair), seqio.preprocessors.append_eos_after_trim], classes=2)
+def _tfds(row: papers.Supervised | papers.Text) -> seqio.TfdsDataSource:
+  return seqio.TfdsDataSource(row.tfds, splits=row.splits, read_only=True)
 
 
 def _corpus(corpus: str, columns: tuple[str, ...]) -> seqio.FunctionDataSource:
@@ -69,7 +70,7 @@ def _corpus(corpus: str, columns: tuple[str, ...]) -> seqio.FunctionDataSource:
     return tf.data.Dataset.from_tensor_slices(table)
 
   splits = ('train', 'validation')
-  sizes = {split: corpora.num_records(corpus, split) for split in splits}
+  sizes = {split: len(corpora.load(corpus, split)) for split in splits}
   return seqio.FunctionDataSource(dataset, splits, num_input_examples=sizes)
 
 
@@ -91,23 +92,6 @@ def _pair(batch, output_features):
           'targets': tf.cast(batch['match'], tf.int32)[:, None]}
 
 
-# --- the papers ----------------------------------------------------------------------------------
-
-
-def _register_papers(spec: str) -> None:
-  for name, row in papers.SUPERVISED.items():
-    source = seqio.TfdsDataSource(row.tfds, splits=row.splits, read_only=True)
-    preprocessors = [parts.from_records(row.text), seqio.preprocessors.append_eos_after_trim]
-    parts.add(name, spec, source, preprocessors, metric_fns=list(row.metric_fns),
-              postprocess_fn=row.postprocess_fn)
-  for name, row in papers.TEXT.items():
-    source = seqio.TfdsDataSource(row.tfds, splits=row.splits, read_only=True)
-    text.add(name, spec, source, row.objective)
-
-
-# --- a user's own files --------------------------------------------------------------------------
-
-
 def register_files(spec: str, files: own_files.OwnFiles) -> None:
   """Adds the task 'files' on the vocabulary `spec`."""
   files.check()
@@ -118,8 +102,7 @@ def register_files(spec: str, files: own_files.OwnFiles) -> None:
   if not (files.fields['inputs'] or files.prompt):
     raise UsageError("data.fields.inputs='' is unlabelled text, which needs an objective: set "
                      f'data.objective to one of {", ".join(names.OBJECTIVES)}')
-  parts.add(own_files.NAME, spec, source,
-            [parts.by_batch(parts.tokenize), seqio.preprocessors.append_eos_after_trim],
+  parts.add(own_files.NAME, spec, source, [parts.by_batch(parts.tokenize)],
             metric_fns=[_file_metric(name) for name in files.metrics],
             postprocess_fn=t5_text.answers)
 

@@ -75,7 +75,7 @@ def _write_shards(job, folder, missing, shards, processes, tick) -> Iterator[tup
   pool = concurrent.futures.ProcessPoolExecutor(
       min(processes, len(missing)), context, _start_worker, (progress, os.getpid()))
   try:
-    running = {pool.submit(_write_shard_in_worker, job, folder, k, shards) for k in missing}
+    running = {pool.submit(_write_shard, job, folder, k, shards) for k in missing}
     while running:
       done, running = concurrent.futures.wait(running, 0.2, 'FIRST_COMPLETED')
       while not progress.empty():
@@ -108,11 +108,9 @@ def _exit_with_parent(parent):
   os._exit(1)
 
 
-def _write_shard_in_worker(job, folder, k, shards):
-  return _write_shard(job, folder, k, shards, _progress.put)
-
-
-def _write_shard(job: CacheJob, folder: Path, k: int, shards: int, tick) -> tuple[int, dict]:
+def _write_shard(job: CacheJob, folder: Path, k: int, shards: int,
+                 tick=None) -> tuple[int, dict]:
+  """Returns (k, the manifest's entry). tick: None for the queue of a worker process."""
   from t5lab.data.tasks import record_sources, registry
   task = _open(job)
   num_ids = vocab.load(job.vocab_spec).size
@@ -121,8 +119,8 @@ def _write_shard(job: CacheJob, folder: Path, k: int, shards: int, tick) -> tupl
   if isinstance(task.source, record_sources.FileSource):
     counts = lambda: task.source.readers[job.split].counts()
   try:
-    return k, cache.write_shard(folder, k, shards, examples, registry.stored_features(task), tick,
-                                counts)
+    return k, cache.write_shard(folder, k, shards, examples, registry.stored_features(task),
+                                tick or _progress.put, counts)
   except Failure as e:
     raise type(e)(f'shard {k} of {shards}: {e}') from e
 

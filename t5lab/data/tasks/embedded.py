@@ -31,8 +31,7 @@ SUPERVISED = MappingProxyType({
         (metrics.exact_match, metrics.phoneme_error_rate)),
 })
 TEXT = MappingProxyType({f'books_{objective}': objective for objective in table.TABLE})
-CLASSES = ('docs_match',)
-NAMES = (*SUPERVISED, *TEXT, *CLASSES)
+NAMES = (*SUPERVISED, *TEXT, 'docs_match')
 
 MIXTURE = 'embedded_supervised'
 MIXED = tuple(task for task in SUPERVISED if task not in prompts.BARE)

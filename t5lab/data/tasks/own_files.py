@@ -34,10 +34,7 @@ class OwnFiles:
   objective: str = ''
 
   def check(self) -> None:
-    """Raises UsageError for missing files or columns, a malformed prompt or an unknown name.
-
-    Reads no file.
-    """
+    """UsageError for missing files or columns, a bad prompt or an unknown name; reads no file."""
     if not self.files or not all(self.files.values()):
       raise UsageError(f'data.files must name files for every split, got {self.files}; e.g. '
                        "{'train': 'train/*.jsonl', 'validation': 'validation.jsonl'}")
@@ -50,31 +47,21 @@ class OwnFiles:
     for name in self.metrics:
       if name not in names.METRICS:
         raise UsageError(f'data.metrics names {name!r}.{did_you_mean(name, names.METRICS)}')
-    self._check_objective()
-    self._check_prompt()
-
-  def _check_objective(self):
-    if not self.objective:
-      return
-    if self.fields['inputs'] or self.prompt:
+    if self.objective and (self.fields['inputs'] or self.prompt):
       raise UsageError(f'data.objective={self.objective!r} makes its own inputs from the column '
                        "data.fields.targets: set data.fields.inputs='' and data.prompt=''")
-    if self.objective not in names.OBJECTIVES:
+    if self.objective and self.objective not in names.OBJECTIVES:
       raise UsageError(f'data.objective={self.objective!r}.'
                        + did_you_mean(self.objective, names.OBJECTIVES))
-
-  def _check_prompt(self):
-    if not self.prompt:
-      return
-    if not self.fields['inputs']:
+    if self.prompt and not self.fields['inputs']:
       raise UsageError(f'data.prompt={self.prompt!r} makes inputs, and data.fields.inputs='
                        "'' means that there are none: set one of them")
-    if not self._input_columns():
+    if self.prompt and not self._input_columns():
       suggestion = self.prompt + '{' + self.fields['inputs'] + '}'
       raise UsageError(f'data.prompt={self.prompt!r} names no column, so all inputs would be the '
                        f'same; did you mean {suggestion!r}?')
 
-  def _template(self) -> list[tuple[str, str | None]]:
+  def _template(self) -> prompts.Pieces:
     """The inputs as pieces: see prompts.py."""
     if self.prompt:
       return _checked_pieces(self.prompt)
@@ -88,13 +75,8 @@ class OwnFiles:
     """The columns that every record needs, each once: those of the inputs, then targets."""
     return list(dict.fromkeys([*self._input_columns(), self.fields['targets']]))
 
-  # -- from a record to an example ----------------------------------------------------------------
-
   def fill_prompt(self, fields: dict[str, str]) -> str:
-    """The inputs text of a record: {'en': 'Hi'} -> 'translate English to German: Hi'.
-
-    Braces in the fields' texts stay as they are. DataError for a missing column.
-    """
+    """The inputs text of a record, whose texts may hold braces. DataError for a missing column."""
     for column in self._input_columns():
       if column not in fields:
         raise DataError(f'the prompt needs the column {column!r}.{did_you_mean(column, fields)}')
@@ -103,18 +85,10 @@ class OwnFiles:
   def inputs_for(self, record: str | dict) -> str:
     """The model's input for a user's record, or for a text that fills the only column."""
     columns = self._input_columns()
+    if reason := prompts.problem(record, columns, 'the prompt', 'columns'):
+      raise UsageError(reason)
     if isinstance(record, str):
-      if not columns:
-        return record
-      if len(columns) > 1:
-        raise UsageError(f'the prompt needs the columns {", ".join(columns)}: give JSON lines with '
-                         'these keys, not bare text')
-      record = {columns[0]: record}
-    missing = [name for name in columns if not isinstance(record.get(name), str)]
-    if missing:
-      present = ', '.join(map(str, record)) or 'none'
-      raise UsageError(f'the prompt needs the text columns {", ".join(columns)}; missing: '
-                       f'{", ".join(missing)}; the record has: {present}')
+      return self.fill_prompt({columns[0]: record}) if columns else record
     return self.fill_prompt(record)
 
   def without_prompt(self, text: str) -> str:
@@ -127,8 +101,6 @@ class OwnFiles:
     answers = list(targets) if isinstance(targets, list) else [targets]
     return {'inputs': self.fill_prompt(fields), 'targets': answers[0], 'answers': answers}
 
-  # -- reading ------------------------------------------------------------------------------------
-
   def reader(self, split: str, shard: tuple[int, int] = (0, 1)) -> records.RecordReader:
     """A reader of the records of a split; it counts the good and the bad ones."""
     if split not in self.files:
@@ -139,16 +111,13 @@ class OwnFiles:
                                 required=self.columns(), lists=lists)
 
   def fingerprint(self) -> str:
-    """32 hex digits of all settings that decide the examples. File contents are not included.
-
-    Neither is bad_rows: it decides whether reading fails, not what it returns.
-    """
+    """32 hex digits of the settings that decide the examples: no file contents, and no bad_rows."""
     settings = json.dumps([READING, self.files, self.fields, self.prompt], sort_keys=True)
     return hashlib.sha256(settings.encode('utf-8')).hexdigest()[:32]
 
 
 @functools.lru_cache(maxsize=64)
-def _checked_pieces(prompt: str) -> list[tuple[str, str | None]]:
+def _checked_pieces(prompt: str) -> prompts.Pieces:
   """The pieces of a prompt. UsageError for a column with a format, or that is no name."""
   syntax = 'a column is {name}, a brace {{ or }}'
   try:

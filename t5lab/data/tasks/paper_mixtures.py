@@ -22,9 +22,7 @@ def rate(examples: float, limit: float | None = None, temperature: float = 1.) -
 
 def by_examples(limit: float | None = None, temperature: float = 1.) -> Callable:
   """A rate for seqio: `rate` of a Task's training examples; 0 without a training split."""
-  def task_rate(task):
-    return rate(tfds.num_examples(task), limit, temperature)
-  return task_rate
+  return lambda task: rate(tfds.num_examples(task), limit, temperature)
 
 
 # Training examples as T5 counted them (of WSC, those labelled True). Tasks with 0 are only scored.

@@ -14,8 +14,6 @@ from t5lab.evaluation import metrics
 
 Splits = tuple[str, ...] | dict[str, str] | None     # dict: to slices of TFDS's; None: all of them
 
-# --- supervised tasks ----------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
@@ -23,35 +21,35 @@ class Supervised:
   tfds: str
   text: t5_text.Text
   metric_fns: tuple[Callable, ...] = ()
-  postprocess_fn: Callable | None = None
   splits: Splits = None
 
 
+_ACCURACY = (metrics.accuracy,)
 _F1 = (metrics.f1_score_with_invalid, metrics.accuracy)
-_CORRELATION = (metrics.pearson_corrcoef, metrics.spearman_corrcoef)
 _LABELLED = ('train', 'validation')  # the test sets of GLUE and SuperGLUE have no labels
-_GLUE = (  # name, benchmark, metrics, splits; ax has no labels
-    ('cola', 'cola', (metrics.matthews_corrcoef,), _LABELLED),
-    ('sst2', 'sst2', (metrics.accuracy,), _LABELLED),
-    ('mrpc', 'mrpc', _F1, _LABELLED),
-    ('stsb', '', _CORRELATION, _LABELLED),
-    ('qqp', 'qqp', _F1, _LABELLED),
-    ('mnli', 'mnli', (metrics.accuracy,),
-     ('train', 'validation_matched', 'validation_mismatched')),
-    ('mnli_matched', 'mnli', (metrics.accuracy,), ('validation',)),
-    ('mnli_mismatched', 'mnli', (metrics.accuracy,), ('validation',)),
-    ('qnli', 'qnli', (metrics.accuracy,), _LABELLED),
-    ('rte', 'rte', (metrics.accuracy,), _LABELLED),
-    ('wnli', 'wnli', (metrics.accuracy,), _LABELLED),
-    ('ax', 'mnli', (), ('test',)))
+_GLUE = (  # name, metrics, splits; ax has no labels
+    ('cola', (metrics.matthews_corrcoef,), _LABELLED),
+    ('sst2', _ACCURACY, _LABELLED),
+    ('mrpc', _F1, _LABELLED),
+    ('stsb', (metrics.pearson_corrcoef, metrics.spearman_corrcoef), _LABELLED),
+    ('qqp', _F1, _LABELLED),
+    ('mnli', _ACCURACY, ('train', 'validation_matched', 'validation_mismatched')),
+    ('mnli_matched', _ACCURACY, ('validation',)),
+    ('mnli_mismatched', _ACCURACY, ('validation',)),
+    ('qnli', _ACCURACY, _LABELLED),
+    ('rte', _ACCURACY, _LABELLED),
+    ('wnli', _ACCURACY, _LABELLED),
+    ('ax', (), ('test',)))
 _SUPER_GLUE = (
-    ('boolq', 'boolq', (metrics.accuracy,), _LABELLED),
-    ('cb', 'cb', (metrics.mean_3class_f1, metrics.accuracy), _LABELLED),
-    ('copa', 'copa', (metrics.accuracy,), _LABELLED),
-    ('rte', 'rte', (metrics.accuracy,), _LABELLED),
-    ('wic', 'wic', (metrics.accuracy,), _LABELLED),
-    ('axb', 'rte', (), ('test',)),
-    ('axg', 'rte', (), ('test',)))
+    ('boolq', _ACCURACY, _LABELLED),
+    ('cb', (metrics.mean_3class_f1, metrics.accuracy), _LABELLED),
+    ('copa', _ACCURACY, _LABELLED),
+    ('rte', _ACCURACY, _LABELLED),
+    ('wic', _ACCURACY, _LABELLED),
+    ('axb', (), ('test',)),
+    ('axg', (), ('test',)),
+    ('multirc', (metrics.multirc_f1_over_all_answers, metrics.multirc_exact_match), _LABELLED),
+    ('record', (metrics.record,), _LABELLED))
 _WMT = (  # TFDS name, our name, pairs; each is a task in both directions
     ('wmt_t2t_translate', 'wmt_t2t', ('de-en',)),
     ('wmt14_translate', 'wmt14', ('de-en', 'fr-en')),
@@ -62,31 +60,22 @@ _WMT = (  # TFDS name, our name, pairs; each is a task in both directions
 
 
 def _glue():
-  for name, benchmark, metric_fns, splits in _GLUE:
+  for name, metric_fns, splits in _GLUE:
     yield f'glue_{name}_v002', Supervised(
-        f'glue/{name}:2.0.0', t5_text.TEXTS[f'glue/{name}'], metric_fns,
-        t5_text.to_class(benchmark) if benchmark else t5_text.to_score, splits)
-
-
-def _super_glue():
-  row = lambda name, *more: Supervised(
-      f'super_glue/{name}:1.0.2', t5_text.TEXTS[f'super_glue/{name}'], *more)
-  for name, benchmark, metric_fns, splits in _SUPER_GLUE:
-    yield f'super_glue_{name}_v102', row(name, metric_fns, t5_text.to_class(benchmark), splits)
-  yield 'super_glue_multirc_v102', row(
-      'multirc', (metrics.multirc_f1_over_all_answers, metrics.multirc_exact_match),
-      t5_text.multirc_value, _LABELLED)
-  yield 'super_glue_record_v102', row(
-      'record', (metrics.record,), t5_text.record_value, _LABELLED)
+        f'glue/{name}:2.0.0', t5_text.TEXTS[f'glue/{name}'], metric_fns, splits)
+  for name, metric_fns, splits in _SUPER_GLUE:
+    yield f'super_glue_{name}_v102', Supervised(
+        f'super_glue/{name}:1.0.2', t5_text.TEXTS[f'super_glue/{name}'], metric_fns, splits)
   # The target of WSC is the noun, which SuperGLUE gives only in examples labelled True. T5 trains
   # on those and on DPR, and scores all.
+  wsc = 'super_glue/wsc.fixed'
   yield 'super_glue_wsc_v102_simple_train', Supervised(
-      'super_glue/wsc.fixed:1.0.2', t5_text.TEXTS['super_glue/wsc.fixed/train'], splits=('train',))
-  yield 'super_glue_wsc_v102_simple_eval', row(
-      'wsc.fixed', (metrics.accuracy,), t5_text.wsc_value, ('validation',))
+      f'{wsc}:1.0.2', t5_text.TEXTS[f'{wsc}/train'], splits=('train',))
+  yield 'super_glue_wsc_v102_simple_eval', Supervised(
+      f'{wsc}:1.0.2', t5_text.TEXTS[wsc], _ACCURACY, ('validation',))
   yield 'dpr_v001_simple', Supervised(
       'definite_pronoun_resolution:1.1.0', t5_text.TEXTS['definite_pronoun_resolution'],
-      (metrics.accuracy,))
+      _ACCURACY)
 
 
 def _wmt():
@@ -106,7 +95,7 @@ def _summaries():
 
 def _answers():
   row = lambda tfds_name, text, metric, splits=None: Supervised(
-      tfds_name, t5_text.TEXTS[text], (metric,), t5_text.answers, splits)
+      tfds_name, t5_text.TEXTS[text], (metric,), splits)
   # A tenth of the training examples validates, and TFDS's validation split is the test set.
   held_out = lambda count, test: {
       'train': f'train[:{count}]', 'validation': f'train[{count}:]', 'test': test}
@@ -123,10 +112,7 @@ def _answers():
 
 
 SUPERVISED = MappingProxyType(
-    dict([*_glue(), *_super_glue(), *_wmt(), *_summaries(), *_answers()]))
-
-
-# --- unlabelled text -----------------------------------------------------------------------------
+    dict([*_glue(), *_wmt(), *_summaries(), *_answers()]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def from_records(text):
   float, or a list of one of them} and returns dicts of 'inputs' and 'targets', str, and of the
   names in `extra`, int or list of str.
   """
-  kinds = {'inputs': str, 'targets': str, **dict(text.extra)}
+  kinds = {'inputs': str, 'targets': str, **text.extra}
 
   def make(*columns):
     records = [dict(zip(text.columns, values)) for values in zip(*columns)]
@@ -81,19 +81,18 @@ def from_records(text):
   return preprocess
 
 
-# --- registration --------------------------------------------------------------------------------
-
-
 def add(name, spec, source, preprocessors, features=('inputs', 'targets'), classes=0, framed=True,
         **options):
   """Registers a seqio Task on the vocabulary `spec`.
 
   classes: the number of classes if targets are classes instead of tokens. framed: each feature is a
-  whole text, not a segment of one. options: seqio's, e.g. metric_fns.
+  whole text, not a segment of one, and gets an EOS. options: seqio's, e.g. metric_fns.
   """
   output_features = {
       feature: seqio.Feature(SeqioVocabulary(spec, feature if framed else ''), add_eos=True)
       for feature in features}
+  if framed:
+    preprocessors = [*preprocessors, seqio.preprocessors.append_eos_after_trim]
   if classes:
     output_features['targets'] = seqio.Feature(
         seqio.PassThroughVocabulary(classes), add_eos=False)

@@ -20,6 +20,8 @@ PROMPTS = MappingProxyType({
 BARE = frozenset({'g2p_en_us'})      # only the field: in a mixture, nothing would name the task
 PADDED = frozenset({'numpydoc_qa'})  # fields and prompt go through T5's punctuation padding
 
+Pieces = list[tuple[str, str | None]]     # of a template: literal text, the column after it
+
 _PUNCTUATION = re.compile('([' + re.escape(string.punctuation) + '])')
 _SPACES = re.compile(r'[ \t\n\f\r]+')  # RE2's \s, which T5 used: ASCII only
 
@@ -32,18 +34,18 @@ def pad_punctuation(text: str) -> str:
   return _SPACES.sub(' ', _PUNCTUATION.sub(r' \1 ', text))
 
 
-def pieces(template: str) -> list[tuple[str, str | None]]:
-  """'a: {x}.' -> [('a: ', 'x'), ('.', None)]: (literal text, the column after it)."""
+def pieces(template: str) -> Pieces:
+  """'a: {x}.' -> [('a: ', 'x'), ('.', None)]."""
   return [(literal, column) for literal, column, _, _ in string.Formatter().parse(template)]
 
 
-def fill(template: list[tuple[str, str | None]], record: dict[str, str]) -> str:
+def fill(template: Pieces, record: dict[str, str]) -> str:
   """The text of a template in pieces, with the record's columns in it."""
   return ''.join(literal + ('' if column is None else record[column])
                  for literal, column in template)
 
 
-def without(template: list[tuple[str, str | None]], text: str) -> str:
+def without(template: Pieces, text: str) -> str:
   """The column inside a filled template of one column; the text if there are several or none."""
   places = [i for i, (_, column) in enumerate(template) if column is not None]
   if len(places) != 1:
@@ -60,19 +62,25 @@ def fields(task: str) -> list[str]:
   return [column for _, column in pieces(PROMPTS[task]) if column]
 
 
+def problem(record: str | dict, needed: list[str], who: str, names: str) -> str:
+  """Why a record, or a text for the only column, lacks `needed` columns; '' if it has all."""
+  if isinstance(record, str):
+    return '' if len(needed) < 2 else (f'{who} needs the {names} {", ".join(needed)}: give JSON '
+                                       'lines with these keys, not bare text')
+  missing = [name for name in needed if not isinstance(record.get(name), str)]
+  if not missing:
+    return ''
+  return (f'{who} needs the text {names} {", ".join(needed)}; missing: {", ".join(missing)}; the '
+          f'record has: {", ".join(map(str, record)) or "none"}')
+
+
 def prompt(task: str, record: str | dict) -> str:
   """The model's input for a record, or for a text that fills the only field of the prompt."""
   needed = fields(task)
+  if reason := problem(record, needed, f'task {task!r}', 'fields'):
+    raise UsageError(f'{reason}.')
   if isinstance(record, str):
-    if len(needed) > 1:
-      raise UsageError(f'task {task!r} needs the fields {", ".join(needed)}: '
-                       f'give JSON lines with these keys, not bare text.')
     record = {needed[0]: record}
-  missing = [name for name in needed if not isinstance(record.get(name), str)]
-  if missing:
-    present = ', '.join(map(str, record)) or 'none'
-    raise UsageError(f'task {task!r} needs the text fields {", ".join(needed)}; missing: '
-                     f'{", ".join(missing)}; the record has: {present}.')
   if task not in PADDED:
     return fill(pieces(PROMPTS[task]), record)
   padded = {name: pad_punctuation(record[name]) for name in needed}
@@ -80,8 +88,5 @@ def prompt(task: str, record: str | dict) -> str:
 
 
 def without_prompt(task: str, text: str) -> str:
-  """The field inside a one-field prompt: 'translate English to German: Hi' -> 'Hi'.
-
-  The whole text if the task has no prompt or a prompt of several fields.
-  """
+  """The field inside a one-field prompt, else the text: 'to German: Hi' -> 'Hi'."""
   return without(pieces(PROMPTS.get(task, '')), text)

@@ -21,8 +21,6 @@ from t5lab.data.tasks.record_sources import FileSource
 from t5lab.data.tasks.seqio_tf import NumpyObjective, seqio, tf
 from t5lab.errors import DataError, Failure, UsageError, did_you_mean
 
-# --- registration --------------------------------------------------------------------------------
-
 _OURS = (*names.TASKS, own_files.NAME)
 _registered: tuple = ()      # the arguments of the last `register`
 
@@ -74,9 +72,6 @@ def _rebuild_mixtures():
       rates = list(mixture.rate_per_task_name.items())
       seqio.MixtureRegistry.remove(name)
       seqio.MixtureRegistry.add(name, rates, sample_fn=mixture._sample_fn)
-
-
-# --- tasks by name -------------------------------------------------------------------------------
 
 
 def get(name: str):
@@ -152,12 +147,19 @@ def stream(task, split: str, lengths: dict[str, int], num_ids: int,
   wanted = stored_features(task)
   # A random preprocessor of the user draws only here, and the same numbers every time.
   with seqio.utils.map_seed_manager(0):
+    k, n = shard
+    preprocessors = task.preprocessors
     if by_seqio:
       dataset, preprocessors = _open_seqio_cache(task, split, by_seqio)
+    elif isinstance(task.source, FileSource):      # parses only the records of this shard
+      dataset = task.source.shard(split, k, n)
     else:
-      dataset, preprocessors = _open_source(task, split, shard), task.preprocessors
+      dataset = task.source.get_dataset(split=split, shuffle=False).shard(n, k)
     for preprocessor in preprocessors:
-      dataset = _apply(preprocessor, dataset, task, lengths)
+      if not isinstance(preprocessor, (NumpyObjective, seqio.CacheDatasetPlaceholder)):
+        dataset = seqio.utils.add_kwargs_to_transform(
+            preprocessor, sequence_length=None if trims(preprocessor) else lengths,
+            output_features=task.output_features)(dataset)
     dataset = dataset.map(
         lambda example: {name: example[name] for name in wanted if name in example})
 
@@ -170,14 +172,6 @@ def stream(task, split: str, lengths: dict[str, int], num_ids: int,
       raise DataError(f'task {task.name!r}, split {split!r}: {reason}') from e
 
 
-def _open_source(task, split, shard):
-  k, n = shard
-  if isinstance(task.source, FileSource):        # parses only the records of this shard
-    return task.source.shard(split, k, n)
-  dataset = task.source.get_dataset(split=split, shuffle=False)
-  return dataset.shard(n, k) if n > 1 else dataset
-
-
 def _open_seqio_cache(task, split, folder):
   """Returns the cached dataset and the preprocessors that follow it."""
   cached_before = [i for i, preprocessor in enumerate(task.preprocessors)
@@ -188,15 +182,6 @@ def _open_seqio_cache(task, split, folder):
   source = seqio.dataset_providers._CachedDataSource(folder, split)
   dataset = source.get_dataset(split=split, shuffle=False)
   return dataset, task.preprocessors[cached_before[0]:]
-
-
-def _apply(preprocessor, dataset, task, lengths):
-  if isinstance(preprocessor, (NumpyObjective, seqio.CacheDatasetPlaceholder)):
-    return dataset
-  transform = seqio.utils.add_kwargs_to_transform(
-      preprocessor, sequence_length=None if trims(preprocessor) else lengths,
-      output_features=task.output_features)
-  return transform(dataset)
 
 
 def _numpy_examples(task, dataset, num_ids):
@@ -222,20 +207,15 @@ def _arrays(column) -> list[np.ndarray]:
 
 def _check_ids(task, name, column, size, first):
   ids = np.concatenate(column)
-  if not ((ids < 0) | (ids >= size)).any():
-    return
-  for i, example in enumerate(column):
-    outside = example[(example < 0) | (example >= size)]
-    if len(outside):
-      raise DataError(f'task {task.name!r}, example {first + i}: {name} holds the id {outside[0]}; '
-                      f'the ids of its vocabulary are 0 to {size - 1}')
+  outside = np.flatnonzero((ids < 0) | (ids >= size))
+  if len(outside):
+    i = first + np.searchsorted(np.cumsum([*map(len, column)]), outside[0], side='right')
+    raise DataError(f'task {task.name!r}, example {i}: {name} holds the id {ids[outside[0]]}; '
+                    f'the ids of its vocabulary are 0 to {size - 1}')
 
 
 def report(task, split: str, reader=None) -> str:
-  """One line about bad records that were skipped, or ''.
-
-  reader: the RecordReader to report on; by default the last one that read the split.
-  """
+  """One line about bad records that `reader` (by default the split's last) skipped, or ''."""
   if not isinstance(task.source, FileSource) or not task.source.reports_bad_records:
     return ''
   reader = reader or task.source.readers.get(split)

@@ -3,7 +3,7 @@
 This is the only module that imports TensorFlow; others take `tf` and `seqio` from here. TensorFlow
 never sees an accelerator.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import itertools
 import os
@@ -36,8 +36,6 @@ import numpy as np  # noqa: E402
 
 from t5lab.data import vocab  # noqa: E402
 
-# --- Python over the columns of a batch ----------------------------------------------------------
-
 
 def by_columns(fn, columns, kinds) -> list:
   """Calls fn(*columns) -> columns in tf.data: from and to tensors [B], or ragged [B, n] for lists.
@@ -45,22 +43,25 @@ def by_columns(fn, columns, kinds) -> list:
   fn gets lists of str, int or float, or lists of such lists. kinds: what its columns hold: str,
   int, list[str] or list[int]; they may have another length than the batch.
   """
-  # numpy_function takes and returns flat arrays only. Lists of one length arrive as a matrix.
-  columns = [tf.RaggedTensor.from_tensor(column) if column.shape.rank == 2
-             and not isinstance(column, tf.RaggedTensor) else column for column in columns]
+  def ragged(column):        # lists of one length arrive as a matrix
+    is_matrix = isinstance(column, tf.Tensor) and column.shape.rank == 2
+    return tf.RaggedTensor.from_tensor(column) if is_matrix else column
+
+  # numpy_function takes and returns flat arrays only.
+  columns = list(map(ragged, columns))
   are_lists = [isinstance(column, tf.RaggedTensor) for column in columns]
   arrays = tf.nest.flatten(columns, expand_composites=True)     # of lists: values and row splits
 
   def run(*arrays):
     rest = iter(arrays)
-    values = [_lists(next(rest), next(rest)) if is_list else _python_values(next(rest))
-              for is_list in are_lists]
+    values = [_python_values(rest, is_list) for is_list in are_lists]
     return [array for column, kind in zip(fn(*values), kinds) for array in _flat(column, kind)]
 
   dtypes = {str: [tf.string], int: [tf.int32], list[str]: [tf.string, tf.int64],
             list[int]: [tf.int32, tf.int64]}
-  flat = (tf.ensure_shape(array, [None]) for array in tf.numpy_function(
-      run, arrays, [dtype for kind in kinds for dtype in dtypes[kind]], stateful=False))
+  types = [dtype for kind in kinds for dtype in dtypes[kind]]
+  results = tf.numpy_function(run, arrays, types, stateful=False)
+  flat = (tf.ensure_shape(array, [None]) for array in results)
   return [next(flat) if kind in (str, int) else
           tf.RaggedTensor.from_row_lengths(next(flat), next(flat), validate=False)
           for kind in kinds]
@@ -71,13 +72,10 @@ def by_rows(fn, kind, *columns):
   return by_columns(lambda *values: [list(map(fn, *values))], columns, [kind])[0]
 
 
-def _python_values(array: np.ndarray) -> list:
-  return list(map(tf.compat.as_text, array)) if array.dtype == object else array.tolist()
-
-
-def _lists(array: np.ndarray, splits: np.ndarray) -> list[list]:
-  values = _python_values(array)
-  return [values[a:b] for a, b in itertools.pairwise(splits)]
+def _python_values(arrays: Iterator[np.ndarray], are_lists: bool) -> list:
+  array = next(arrays)
+  values = [*map(tf.compat.as_text, array)] if array.dtype == object else array.tolist()
+  return [values[a:b] for a, b in itertools.pairwise(next(arrays))] if are_lists else values
 
 
 def _flat(column: list, kind) -> list[np.ndarray]:
@@ -88,9 +86,6 @@ def _flat(column: list, kind) -> list[np.ndarray]:
   item, = kind.__args__
   lists = [_flat(values, item)[0] for values in column]
   return [np.concatenate([_flat([], item)[0], *lists]), np.array([*map(len, lists)], np.int64)]
-
-
-# --- the vocabulary ------------------------------------------------------------------------------
 
 
 class SeqioVocabulary(seqio.Vocabulary):
@@ -126,11 +121,10 @@ class SeqioVocabulary(seqio.Vocabulary):
     encode = self.vocab.encode_target if self._encodes_targets else self.vocab.encode
     return self._prefix + encode(s)
 
-  def _decode(self, ids):
-    return self.vocab.decode(ids)
-
   def decode(self, ids):
     return self.vocab.decode(np.asarray(ids))  # seqio's own would print sentinels as unknown
+
+  _decode = decode
 
   def _encode_tf(self, s):
     """string[] -> int32[T]; string[B] -> ragged int32[B, T]."""
@@ -139,17 +133,13 @@ class SeqioVocabulary(seqio.Vocabulary):
     return ids.flat_values if s.shape.rank == 0 else ids
 
   def decode_tf(self, ids):
-    return self._decode_tf(ids)
-
-  def _decode_tf(self, ids):
     def decode(ids):
       texts = [self.vocab.decode(row).encode('utf-8') for row in ids.reshape(-1, ids.shape[-1])]
       return np.array(texts, object).reshape(ids.shape[:-1])
     texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
     return tf.ensure_shape(texts, ids.shape[:-1])
 
-
-# --- objectives ----------------------------------------------------------------------------------
+  _decode_tf = decode_tf
 
 
 class NumpyObjective:

@@ -19,19 +19,17 @@ MISSING = '<unk>'  # the target of a record without a label, in test sets
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """How records become examples. extra: the other features that fn returns, int or list of str."""
+  """How records become examples, and answers become values.
+
+  extra: the other features that fn returns, int or list of str. value: seqio's postprocessor.
+  """
   columns: tuple[str, ...]
   fn: Callable[[dict], list[dict]]
-  extra: tuple[tuple[str, type], ...] = ()
+  extra: dict[str, type] = dataclasses.field(default_factory=dict)
+  value: Callable | None = None
 
 
-def _extra(**kinds):
-  return tuple((name.replace('__', '/'), kind) for name, kind in kinds.items())
-
-
-# --- classification: 'benchmark field: text field: text' -> the name of the class ----------------
-
-LABELS = MappingProxyType({  # in TFDS's order
+LABELS = MappingProxyType({  # classes in TFDS's order
     'cola': ('unacceptable', 'acceptable'),
     'sst2': ('negative', 'positive'),
     'mrpc': ('not_equivalent', 'equivalent'),
@@ -45,201 +43,6 @@ LABELS = MappingProxyType({  # in TFDS's order
     'copa': ('choice1', 'choice2'),
     'multirc': ('False', 'True'),
     'wic': ('False', 'True'),
-})
-
-
-def fields_text(benchmark: str, fields, record) -> str:
-  """'cola sentence: It rains.' fields: (name in the text, column) in order."""
-  return ' '.join([benchmark, *(f'{name}: {record[column]}' for name, column in fields)])
-
-
-def label_text(benchmark: str, label: int) -> str:
-  return LABELS[benchmark][label] if label >= 0 else MISSING
-
-
-def _classes(benchmark, *fields, **renamed):
-  """fields: columns in the order of the text, which is by name unless T5 says otherwise."""
-  pairs = [(f, f) for f in fields] + list(renamed.items())
-
-  def fn(record):
-    return [{'inputs': fields_text(benchmark, pairs, record),
-             'targets': label_text(benchmark, record['label']), 'idx': record['idx']}]
-  return Text((*(column for _, column in pairs), 'label', 'idx'), fn, _extra(idx=int))
-
-
-def _stsb(record):
-  """The score rounded to a multiple of 0.2, in float32 and half to even as TensorFlow does."""
-  score = np.round(np.float32(record['label']) * np.float32(5)) / np.float32(5)
-  pairs = [('sentence1', 'sentence1'), ('sentence2', 'sentence2')]
-  return [{'inputs': fields_text('stsb', pairs, record), 'targets': f'{score:.1f}',
-           'idx': record['idx']}]
-
-
-_MULTIRC = [(f, f) for f in ('question', 'answer', 'paragraph')]
-_MARKUP = re.compile('</?b>')
-
-
-def _multirc(record):
-  text = fields_text('multirc', _MULTIRC, record).replace('<br>', ' ')
-  return [{'inputs': _MARKUP.sub('', text), 'targets': label_text('multirc', record['label']),
-           'idx/paragraph': record['idx/paragraph'], 'idx/question': record['idx/question']}]
-
-
-# --- ReCoRD: the entity that replaces @placeholder -----------------------------------------------
-
-_AFTER_STOP = re.compile(r'([.?!"\'])\n@highlight\n')
-
-
-def _record_query(record):
-  """One example per correct answer, so that all are trained on; the metric scores one of them."""
-  passage = _AFTER_STOP.sub(r'\1 ', record['passage']).replace('\n@highlight\n', '. ')
-  inputs = (f'record query: {record["query"]} entities: {", ".join(record["entities"])} '
-            f'passage: {passage}')
-  rest = {name: record[name] for name in ('answers', 'idx/passage', 'idx/query')}
-  answers = record['answers'] or [MISSING]
-  return [{'inputs': inputs, 'targets': answer, **rest} for answer in answers]
-
-
-# --- Winograd schemas: the noun that the pronoun between * * refers to ---------------------------
-
-
-def mark_pronoun(text: str, index: int, pronoun: str) -> str:
-  """Marks word number `index` of the text as *pronoun*; words are split at single spaces.
-
-  Two records of SuperGLUE's wsc.fixed have another word there: the nearest word that is the
-  pronoun, apart from punctuation, is marked. The results equal T5's, which lists both texts.
-  ValueError if no word is the pronoun.
-  """
-  words = text.split(' ')
-  is_pronoun = re.compile(f'({re.escape(pronoun)})(\\W*)')
-  places = [i for i, word in enumerate(words) if is_pronoun.fullmatch(word)]
-  if not places:
-    raise ValueError(f'no word is the pronoun {pronoun!r} in: {text}')
-  place = min(places, key=lambda i: abs(i - index))
-  marked = [f'*{pronoun}*']
-  punctuation = words[place][len(pronoun):]
-  if punctuation:
-    words = text.rstrip().split(' ')      # like T5
-    marked.append(punctuation)
-  return ' '.join([*words[:place], *marked, *words[place + 1:]])
-
-
-def _wsc(record):
-  marked = mark_pronoun(record['text'], record['span2_index'], record['span2_text'])
-  return [{'inputs': f'wsc: {marked}', 'targets': record['span1_text'],
-           'label': record['label'], 'idx': record['idx']}]
-
-
-def _wsc_train(record):
-  """Only records whose noun is the referent of the pronoun have a target."""
-  return _wsc(record) if record['label'] > 0 else []
-
-
-def _dpr(record):
-  """The question is about the first occurrence of the pronoun."""
-  pronoun = re.compile(f' ({re.escape(record["pronoun"])})([ .,])')
-  return [{'inputs': 'wsc: ' + pronoun.sub(r' *\1*\2', record['sentence'], count=1),
-           'targets': record['candidates'][record['label']]}]
-
-
-_WSC = ('text', 'span1_text', 'span2_index', 'span2_text', 'label', 'idx')
-
-
-# --- translation and summarization ---------------------------------------------------------------
-
-LANGUAGES = MappingProxyType({
-    'cs': 'Czech', 'de': 'German', 'en': 'English', 'fi': 'Finnish', 'fr': 'French',
-    'gu': 'Gujarati', 'kk': 'Kazakh', 'lt': 'Lithuanian', 'ro': 'Romanian', 'ru': 'Russian',
-    'zh': 'Chinese'})
-
-
-def translate(source: str, target: str) -> Text:
-  """'translate English to German: It rains.' The language codes are the columns too."""
-  prefix = f'translate {LANGUAGES[source]} to {LANGUAGES[target]}: '
-
-  def fn(record):
-    return [{'inputs': prefix + record[source], 'targets': record[target]}]
-  return Text((source, target), fn)
-
-
-def _summarize(document, summary):
-  def fn(record):
-    return [{'inputs': f'summarize: {record[document]}', 'targets': record[summary]}]
-  return Text((document, summary), fn)
-
-
-# --- question answering --------------------------------------------------------------------------
-
-
-_ANSWERS = _extra(answers=list)
-
-
-def _squad(record):
-  """Pads question, context and answers. The target is the first answer, '' if there is none."""
-  answers = [prompts.pad_punctuation(a) for a in record['answers/text']]
-  inputs = f'question: {prompts.pad_punctuation(record["question"])}'
-  if 'context' in record:
-    inputs += f' context: {prompts.pad_punctuation(record["context"])}'
-  else:
-    inputs = f'squad trivia {inputs}'
-  return [{'inputs': inputs.replace('  ', ' '), 'targets': answers[0] if answers else '',
-           'answers': answers}]
-
-
-def _closed_book(name, answers, answer=''):
-  """A question without context. [Roberts et al. 2020]
-
-  answers, answer: the columns of all correct answers and of the target, by default the first one.
-  """
-  def fn(record):
-    correct = record[answers]
-    if answer:
-      target = record[answer]
-    else:
-      target = correct[0] if correct else MISSING
-    return [{'inputs': f'{name} question: {record["question"]}', 'answers': correct,
-             'targets': target}]
-  columns = ('question', answers, answer) if answer else ('question', answers)
-  return Text(columns, fn, _ANSWERS)
-
-
-TEXTS = MappingProxyType({
-    'glue/cola': _classes('cola', 'sentence'),
-    'glue/sst2': _classes('sst2', 'sentence'),
-    'glue/mrpc': _classes('mrpc', 'sentence1', 'sentence2'),
-    'glue/stsb': Text(('sentence1', 'sentence2', 'label', 'idx'), _stsb, _extra(idx=int)),
-    'glue/qqp': _classes('qqp', 'question1', 'question2'),
-    'glue/mnli': _classes('mnli', 'hypothesis', 'premise'),
-    'glue/mnli_matched': _classes('mnli', 'hypothesis', 'premise'),
-    'glue/mnli_mismatched': _classes('mnli', 'hypothesis', 'premise'),
-    'glue/ax': _classes('mnli', 'hypothesis', 'premise'),
-    'glue/qnli': _classes('qnli', 'question', 'sentence'),
-    'glue/rte': _classes('rte', 'sentence1', 'sentence2'),
-    'glue/wnli': _classes('wnli', 'sentence1', 'sentence2'),
-    'super_glue/boolq': _classes('boolq', 'passage', 'question'),
-    'super_glue/cb': _classes('cb', 'hypothesis', 'premise'),
-    'super_glue/copa': _classes('copa', 'choice1', 'choice2', 'premise', 'question'),
-    'super_glue/multirc': Text(
-        ('question', 'answer', 'paragraph', 'label', 'idx/paragraph', 'idx/question'), _multirc,
-        _extra(idx__paragraph=int, idx__question=int)),
-    'super_glue/record': Text(
-        ('query', 'entities', 'passage', 'answers', 'idx/passage', 'idx/query'), _record_query,
-        _extra(answers=list, idx__passage=int, idx__query=int)),
-    'super_glue/rte': _classes('rte', 'hypothesis', 'premise'),
-    'super_glue/wic': _classes('wic', 'sentence1', 'sentence2', 'word'),
-    'super_glue/axb': _classes('rte', hypothesis='sentence2', premise='sentence1'),
-    'super_glue/axg': _classes('rte', 'hypothesis', 'premise'),
-    'super_glue/wsc.fixed/train': Text(_WSC, _wsc_train, _extra(label=int, idx=int)),
-    'super_glue/wsc.fixed': Text(_WSC, _wsc, _extra(label=int, idx=int)),
-    'definite_pronoun_resolution': Text(('sentence', 'pronoun', 'candidates', 'label'), _dpr),
-    'cnn_dailymail': _summarize('article', 'highlights'),
-    'xsum': _summarize('document', 'summary'),
-    'gigaword': _summarize('document', 'summary'),
-    'squad': Text(('question', 'context', 'answers/text'), _squad, _ANSWERS),
-    'squad/context_free': Text(('question', 'answers/text'), _squad, _ANSWERS),
-    'natural_questions_open': _closed_book('nq', 'answer'),
-    'trivia_qa': _closed_book('trivia_qa', 'answer/aliases', 'answer/value'),
-    'web_questions': _closed_book('wq', 'answers'),
 })
 
 
@@ -317,3 +120,177 @@ def wsc_value(decoded, example=None, is_target=False) -> int:
   if is_target:
     return int(example['label'])
   return int(same_referent(example['targets_pretokenized'].decode('utf-8'), decoded))
+
+
+# --- classification: 'benchmark field: text field: text' -> the name of the class ----------------
+
+
+def _fields(benchmark, fields, extra=('idx',), target=None, value=None, clean=str, **renamed):
+  """'cola sentence: It rains.' A field's column has the field's name, unless it is renamed.
+
+  target: of a label, by default its class. value: by default the index of the class.
+  """
+  columns = {field: renamed.get(field, field) for field in fields.split()}
+  target = target or (lambda label: LABELS[benchmark][label] if label >= 0 else MISSING)
+
+  def fn(record):
+    texts = (f'{field}: {record[column]}' for field, column in columns.items())
+    return [{'inputs': clean(' '.join([benchmark, *texts])), 'targets': target(record['label']),
+             **{name: record[name] for name in extra}}]
+  return Text((*columns.values(), 'label', *extra), fn, dict.fromkeys(extra, int),
+              value or to_class(benchmark))
+
+
+def _score(label):
+  """Rounded to a multiple of 0.2, in float32 and half to even as TensorFlow does."""
+  return f'{np.round(np.float32(label) * np.float32(5)) / np.float32(5):.1f}'
+
+
+def _without_markup(text):
+  return re.sub('</?b>', '', text.replace('<br>', ' '))
+
+
+# --- ReCoRD: the entity that replaces @placeholder -----------------------------------------------
+
+_AFTER_STOP = re.compile(r'([.?!"\'])\n@highlight\n')
+
+
+def _record_query(record):
+  """One example per correct answer, so that all are trained on; the metric scores one of them."""
+  passage = _AFTER_STOP.sub(r'\1 ', record['passage']).replace('\n@highlight\n', '. ')
+  inputs = (f'record query: {record["query"]} entities: {", ".join(record["entities"])} '
+            f'passage: {passage}')
+  rest = {name: record[name] for name in ('answers', 'idx/passage', 'idx/query')}
+  answers = record['answers'] or [MISSING]
+  return [{'inputs': inputs, 'targets': answer, **rest} for answer in answers]
+
+
+# --- Winograd schemas: the noun that the pronoun between * * refers to ---------------------------
+
+
+def mark_pronoun(text: str, index: int, pronoun: str) -> str:
+  """Marks word number `index` of the text as *pronoun*; words are split at single spaces.
+
+  Two records of SuperGLUE's wsc.fixed have another word there: the nearest word that is the
+  pronoun, apart from punctuation, is marked. The results equal T5's, which lists both texts.
+  ValueError if no word is the pronoun.
+  """
+  words = text.split(' ')
+  is_pronoun = re.compile(f'({re.escape(pronoun)})(\\W*)')
+  places = [i for i, word in enumerate(words) if is_pronoun.fullmatch(word)]
+  if not places:
+    raise ValueError(f'no word is the pronoun {pronoun!r} in: {text}')
+  place = min(places, key=lambda i: abs(i - index))
+  marked = [f'*{pronoun}*']
+  punctuation = words[place][len(pronoun):]
+  if punctuation:
+    words = text.rstrip().split(' ')      # like T5
+    marked.append(punctuation)
+  return ' '.join([*words[:place], *marked, *words[place + 1:]])
+
+
+def _wsc(record):
+  marked = mark_pronoun(record['text'], record['span2_index'], record['span2_text'])
+  return [{'inputs': f'wsc: {marked}', 'targets': record['span1_text'],
+           'label': record['label'], 'idx': record['idx']}]
+
+
+def _wsc_train(record):
+  """Only records whose noun is the referent of the pronoun have a target."""
+  return _wsc(record) if record['label'] > 0 else []
+
+
+def _dpr(record):
+  """The question is about the first occurrence of the pronoun."""
+  pronoun = re.compile(f' ({re.escape(record["pronoun"])})([ .,])')
+  return [{'inputs': 'wsc: ' + pronoun.sub(r' *\1*\2', record['sentence'], count=1),
+           'targets': record['candidates'][record['label']]}]
+
+
+_WSC = ('text', 'span1_text', 'span2_index', 'span2_text', 'label', 'idx')
+
+
+# --- translation and summarization ---------------------------------------------------------------
+
+LANGUAGES = MappingProxyType({
+    'cs': 'Czech', 'de': 'German', 'en': 'English', 'fi': 'Finnish', 'fr': 'French',
+    'gu': 'Gujarati', 'kk': 'Kazakh', 'lt': 'Lithuanian', 'ro': 'Romanian', 'ru': 'Russian',
+    'zh': 'Chinese'})
+
+
+def translate(source: str, target: str) -> Text:
+  """'translate English to German: It rains.' The language codes are the columns too."""
+  return _prefixed(f'translate {LANGUAGES[source]} to {LANGUAGES[target]}: ', source, target)
+
+
+def _prefixed(prefix, source, target):
+  def fn(record):
+    return [{'inputs': prefix + record[source], 'targets': record[target]}]
+  return Text((source, target), fn)
+
+
+# --- question answering --------------------------------------------------------------------------
+
+
+def _squad(record):
+  """Pads question, context and answers. The target is the first answer, '' if there is none."""
+  correct = [prompts.pad_punctuation(a) for a in record['answers/text']]
+  inputs = f'question: {prompts.pad_punctuation(record["question"])}'
+  if 'context' in record:
+    inputs += f' context: {prompts.pad_punctuation(record["context"])}'
+  else:
+    inputs = f'squad trivia {inputs}'
+  return [{'inputs': inputs.replace('  ', ' '), 'targets': correct[0] if correct else '',
+           'answers': correct}]
+
+
+def _closed_book(name, all_column, target_column=None):
+  """A question without context. The target is the first correct answer. [Roberts et al. 2020]"""
+  def fn(record):
+    correct = record[all_column]
+    target = correct[0] if correct else MISSING
+    if target_column:
+      target = record[target_column]
+    return [{'inputs': f'{name} question: {record["question"]}', 'answers': correct,
+             'targets': target}]
+  columns = ('question', all_column, target_column) if target_column else ('question', all_column)
+  return Text(columns, fn, {'answers': list}, answers)
+
+
+TEXTS = MappingProxyType({
+    'glue/cola': _fields('cola', 'sentence'),
+    'glue/sst2': _fields('sst2', 'sentence'),
+    'glue/mrpc': _fields('mrpc', 'sentence1 sentence2'),
+    'glue/stsb': _fields('stsb', 'sentence1 sentence2', target=_score, value=to_score),
+    'glue/qqp': _fields('qqp', 'question1 question2'),
+    **{f'glue/{name}': _fields('mnli', 'hypothesis premise')
+       for name in ('mnli', 'mnli_matched', 'mnli_mismatched', 'ax')},
+    'glue/qnli': _fields('qnli', 'question sentence'),
+    'glue/rte': _fields('rte', 'sentence1 sentence2'),
+    'glue/wnli': _fields('wnli', 'sentence1 sentence2'),
+    'super_glue/boolq': _fields('boolq', 'passage question'),
+    'super_glue/cb': _fields('cb', 'hypothesis premise'),
+    'super_glue/copa': _fields('copa', 'choice1 choice2 premise question'),
+    'super_glue/multirc': _fields(
+        'multirc', 'question answer paragraph', ('idx/paragraph', 'idx/question'),
+        value=multirc_value, clean=_without_markup),
+    'super_glue/record': Text(
+        ('query', 'entities', 'passage', 'answers', 'idx/passage', 'idx/query'), _record_query,
+        {'answers': list, 'idx/passage': int, 'idx/query': int}, record_value),
+    'super_glue/rte': _fields('rte', 'hypothesis premise'),
+    'super_glue/wic': _fields('wic', 'sentence1 sentence2 word'),
+    'super_glue/axb': _fields(
+        'rte', 'hypothesis premise', hypothesis='sentence2', premise='sentence1'),
+    'super_glue/axg': _fields('rte', 'hypothesis premise'),
+    'super_glue/wsc.fixed/train': Text(_WSC, _wsc_train, {'label': int, 'idx': int}),
+    'super_glue/wsc.fixed': Text(_WSC, _wsc, {'label': int, 'idx': int}, wsc_value),
+    'definite_pronoun_resolution': Text(('sentence', 'pronoun', 'candidates', 'label'), _dpr),
+    'cnn_dailymail': _prefixed('summarize: ', 'article', 'highlights'),
+    'xsum': _prefixed('summarize: ', 'document', 'summary'),
+    'gigaword': _prefixed('summarize: ', 'document', 'summary'),
+    'squad': Text(('question', 'context', 'answers/text'), _squad, {'answers': list}, answers),
+    'squad/context_free': Text(('question', 'answers/text'), _squad, {'answers': list}, answers),
+    'natural_questions_open': _closed_book('nq', 'answer'),
+    'trivia_qa': _closed_book('trivia_qa', 'answer/aliases', 'answer/value'),
+    'web_questions': _closed_book('wq', 'answers'),
+})

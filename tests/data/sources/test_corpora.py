@@ -9,8 +9,8 @@ from t5lab.errors import DataError, UsageError
 
 
 def test_the_size_of_each_corpus():
-  assert {name: (corpora.num_records(name, 'train'), corpora.num_records(name, 'validation'))
-          for name in corpora.names()} == {
+  assert {name: (len(corpora.load(name, 'train')), len(corpora.load(name, 'validation')))
+          for name in corpora.FILES} == {
               'ende': (8901, 272), 'enes': (8880, 274), 'enfr': (3692, 126),
               'summarize': (6174, 218), 'qa': (8215, 300), 'books': (126, 17),
               'g2p': (6000, 300)}
@@ -27,7 +27,7 @@ def test_records_are_read_only_and_the_list_is_a_copy():
   with pytest.raises(TypeError):
     rows[0]['en'] = 'x'
   rows.clear()
-  assert corpora.num_records('ende', 'train') == 8901
+  assert len(corpora.load('ende', 'train')) == 8901
 
 
 @pytest.mark.parametrize('name, target', [

@@ -98,7 +98,7 @@ def test_a_row_of_every_data_set(name):
   text = t5_text.TEXTS[name]
   assert text.fn(row) == [{'inputs': inputs, 'targets': targets, **rest}]
   assert set(text.columns) == set(row)
-  assert {key: kind for key, kind in text.extra} == {key: type(v) for key, v in rest.items()}
+  assert text.extra == {key: type(v) for key, v in rest.items()}
 
 
 RECORD = {
@@ -117,7 +117,7 @@ def test_record_has_an_example_for_each_answer():
   assert text.fn({**RECORD, 'answers': []}) == [
       {'inputs': inputs, 'targets': '<unk>', **rest, 'answers': []}]
   assert set(text.columns) == set(RECORD)
-  assert dict(text.extra) == {'answers': list, 'idx/passage': int, 'idx/query': int}
+  assert text.extra == {'answers': list, 'idx/passage': int, 'idx/query': int}
 
 
 @pytest.mark.parametrize('label, text', [
