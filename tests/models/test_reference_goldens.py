@@ -46,12 +46,12 @@ def flax_name(name, ndim, norm):
   return '/'.join([*parents, leaf]), leaf == 'kernel'
 
 
-class Filled:
+class Filled(tensor_map.TensorReader):
   """A checkpoint of the golden rule, read by their names."""
 
   def __init__(self, shapes, norm):
     names = {flax_name(name, len(shape), norm): name for name, shape in shapes.items()}
-    self.tensors = {}
+    tensors = {}
     for i, (name, transposed) in enumerate(sorted(names)):
       shape, leaf = shapes[names[name, transposed]], name.split('/')[-1]
       shape = shape[::-1] if transposed else shape
@@ -62,13 +62,8 @@ class Filled:
         x = 0.1 * x
       elif 'embedding' not in leaf:
         x = 0.3 * x
-      self.tensors[names[name, transposed]] = (x.T if transposed else x).astype(np.float32)
-
-  def shapes(self):
-    return {name: x.shape for name, x in self.tensors.items()}
-
-  def read(self, name):
-    return self.tensors[name]
+      tensors[names[name, transposed]] = (x.T if transposed else x).astype(np.float32)
+    super().__init__(tensors)
 
 
 def golden_params(c, table, norm='scale'):

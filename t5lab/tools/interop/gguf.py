@@ -14,7 +14,7 @@ import numpy as np
 
 from t5lab.data.vocab import gguf_header
 from t5lab.errors import UsageError
-from t5lab.tools.interop.tensor_map import COPY, TRANSPOSE, Op, TensorRow
+from t5lab.tools.interop.tensor_map import TRANSPOSE, Op, TensorReader, TensorRow, module_rows
 from t5lab.tools.interop.untrusted import File, refusing, show
 
 PIECE = 1 << 20                            # numbers dequantised at once
@@ -28,17 +28,22 @@ class _Tensor(NamedTuple):
   size: int                # in bytes
 
 
-class Gguf:
+class Gguf(TensorReader):
   """A .gguf file as a TensorReader. metadata: see gguf_header.Header."""
 
   def __init__(self, path):
-    self._library = _import_library()
+    try:
+      import gguf
+      import gguf.quants
+    except ImportError:
+      raise UsageError('reading GGUF needs its library: pip install gguf') from None
+    self._library = gguf
     self._file = File(path)
     self.path = self._file.path
     with open(self._file.fd, 'rb', closefd=False) as f:
       header = gguf_header.read_header(f, self.path, error=UsageError)
     self.metadata = header.metadata
-    self._tensors = self._locate(header)
+    super().__init__(self._locate(header))
 
   def _locate(self, header) -> dict[str, _Tensor]:
     """Checks that the tensors are readable, aligned, inside the file, and do not overlap."""
@@ -72,8 +77,7 @@ class Gguf:
     return tensors
 
   def _quantisation(self, number: int, what: str) -> tuple[Any, int, int]:
-    """Returns (type, numbers per block, bytes per block); UsageError if it cannot be dequantised.
-    """
+    """Returns (type, numbers per block, bytes per block); UsageError if it is not dequantised."""
     sizes = self._library.GGML_QUANT_SIZES
     if number not in sizes:
       raise UsageError(f'{what} has type {number}, which the gguf library does not know')
@@ -86,9 +90,6 @@ class Gguf:
         raise UsageError(f'{what} has the quantisation {kind.name}, which the gguf library does '
                          'not dequantise; make the file again as Q8_0, F16 or BF16') from None
     return kind, block, block_bytes
-
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: t.shape for name, t in self._tensors.items()}
 
   def read(self, name: str) -> np.ndarray:
     """Reads a tensor as float32, a few rows at a time; float64 and integers keep their dtype."""
@@ -104,15 +105,6 @@ class Gguf:
         self._file.fill(raw, t.start + i * row_bytes)
         out[i:i + step] = self._library.quants.dequantize(raw, t.kind)
     return out.reshape(t.shape)
-
-
-def _import_library():
-  try:
-    import gguf
-    import gguf.quants
-  except ImportError:
-    raise UsageError('reading GGUF needs its library: pip install gguf') from None
-  return gguf
 
 
 # --- LLaMA -------------------------------------------------------------------------------------
@@ -182,11 +174,8 @@ def fields(reader: Gguf) -> dict[str, Any]:
       norm_eps=_shortest_decimal(get('llama.attention.layer_norm_rms_epsilon', kind=float)),
       positions='rope', rope_theta=theta, rope_scaling=_rope_scaling(reader, theta, d_head),
       bias=False, max_length=get('llama.context_length'))
-  for field, token in (('start_id', 'bos'), ('eos_id', 'eos')):
-    key = f'tokenizer.ggml.{token}_token_id'
-    if key in metadata:
-      out[field] = get(key)
-  return out
+  ids = {'start_id': 'tokenizer.ggml.bos_token_id', 'eos_id': 'tokenizer.ggml.eos_token_id'}
+  return out | {field: get(key) for field, key in ids.items() if key in metadata}
 
 
 def _shortest_decimal(x: float) -> float:
@@ -221,20 +210,15 @@ def _rope_scaling(reader, theta, d_head) -> tuple:
 
 def tensor_rows(c) -> list[TensorRow]:
   """Returns the rows for a TransformerConfig made from `fields`."""
+  modules = {'attn_norm': 'attn_norm', 'attn/v': 'attn_v', 'attn/o': 'attn_output',
+             'mlp_norm': 'ffn_norm', 'mlp/wi_0': 'ffn_gate', 'mlp/wi_1': 'ffn_up',
+             'mlp/wo': 'ffn_down'}
   rows = [TensorRow('embedding', 'token_embd.weight'),
           TensorRow('decoder/norm/scale', 'output_norm.weight')]
-  layer = (('attn_norm/scale', 'attn_norm', COPY),
-           ('attn/q/kernel', 'attn_q', _rotary(c.n_heads)),
-           ('attn/k/kernel', 'attn_k', _rotary(c.n_kv_heads)),
-           ('attn/v/kernel', 'attn_v', TRANSPOSE),
-           ('attn/o/kernel', 'attn_output', TRANSPOSE),
-           ('mlp_norm/scale', 'ffn_norm', COPY),
-           ('mlp/wi_0/kernel', 'ffn_gate', TRANSPOSE),
-           ('mlp/wi_1/kernel', 'ffn_up', TRANSPOSE),
-           ('mlp/wo/kernel', 'ffn_down', TRANSPOSE))
   for i in range(c.dec_layers):
-    rows += [TensorRow(f'decoder/layers/{path}', f'blk.{i}.{name}.weight', i, op)
-             for path, name, op in layer]
+    for names, op in ((modules, TRANSPOSE), ({'attn/q': 'attn_q'}, _rotary(c.n_heads)),
+                      ({'attn/k': 'attn_k'}, _rotary(c.n_kv_heads))):
+      rows += module_rows('decoder/layers/', f'blk.{i}.', names, i, bias=False, op=op)
   if not c.tied:
     rows.append(TensorRow('logits/kernel', 'output.weight', op=TRANSPOSE))
   return rows

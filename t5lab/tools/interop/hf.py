@@ -6,40 +6,70 @@ The names of tensors are in hf_tensors.py, the files in tensor_files.py.
 from collections.abc import Callable, Mapping
 import dataclasses
 import re
+from typing import Any
 
 from t5lab.errors import UsageError, did_you_mean
+from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.tools.interop import hf_tensors
 from t5lab.tools.interop.tensor_map import RenamedReader, TensorRow
 
 ACTS = {'relu': 'relu', 'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_erf',
         'silu': 'silu', 'swish': 'silu'}
+THEIR_ACTS = {ours: theirs for theirs, ours in reversed(ACTS.items())}   # the first of several
+# Fields that config.json must have.
+SIZES = ('vocab_size', 'd_model', 'd_ff', 'n_heads', 'd_head', 'enc_layers', 'dec_layers',
+         'max_length')
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
   """One architecture.
 
-  fields(config, shapes): the fields of a TransformerConfig from config.json and tensor shapes.
-  config(c): the config.json of a TransformerConfig. canonical, aliases: see RenamedReader.
-  ignore: regexes of tensors that may stay unread.
+  family: the row of models/families.py that has the values of what config.json may lack. keys:
+  {their key: our field}; a field is read from the last of its keys, unless
+  other_fields(config, shapes) has it. act: the key of the activation. constants, other_keys(c): the
+  rest of config.json. canonical, aliases: see RenamedReader. ignore: regexes of tensors that may
+  stay unread.
   """
   tensor_rows: Callable[[TransformerConfig], list[TensorRow]]
-  fields: Callable[[Mapping, Mapping], dict]
-  config: Callable[[TransformerConfig], dict]
+  family: str
+  keys: Mapping[str, str]
+  other_fields: Callable[[Mapping, Mapping], dict]
+  constants: Mapping[str, Any]
+  act: str = ''
+  other_keys: Callable[[TransformerConfig], dict] = lambda c: {}
   canonical: Callable[[str], str] = lambda name: name
   aliases: Callable[[TransformerConfig], dict[str, str]] = lambda c: {}
   ignore: tuple[str, ...] = ()
+
+  def fields(self, config: Mapping, shapes: Mapping) -> dict:
+    """Returns the fields of a TransformerConfig from config.json and tensor shapes."""
+    row, others = families.row(self.family), self.other_fields(config, shapes)
+    if self.act in config:
+      others['acts'] = (_our_act(config[self.act]),)
+
+    def value(key, field):
+      if key.endswith('_token_id'):
+        return _int(config, key, row[field])
+      return config[key] if field in SIZES else config.get(key, row[field])
+
+    keyed = {field: value(key, field) for key, field in self.keys.items() if field not in others}
+    return {**row, **keyed, **others}
+
+  def config(self, c: TransformerConfig) -> dict:
+    """Returns the config.json of a TransformerConfig."""
+    config = {key: getattr(c, field) for key, field in self.keys.items()}
+    if self.act:
+      config[self.act] = THEIR_ACTS.get(c.acts[0], c.acts[0])
+    config.update(self.constants, **self.other_keys(c))
+    return {**config, 'architectures': [class_name(c, config['model_type'])]}
 
 
 def _our_act(name: str) -> str:
   if name not in ACTS:
     raise UsageError(f'config.json: activation {name!r} is unknown.{did_you_mean(name, ACTS)}')
   return ACTS[name]
-
-
-def _their_act(act: str) -> str:
-  return {'gelu': 'gelu_new', 'gelu_erf': 'gelu'}.get(act, act)
 
 
 def _require(config: Mapping, **supported) -> None:
@@ -56,6 +86,11 @@ def _int(config: Mapping, key: str, default: int) -> int:
   return default if value is None else int(value)
 
 
+def _prefixed(*known: str) -> Callable[[str], str]:
+  """Returns a function that gives a name the first prefix unless it has one of them."""
+  return lambda name: name if name.startswith(known) else known[0] + name
+
+
 # -- T5 and its descendants ---------------------------------------------------------------------
 
 
@@ -69,71 +104,58 @@ def _t5_fields(config, shapes):
   # Released configs disagree on tie_word_embeddings: a separate lm_head is decided by the tensors.
   declared_tied = config.get('tie_word_embeddings', kind != 'mt5')
   scaled = config.get('scale_decoder_outputs', declared_tied)
-  tied = 'lm_head.weight' not in shapes or bool(declared_tied and scaled)
+  layers = {'encoder': config['num_layers'],
+            'decoder': _int(config, 'num_decoder_layers', config['num_layers'])}
   fields = dict(
-      vocab_size=config['vocab_size'], d_model=config['d_model'], d_ff=config['d_ff'],
-      n_heads=config['num_heads'], d_head=config['d_kv'], enc_layers=config['num_layers'],
-      dec_layers=_int(config, 'num_decoder_layers', config['num_layers']),
-      acts=(act, 'linear') if gated else (act,), norm_eps=config.get('layer_norm_epsilon', 1e-6),
-      rel_buckets=config.get('relative_attention_num_buckets', 32),
-      rel_max_distance=config.get('relative_attention_max_distance', 128),
-      per_layer_bias=kind == 'umt5', tied=tied, scale_logits=bool(scaled) and kind != 'mt5',
-      dropout=config.get('dropout_rate', 0.1), pad_id=_int(config, 'pad_token_id', 0),
-      start_id=_int(config, 'decoder_start_token_id', _int(config, 'pad_token_id', 0)),
-      eos_id=_int(config, 'eos_token_id', 1))
+      dec_layers=layers['decoder'], acts=(act, 'linear') if gated else (act,),
+      dropout=config.get('dropout_rate', 0.1), per_layer_bias=kind == 'umt5',
+      scale_logits=bool(scaled) and kind != 'mt5',
+      tied='lm_head.weight' not in shapes or bool(declared_tied and scaled),
+      start_id=_int(config, 'decoder_start_token_id', _int(config, 'pad_token_id', 0)))
   if kind == 'longt5':
     attention = config.get('encoder_attention_type', 'local').replace('-', '_')
     fields.update(enc_attention=attention, local_radius=config.get('local_radius', 127),
                   global_block=config.get('global_block_size', 16))
   if kind == 'switch_transformers':
+    intervals = {n // max(config.get(f'num_sparse_{stack}_layers', 3), 1)
+                 for stack, n in layers.items()}
+    if len(intervals) > 1:
+      raise UsageError('config.json: the encoder has experts in other layers than the decoder')
     # Their capacity is a number of tokens per row, whatever its length; with this factor ours is
     # never smaller than what a row asks for.
-    fields.update(experts=config['num_experts'], moe_every=_switch_moe_every(config, fields),
+    fields.update(experts=config['num_experts'], moe_every=intervals.pop(),
                   eval_capacity_factor=float(config['num_experts']))
   return fields
 
 
-def _switch_moe_every(config, fields) -> int:
-  """Returns n if every n-th layer of both stacks has experts."""
-  intervals = {
-      fields['enc_layers'] // max(config.get('num_sparse_encoder_layers', 3), 1),
-      fields['dec_layers'] // max(config.get('num_sparse_decoder_layers', 3), 1)}
-  if len(intervals) > 1:
-    raise UsageError('config.json: the encoder has experts in other layers than the decoder')
-  return intervals.pop()
-
-
-def _t5_config(c):
+def _t5_keys(c):
   if c.experts:
     raise UsageError('models with experts cannot be written for Hugging Face: its capacity is a '
                      'number of tokens, ours a factor')
-  gated = len(c.acts) == 2
-  act = _their_act(c.acts[0])
-  if gated:
+  act = THEIR_ACTS.get(c.acts[0], c.acts[0])
+  if len(c.acts) == 2:
     act = 'gated-gelu' if act == 'gelu_new' else f'gated-{act}'
   kind = 't5' if c.enc_attention == 'full' else 'longt5'
   kind = 'umt5' if c.per_layer_bias else kind
-  name = {'umt5': 'UMT5', 'longt5': 'LongT5', 't5': 'T5'}[kind]
-  config = dict(
-      model_type=kind, architectures=[f'{name}ForConditionalGeneration'], is_encoder_decoder=True,
-      vocab_size=c.vocab_size, d_model=c.d_model, d_ff=c.d_ff, num_heads=c.n_heads, d_kv=c.d_head,
-      num_layers=c.enc_layers, num_decoder_layers=c.dec_layers, layer_norm_epsilon=c.norm_eps,
-      feed_forward_proj=act, relative_attention_num_buckets=c.rel_buckets, dropout_rate=c.dropout,
-      relative_attention_max_distance=c.rel_max_distance, tie_word_embeddings=c.scale_logits,
-      pad_token_id=c.pad_id, eos_token_id=c.eos_id, decoder_start_token_id=c.start_id)
+  keys = dict(model_type=kind, feed_forward_proj=act)
   if kind == 'longt5':
-    config.update(encoder_attention_type=c.enc_attention.replace('_', '-'),
-                  local_radius=c.local_radius, global_block_size=c.global_block)
-  return config
-
-
-def _t5_aliases(c):
-  copies = {f'{stack}.embed_tokens.weight': 'shared.weight' for stack in ('encoder', 'decoder')}
-  return {**copies, 'lm_head.weight': 'shared.weight'} if c.tied else copies
+    keys.update(encoder_attention_type=c.enc_attention.replace('_', '-'),
+                local_radius=c.local_radius, global_block_size=c.global_block)
+  return keys
 
 
 T5 = Format(
-    hf_tensors.t5, _t5_fields, _t5_config, aliases=_t5_aliases,
+    hf_tensors.t5, 't5_1_0/small',
+    dict(vocab_size='vocab_size', d_model='d_model', d_ff='d_ff', num_heads='n_heads',
+         d_kv='d_head', num_layers='enc_layers', num_decoder_layers='dec_layers',
+         layer_norm_epsilon='norm_eps', relative_attention_num_buckets='rel_buckets',
+         relative_attention_max_distance='rel_max_distance', dropout_rate='dropout',
+         tie_word_embeddings='scale_logits', pad_token_id='pad_id',
+         decoder_start_token_id='start_id', eos_token_id='eos_id'),
+    _t5_fields, dict(is_encoder_decoder=True), other_keys=_t5_keys,
+    aliases=lambda c: dict.fromkeys(
+        ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight',
+         *(['lm_head.weight'] if c.tied else [])), 'shared.weight'),
     # Old exports of T5 hold this table, which no code reads.
     ignore=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',))
 
@@ -146,36 +168,25 @@ def _bart_fields(config, shapes):
     if config[f'encoder_{key}'] != config[f'decoder_{key}']:
       raise UsageError(f'config.json: encoder_{key}={config[f"encoder_{key}"]} and decoder_{key}='
                        f'{config[f"decoder_{key}"]}; both stacks must be equal')
-  d, heads = config['d_model'], config['encoder_attention_heads']
   return dict(
-      vocab_size=config['vocab_size'], d_model=d, d_ff=config['encoder_ffn_dim'], n_heads=heads,
-      d_head=d // heads, enc_layers=config['encoder_layers'], dec_layers=config['decoder_layers'],
-      acts=(_our_act(config.get('activation_function', 'gelu')),), norm='layer', norm_eps=1e-5,
-      post_norm=True, embed_norm=True, bias=True, positions='learned', position_offset=2,
-      max_length=config['max_position_embeddings'], scale_attn=True, scale_logits=False,
-      embed_scale=bool(config.get('scale_embedding', False)), init_std=config.get('init_std', 0.02),
-      logit_bias='final_logits_bias' in shapes, final_dropout=False,
-      dropout=config.get('dropout', 0.1), pad_id=_int(config, 'pad_token_id', 1),
-      start_id=_int(config, 'decoder_start_token_id', 2),
-      eos_id=_int(config, 'eos_token_id', 2))
-
-
-def _bart_config(c):
-  return dict(
-      model_type='bart', architectures=['BartForConditionalGeneration'], is_encoder_decoder=True,
-      vocab_size=c.vocab_size, d_model=c.d_model, encoder_ffn_dim=c.d_ff, decoder_ffn_dim=c.d_ff,
-      encoder_attention_heads=c.n_heads, decoder_attention_heads=c.n_heads,
-      encoder_layers=c.enc_layers, decoder_layers=c.dec_layers,
-      activation_function=_their_act(c.acts[0]), max_position_embeddings=c.max_length,
-      scale_embedding=c.embed_scale, dropout=c.dropout, init_std=c.init_std, pad_token_id=c.pad_id,
-      decoder_start_token_id=c.start_id, eos_token_id=c.eos_id, bos_token_id=0,
-      forced_eos_token_id=None, tie_word_embeddings=True)
+      d_head=config['d_model'] // config['encoder_attention_heads'],
+      dropout=config.get('dropout', 0.1),
+      embed_scale=bool(config.get('scale_embedding', False)),
+      logit_bias='final_logits_bias' in shapes)
 
 
 BART = Format(
-    hf_tensors.bart, _bart_fields, _bart_config,
-    canonical=lambda name: name if name.startswith(('model.', 'final_', 'lm_head'))
-    else f'model.{name}',
+    hf_tensors.bart, 'bart/base',
+    dict(vocab_size='vocab_size', d_model='d_model', encoder_ffn_dim='d_ff',
+         decoder_ffn_dim='d_ff', encoder_attention_heads='n_heads',
+         decoder_attention_heads='n_heads', encoder_layers='enc_layers',
+         decoder_layers='dec_layers', max_position_embeddings='max_length',
+         scale_embedding='embed_scale', init_std='init_std', dropout='dropout',
+         pad_token_id='pad_id', decoder_start_token_id='start_id', eos_token_id='eos_id'),
+    _bart_fields,
+    dict(model_type='bart', is_encoder_decoder=True, bos_token_id=0, forced_eos_token_id=None,
+         tie_word_embeddings=True),
+    act='activation_function', canonical=_prefixed('model.', 'final_', 'lm_head'),
     aliases=lambda c: dict.fromkeys(
         ('model.encoder.embed_tokens.weight', 'model.decoder.embed_tokens.weight',
          'lm_head.weight'), 'model.shared.weight'))
@@ -187,31 +198,21 @@ BART = Format(
 def _gpt2_fields(config, shapes):
   _require(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
            add_cross_attention=False)
-  d, heads = config['n_embd'], config['n_head']
   return dict(
-      vocab_size=config['vocab_size'], d_model=d, d_ff=_int(config, 'n_inner', 4 * d),
-      n_heads=heads, d_head=d // heads, enc_layers=0, dec_layers=config['n_layer'],
-      acts=(_our_act(config.get('activation_function', 'gelu_new')),), norm='layer',
-      norm_eps=config.get('layer_norm_epsilon', 1e-5), bias=True, positions='learned',
-      max_length=config['n_positions'], scale_attn=True, scale_logits=False, final_dropout=False,
-      dropout=config.get('resid_pdrop', 0.1), init_std=config.get('initializer_range', 0.02),
-      start_id=_int(config, 'bos_token_id', _int(config, 'eos_token_id', 0)),
-      eos_id=_int(config, 'eos_token_id', 0))
-
-
-def _gpt2_config(c):
-  return dict(
-      model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=c.vocab_size,
-      n_embd=c.d_model, n_inner=c.d_ff, n_head=c.n_heads, n_layer=c.dec_layers,
-      activation_function=_their_act(c.acts[0]), layer_norm_epsilon=c.norm_eps,
-      n_positions=c.max_length, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-      initializer_range=c.init_std, bos_token_id=c.start_id, eos_token_id=c.eos_id,
-      tie_word_embeddings=True)
+      d_ff=_int(config, 'n_inner', 4 * config['n_embd']),
+      d_head=config['n_embd'] // config['n_head'], dropout=config.get('resid_pdrop', 0.1),
+      eos_id=_int(config, 'eos_token_id', 0),
+      start_id=_int(config, 'bos_token_id', _int(config, 'eos_token_id', 0)))
 
 
 GPT2 = Format(
-    hf_tensors.gpt2, _gpt2_fields, _gpt2_config,
-    canonical=lambda n: n if n.startswith(('transformer.', 'lm_head')) else f'transformer.{n}',
+    hf_tensors.gpt2, 'gpt2/small',
+    dict(vocab_size='vocab_size', n_embd='d_model', n_inner='d_ff', n_head='n_heads',
+         n_layer='dec_layers', layer_norm_epsilon='norm_eps', n_positions='max_length',
+         embd_pdrop='dropout', attn_pdrop='dropout', resid_pdrop='dropout',
+         initializer_range='init_std', bos_token_id='start_id', eos_token_id='eos_id'),
+    _gpt2_fields, dict(model_type='gpt2', tie_word_embeddings=True),
+    act='activation_function', canonical=_prefixed('transformer.', 'lm_head'),
     aliases=lambda c: {'lm_head.weight': 'transformer.wte.weight'},
     ignore=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',))
 
@@ -231,38 +232,33 @@ def _llama_fields(config, shapes):
   scaling = () if kind == 'default' else tuple(float(rope[key]) for key in ROPE_SCALING)
   tied = 'lm_head.weight' not in shapes or bool(config.get('tie_word_embeddings', False))
   return dict(
-      vocab_size=config['vocab_size'], d_model=config['hidden_size'],
-      d_ff=config['intermediate_size'], n_heads=heads,
       n_kv_heads=_int(config, 'num_key_value_heads', heads),
-      d_head=_int(config, 'head_dim', config['hidden_size'] // heads), enc_layers=0,
-      dec_layers=config['num_hidden_layers'], acts=('silu', 'linear'),
-      norm_eps=config.get('rms_norm_eps', 1e-6), positions='rope',
+      d_head=_int(config, 'head_dim', config['hidden_size'] // heads),
       max_length=config.get('max_position_embeddings', 2048),
       rope_theta=float(rope.get('rope_theta', config.get('rope_theta', 10_000.))),
-      rope_scaling=scaling, scale_attn=True, tied=tied, scale_logits=False, final_dropout=False,
-      init_std=config.get('initializer_range', 0.02), start_id=_int(config, 'bos_token_id', 1),
-      eos_id=_int(config, 'eos_token_id', 2))
+      rope_scaling=scaling, tied=tied)
 
 
-def _llama_config(c):
+def _llama_keys(c):
   scaling = None
   if c.rope_scaling:
     scaling = {'rope_type': 'llama3', **dict(zip(ROPE_SCALING, c.rope_scaling))}
     scaling['original_max_position_embeddings'] = int(c.rope_scaling[3])
   rope = {'rope_theta': c.rope_theta, 'rope_type': 'default', **(scaling or {})}
-  return dict(
-      model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=c.vocab_size,
-      hidden_size=c.d_model, intermediate_size=c.d_ff, num_attention_heads=c.n_heads,
-      num_key_value_heads=c.kv_heads, head_dim=c.d_head, num_hidden_layers=c.dec_layers,
-      hidden_act='silu', rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_length or 2048,
-      rope_parameters=rope, rope_scaling=scaling, rope_theta=c.rope_theta,
-      tie_word_embeddings=c.tied, initializer_range=c.init_std,
-      bos_token_id=c.start_id, eos_token_id=c.eos_id, attention_bias=False, mlp_bias=False)
+  return dict(num_key_value_heads=c.kv_heads, max_position_embeddings=c.max_length or 2048,
+              rope_parameters=rope, rope_scaling=scaling)
 
 
 LLAMA = Format(
-    hf_tensors.llama, _llama_fields, _llama_config,
-    canonical=lambda n: n if n.startswith(('model.', 'lm_head')) else f'model.{n}',
+    hf_tensors.llama, 'llama1/7b',
+    dict(vocab_size='vocab_size', hidden_size='d_model', intermediate_size='d_ff',
+         num_attention_heads='n_heads', head_dim='d_head', num_hidden_layers='dec_layers',
+         rms_norm_eps='norm_eps', max_position_embeddings='max_length',
+         rope_theta='rope_theta', tie_word_embeddings='tied', initializer_range='init_std',
+         bos_token_id='start_id', eos_token_id='eos_id'),
+    _llama_fields,
+    dict(model_type='llama', hidden_act='silu', attention_bias=False, mlp_bias=False),
+    other_keys=_llama_keys, canonical=_prefixed('model.', 'lm_head'),
     aliases=lambda c: {'lm_head.weight': 'model.embed_tokens.weight'} if c.tied else {},
     ignore=(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',))
 
@@ -273,55 +269,38 @@ LLAMA = Format(
 def _bert_name(name: str) -> str:
   name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
   name = re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
-  return name if name.startswith(('bert.', 'cls.', 'classifier.')) else f'bert.{name}'
+  return _prefixed('bert.', 'cls.', 'classifier.')(name)
 
 
 def _bert_fields(config, shapes):
   _require(config, position_embedding_type='absolute', is_decoder=False, add_cross_attention=False)
   names = {_bert_name(n) for n in shapes}
-  d, heads = config['hidden_size'], config['num_attention_heads']
   mlm = 'cls.predictions.transform.dense.weight' in names
   classes = shapes['classifier.weight'][0] if 'classifier.weight' in shapes else 0
-  pooler = 'bert.pooler.dense.weight' in names
   return dict(
-      vocab_size=config['vocab_size'], d_model=d, d_ff=config['intermediate_size'], n_heads=heads,
-      d_head=d // heads, enc_layers=config['num_hidden_layers'], dec_layers=0,
-      acts=(_our_act(config.get('hidden_act', 'gelu')),), norm='layer',
-      norm_eps=config.get('layer_norm_eps', 1e-12), post_norm=True, embed_norm=True, bias=True,
-      types=config.get('type_vocab_size', 2), positions='learned',
-      max_length=config['max_position_embeddings'], scale_attn=True, scale_logits=False,
-      logit_bias=mlm, mlm_head=mlm, pooler=pooler, nsp='cls.seq_relationship.weight' in names,
-      classes=classes, pool='pooler' if classes else 'mean',
-      final_dropout=False, dropout=config.get('hidden_dropout_prob', 0.1),
-      init_std=config.get('initializer_range', 0.02), pad_id=_int(config, 'pad_token_id', 0))
+      eos_id=1, dropout=config.get('hidden_dropout_prob', 0.1),
+      d_head=config['hidden_size'] // config['num_attention_heads'],
+      logit_bias=mlm, mlm_head=mlm, pooler='bert.pooler.dense.weight' in names,
+      nsp='cls.seq_relationship.weight' in names, classes=classes,
+      pool='pooler' if classes else 'mean')
 
 
-def bert_class(c) -> str:
-  """Returns the class of transformers that has exactly the heads of c."""
-  if c.classes:
-    return 'BertForSequenceClassification'
-  if not c.mlm_head:
-    return 'BertModel'
-  return 'BertForPreTraining' if c.nsp else 'BertForMaskedLM'
-
-
-def _bert_config(c):
+def _bert_keys(c):
   if c.classes and c.pool != 'pooler':
     raise UsageError("BertForSequenceClassification needs model.pool='pooler', this model has "
                      f'{c.pool!r}')
-  config = dict(
-      model_type='bert', architectures=[bert_class(c)], vocab_size=c.vocab_size,
-      hidden_size=c.d_model, intermediate_size=c.d_ff, num_attention_heads=c.n_heads,
-      num_hidden_layers=c.enc_layers, hidden_act=_their_act(c.acts[0]),
-      layer_norm_eps=c.norm_eps, type_vocab_size=c.types,
-      max_position_embeddings=c.max_length, hidden_dropout_prob=c.dropout,
-      attention_probs_dropout_prob=c.dropout, initializer_range=c.init_std, pad_token_id=c.pad_id,
-      position_embedding_type='absolute')
-  return {**config, 'num_labels': c.classes} if c.classes else config
+  return {'num_labels': c.classes} if c.classes else {}
 
 
 BERT = Format(
-    hf_tensors.bert, _bert_fields, _bert_config, canonical=_bert_name,
+    hf_tensors.bert, 'bert/base',
+    dict(vocab_size='vocab_size', hidden_size='d_model', intermediate_size='d_ff',
+         num_attention_heads='n_heads', num_hidden_layers='enc_layers',
+         layer_norm_eps='norm_eps', type_vocab_size='types',
+         max_position_embeddings='max_length', attention_probs_dropout_prob='dropout',
+         hidden_dropout_prob='dropout', initializer_range='init_std', pad_token_id='pad_id'),
+    _bert_fields, dict(model_type='bert', position_embedding_type='absolute'),
+    act='hidden_act', other_keys=_bert_keys, canonical=_bert_name,
     aliases=lambda c: {
         'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
         'cls.predictions.decoder.bias': 'cls.predictions.bias'} if c.mlm_head else {},
@@ -332,6 +311,11 @@ BERT = Format(
 
 FORMATS = {'t5': T5, 'mt5': T5, 'umt5': T5, 'longt5': T5, 'switch_transformers': T5, 'bart': BART,
            'gpt2': GPT2, 'llama': LLAMA, 'bert': BERT}
+CLASSES = {'t5': 'T5ForConditionalGeneration', 'mt5': 'MT5ForConditionalGeneration',
+           'umt5': 'UMT5ForConditionalGeneration', 'longt5': 'LongT5ForConditionalGeneration',
+           'switch_transformers': 'SwitchTransformersForConditionalGeneration',
+           'bart': 'BartForConditionalGeneration', 'gpt2': 'GPT2LMHeadModel',
+           'llama': 'LlamaForCausalLM'}
 # (kind, positions) of a model: the one architecture that can match it, if the other fields do too.
 CANDIDATES = {
     ('encoder_decoder', 'relative'): T5, ('encoder_decoder', 'learned'): BART,
@@ -340,6 +324,17 @@ CANDIDATES = {
 # there (init_std, remat), or are compared or carried elsewhere (n_kv_heads, eos_id).
 FREE = {'remat', 'dtype', 'init_std', 'max_length', 'capacity_factor', 'eval_capacity_factor',
         'dropout', 'n_kv_heads', 'local_radius', 'global_block', 'start_id', 'eos_id', 'pool'}
+
+
+def class_name(c: TransformerConfig, model_type: str) -> str:
+  """Returns the class of transformers for c; of BERT's, the one that has exactly its heads."""
+  if c.kind != 'encoder':
+    return CLASSES[model_type]
+  if c.classes:
+    return 'BertForSequenceClassification'
+  if not c.mlm_head:
+    return 'BertModel'
+  return 'BertForPreTraining' if c.nsp else 'BertForMaskedLM'
 
 
 def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, RenamedReader]:
@@ -358,7 +353,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
     raise UsageError(f'config.json lacks {e}, which a {kind} config has') from e
   except (TypeError, ValueError, AttributeError) as e:
     raise UsageError(f'config.json is not a {kind} config: {e}') from e
-  reader = RenamedReader(reader, format_.canonical, format_.aliases(c), 'the checkpoint')
+  reader = RenamedReader(reader, format_.canonical, format_.aliases(c))
   return format_, c, reader
 
 

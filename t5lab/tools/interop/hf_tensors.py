@@ -5,19 +5,7 @@ Our layers are stacked: layer i is index i of the leading axis.
 """
 
 from t5lab.models.families import TransformerConfig
-from t5lab.tools.interop.tensor_map import COPY, FLATTEN, TRANSPOSE, TensorRow
-
-PROJECTIONS = ('q', 'k', 'v', 'o')
-
-
-def _linear(path: str, name: str, layer, bias: bool = True, op=TRANSPOSE) -> list[TensorRow]:
-  kernel = TensorRow(f'{path}/kernel', f'{name}.weight', layer, op)
-  return [kernel, TensorRow(f'{path}/bias', f'{name}.bias', layer)] if bias else [kernel]
-
-
-def _norm(path: str, name: str, layer=None, bias: bool = True) -> list[TensorRow]:
-  scale = TensorRow(f'{path}/scale', f'{name}.weight', layer)
-  return [scale, TensorRow(f'{path}/bias', f'{name}.bias', layer)] if bias else [scale]
+from t5lab.tools.interop.tensor_map import COPY, FLATTEN, TRANSPOSE, TensorRow, module_rows
 
 
 def t5(c: TransformerConfig) -> list[TensorRow]:
@@ -29,43 +17,35 @@ def t5(c: TransformerConfig) -> list[TensorRow]:
   if not c.tied:
     rows.append(TensorRow('logits/kernel', 'lm_head.weight', op=TRANSPOSE))
   for stack, layers in (('encoder', c.enc_layers), ('decoder', c.dec_layers)):
-    rows += _t5_stack(c, stack, layers)
-  return rows
+    kind = c.enc_attention if stack == 'encoder' else 'full'
+    prefix = {'full': '', 'local': 'Local', 'transient_global': 'TransientGlobal'}[kind]
+    sublayers = {'attn': f'{prefix}SelfAttention'}
+    if stack == 'decoder':
+      sublayers['cross'] = 'EncDecAttention'
 
+    rows.append(TensorRow(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight'))
+    in_block = f'{stack}.block.{{}}.layer.0.{sublayers["attn"]}'
+    if not c.per_layer_bias:
+      rows.append(TensorRow(f'{stack}/relpos/table',
+                            f'{in_block.format(0)}.relative_attention_bias.weight'))
+    if kind == 'transient_global':
+      rows.append(TensorRow('encoder/global_relpos/table',
+                            f'{in_block.format(0)}.global_relative_attention_bias.weight'))
 
-def _t5_stack(c, stack, layers):
-  encoder = stack == 'encoder'
-  has_global = encoder and c.enc_attention == 'transient_global'
-  self_attention = 'SelfAttention' if not encoder else {
-      'full': 'SelfAttention', 'local': 'LocalSelfAttention',
-      'transient_global': 'TransientGlobalSelfAttention'}[c.enc_attention]
-  sublayers = [('attn', self_attention)] + [('cross', 'EncDecAttention')] * (not encoder)
-
-  rows = [TensorRow(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight')]
-  in_block = f'{stack}.block.{{}}.layer.0.{self_attention}'
-  if not c.per_layer_bias:
-    rows.append(TensorRow(f'{stack}/relpos/table',
-                          f'{in_block.format(0)}.relative_attention_bias.weight'))
-  if has_global:
-    rows.append(TensorRow('encoder/global_relpos/table',
-                          f'{in_block.format(0)}.global_relative_attention_bias.weight'))
-
-  for i in range(layers):
-    path, layer = _layer_path(c, stack, layers, i)
-    block = f'{stack}.block.{i}.layer'
-    if c.per_layer_bias:
-      rows.append(TensorRow(f'{path}/relpos/table',
-                            f'{in_block.format(i)}.relative_attention_bias.weight', layer))
-    for j, (sublayer, attention) in enumerate(sublayers):
-      for p in PROJECTIONS:
-        rows += _linear(f'{path}/{sublayer}/{p}', f'{block}.{j}.{attention}.{p}', layer, False)
-      rows += _norm(f'{path}/{sublayer}_norm', f'{block}.{j}.layer_norm', layer, False)
-    if has_global:
-      rows.append(TensorRow(f'{path}/attn/global_norm/scale',
-                            f'{in_block.format(i)}.global_input_layer_norm.weight', layer))
-    j = len(sublayers)
-    rows += _norm(f'{path}/mlp_norm', f'{block}.{j}.layer_norm', layer, False)
-    rows += _t5_feed_forward(c, path, f'{block}.{j}', layer, i)
+    for i in range(layers):
+      path, layer = _layer_path(c, stack, layers, i)
+      block = f'{stack}.block.{i}.layer'
+      if c.per_layer_bias:
+        rows.append(TensorRow(f'{path}/relpos/table',
+                              f'{in_block.format(i)}.relative_attention_bias.weight', layer))
+      for j, (sublayer, attention) in enumerate(sublayers.items()):
+        modules = {f'{sublayer}/{p}': f'{attention}.{p}' for p in 'qkvo'}
+        modules[f'{sublayer}_norm'] = 'layer_norm'
+        rows += module_rows(f'{path}/', f'{block}.{j}.', modules, layer, bias=False)
+      if kind == 'transient_global':
+        rows.append(TensorRow(f'{path}/attn/global_norm/scale',
+                              f'{in_block.format(i)}.global_input_layer_norm.weight', layer))
+      rows += _t5_feed_forward(c, path, f'{block}.{len(sublayers)}', layer, i)
   return rows
 
 
@@ -78,46 +58,46 @@ def _layer_path(c, stack, layers, i):
 
 
 def _t5_feed_forward(c, path, name, layer, i):
-  ups = ['wi'] if len(c.acts) == 1 else [f'wi_{n}' for n in range(len(c.acts))]
-  pairs = [(f'wi_{n}', up) for n, up in enumerate(ups)] + [('wo', 'wo')]
+  gated = len(c.acts) > 1
+  kernels = {f'wi_{n}': f'wi_{n}' if gated else 'wi' for n in range(len(c.acts))} | {'wo': 'wo'}
+  rows = module_rows(f'{path}/', f'{name}.', {'mlp_norm': 'layer_norm'}, layer, bias=False)
   if c.experts and i % c.moe_every == c.moe_every - 1 and '/tail' not in path:
-    rows = [TensorRow(f'{path}/moe/router', f'{name}.mlp.router.classifier.weight', layer,
-                      TRANSPOSE)]
-    for e in range(c.experts):
-      rows += [TensorRow(f'{path}/moe/experts/{kernel}',
-                         f'{name}.mlp.experts.expert_{e}.{linear}.weight', (layer, e), TRANSPOSE)
-               for kernel, linear in pairs]
-    return rows
+    rows.append(TensorRow(f'{path}/moe/router', f'{name}.mlp.router.classifier.weight', layer,
+                          TRANSPOSE))
+    return rows + [TensorRow(f'{path}/moe/experts/{kernel}',
+                             f'{name}.mlp.experts.expert_{e}.{linear}.weight', (layer, e),
+                             TRANSPOSE)
+                   for e in range(c.experts) for kernel, linear in kernels.items()]
   dense = 'mlp' if c.experts else 'DenseReluDense'
-  return [row for kernel, linear in pairs
-          for row in _linear(f'{path}/mlp/{kernel}', f'{name}.{dense}.{linear}', layer, False)]
+  return rows + module_rows(f'{path}/mlp/', f'{name}.{dense}.', kernels, layer, bias=False)
 
 
 def bart(c: TransformerConfig) -> list[TensorRow]:
   rows = [TensorRow('embedding', 'model.shared.weight')]
   if c.logit_bias:
     rows.append(TensorRow('logit_bias', 'final_logits_bias', op=FLATTEN))
+  attentions = {'attn': 'self_attn'}
   for stack, layers in (('encoder', c.enc_layers), ('decoder', c.dec_layers)):
     rows.append(TensorRow(f'{stack}/positions', f'model.{stack}.embed_positions.weight'))
-    rows += _norm(f'{stack}/embed_norm', f'model.{stack}.layernorm_embedding')
-    sublayers = [('attn', 'self_attn')] + [('cross', 'encoder_attn')] * (stack == 'decoder')
+    rows += module_rows(f'{stack}/', f'model.{stack}.', {'embed_norm': 'layernorm_embedding'})
+    if stack == 'decoder':
+      attentions['cross'] = 'encoder_attn'
+    modules = {}
+    for ours, theirs in attentions.items():
+      modules |= {f'{ours}/{p}': f'{theirs}.{p}_proj' for p in 'qkv'}
+      modules |= {f'{ours}/o': f'{theirs}.out_proj', f'{ours}_norm': f'{theirs}_layer_norm'}
+    modules |= {'mlp/wi_0': 'fc1', 'mlp/wo': 'fc2', 'mlp_norm': 'final_layer_norm'}
     for i in range(layers):
-      path, name = f'{stack}/layers', f'model.{stack}.layers.{i}'
-      for sublayer, attention in sublayers:
-        for p in PROJECTIONS:
-          proj = 'out_proj' if p == 'o' else f'{p}_proj'
-          rows += _linear(f'{path}/{sublayer}/{p}', f'{name}.{attention}.{proj}', i)
-        rows += _norm(f'{path}/{sublayer}_norm', f'{name}.{attention}_layer_norm', i)
-      rows += _linear(f'{path}/mlp/wi_0', f'{name}.fc1', i)
-      rows += _linear(f'{path}/mlp/wo', f'{name}.fc2', i)
-      rows += _norm(f'{path}/mlp_norm', f'{name}.final_layer_norm', i)
+      rows += module_rows(f'{stack}/layers/', f'model.{stack}.layers.{i}.', modules, i)
   return rows
 
 
 def gpt2(c: TransformerConfig) -> list[TensorRow]:
   rows = [TensorRow('embedding', 'transformer.wte.weight'),
           TensorRow('decoder/positions', 'transformer.wpe.weight'),
-          *_norm('decoder/norm', 'transformer.ln_f')]
+          *module_rows('decoder/', 'transformer.', {'norm': 'ln_f'})]
+  modules = {'attn/o': 'attn.c_proj', 'mlp/wi_0': 'mlp.c_fc', 'mlp/wo': 'mlp.c_proj',
+             'attn_norm': 'ln_1', 'mlp_norm': 'ln_2'}
   for i in range(c.dec_layers):
     path, name = 'decoder/layers', f'transformer.h.{i}'
     for part, p in enumerate('qkv'):
@@ -125,27 +105,20 @@ def gpt2(c: TransformerConfig) -> list[TensorRow]:
       rows += [
           TensorRow(f'{path}/attn/{p}/kernel', f'{joined}.weight', i, COPY, (1, part, 3)),
           TensorRow(f'{path}/attn/{p}/bias', f'{joined}.bias', i, COPY, (0, part, 3))]
-    rows += _linear(f'{path}/attn/o', f'{name}.attn.c_proj', i, op=COPY)
-    rows += _linear(f'{path}/mlp/wi_0', f'{name}.mlp.c_fc', i, op=COPY)
-    rows += _linear(f'{path}/mlp/wo', f'{name}.mlp.c_proj', i, op=COPY)
-    rows += _norm(f'{path}/attn_norm', f'{name}.ln_1', i)
-    rows += _norm(f'{path}/mlp_norm', f'{name}.ln_2', i)
+    rows += module_rows(f'{path}/', f'{name}.', modules, i, op=COPY)
   return rows
 
 
 def llama(c: TransformerConfig) -> list[TensorRow]:
   rows = [TensorRow('embedding', 'model.embed_tokens.weight'),
-          *_norm('decoder/norm', 'model.norm', bias=False)]
+          TensorRow('decoder/norm/scale', 'model.norm.weight')]
   if not c.tied:
     rows.append(TensorRow('logits/kernel', 'lm_head.weight', op=TRANSPOSE))
+  modules = {f'attn/{p}': f'self_attn.{p}_proj' for p in 'qkvo'} | {
+      'mlp/wi_0': 'mlp.gate_proj', 'mlp/wi_1': 'mlp.up_proj', 'mlp/wo': 'mlp.down_proj',
+      'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
   for i in range(c.dec_layers):
-    path, name = 'decoder/layers', f'model.layers.{i}'
-    for p in PROJECTIONS:
-      rows += _linear(f'{path}/attn/{p}', f'{name}.self_attn.{p}_proj', i, False)
-    for kernel, linear in (('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down')):
-      rows += _linear(f'{path}/mlp/{kernel}', f'{name}.mlp.{linear}_proj', i, False)
-    rows += _norm(f'{path}/attn_norm', f'{name}.input_layernorm', i, False)
-    rows += _norm(f'{path}/mlp_norm', f'{name}.post_attention_layernorm', i, False)
+    rows += module_rows('decoder/layers/', f'model.layers.{i}.', modules, i, bias=False)
   return rows
 
 
@@ -154,25 +127,23 @@ def bert(c: TransformerConfig) -> list[TensorRow]:
   rows = [TensorRow('embedding', f'{embeddings}.word_embeddings.weight'),
           TensorRow('encoder/positions', f'{embeddings}.position_embeddings.weight'),
           TensorRow('encoder/types', f'{embeddings}.token_type_embeddings.weight'),
-          *_norm('encoder/embed_norm', f'{embeddings}.LayerNorm')]
+          *module_rows('encoder/', f'{embeddings}.', {'embed_norm': 'LayerNorm'})]
+  modules = {
+      'attn/q': 'attention.self.query', 'attn/k': 'attention.self.key',
+      'attn/v': 'attention.self.value', 'attn/o': 'attention.output.dense',
+      'attn_norm': 'attention.output.LayerNorm', 'mlp/wi_0': 'intermediate.dense',
+      'mlp/wo': 'output.dense', 'mlp_norm': 'output.LayerNorm'}
   for i in range(c.enc_layers):
-    path, name = 'encoder/layers', f'bert.encoder.layer.{i}'
-    for p, projection in zip('qkv', ('query', 'key', 'value')):
-      rows += _linear(f'{path}/attn/{p}', f'{name}.attention.self.{projection}', i)
-    rows += _linear(f'{path}/attn/o', f'{name}.attention.output.dense', i)
-    rows += _norm(f'{path}/attn_norm', f'{name}.attention.output.LayerNorm', i)
-    rows += _linear(f'{path}/mlp/wi_0', f'{name}.intermediate.dense', i)
-    rows += _linear(f'{path}/mlp/wo', f'{name}.output.dense', i)
-    rows += _norm(f'{path}/mlp_norm', f'{name}.output.LayerNorm', i)
+    rows += module_rows('encoder/layers/', f'bert.encoder.layer.{i}.', modules, i)
   if c.pooler:
-    rows += _linear('pooler', 'bert.pooler.dense', None)
+    rows += module_rows('', '', {'pooler': 'bert.pooler.dense'})
   if c.mlm_head:
-    rows += _linear('mlm_dense', 'cls.predictions.transform.dense', None)
-    rows += _norm('mlm_norm', 'cls.predictions.transform.LayerNorm')
+    rows += module_rows('', 'cls.predictions.transform.',
+                     {'mlm_dense': 'dense', 'mlm_norm': 'LayerNorm'})
   if c.logit_bias:
     rows.append(TensorRow('logit_bias', 'cls.predictions.bias'))
   if c.nsp:
-    rows += _linear('nsp', 'cls.seq_relationship', None)
+    rows += module_rows('', '', {'nsp': 'cls.seq_relationship'})
   if c.classes:
-    rows += _linear('classifier', 'classifier', None)
+    rows += module_rows('', '', {'classifier': 'classifier'})
   return rows

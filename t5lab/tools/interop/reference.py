@@ -17,12 +17,6 @@ from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.tools.interop import hf
 
-CLASSES = {'t5': 'T5ForConditionalGeneration', 'mt5': 'MT5ForConditionalGeneration',
-           'umt5': 'UMT5ForConditionalGeneration', 'longt5': 'LongT5ForConditionalGeneration',
-           'switch_transformers': 'SwitchTransformersForConditionalGeneration',
-           'bart': 'BartForConditionalGeneration', 'gpt2': 'GPT2LMHeadModel',
-           'llama': 'LlamaForCausalLM'}
-
 
 def available() -> bool:
   return all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
@@ -61,10 +55,8 @@ class Reference:
       inputs['use_cache'] = False
     with self._torch.no_grad():
       out = self._model(**inputs)
-    for field in ('prediction_logits', 'logits', 'last_hidden_state'):
-      if getattr(out, field, None) is not None:
-        return getattr(out, field).numpy()
-    raise UsageError(f'{self.name} returned no logits')
+    fields = (getattr(out, f, None) for f in ('prediction_logits', 'logits', 'last_hidden_state'))
+    return next(x for x in fields if x is not None).numpy()
 
   def close(self) -> None:
     """Frees the memory, to the system as well, so that the peak stays that of one model."""
@@ -87,7 +79,7 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   model.
   """
   torch, transformers = _import_libraries()
-  name = hf.bert_class(c) if c.kind == 'encoder' else CLASSES[config['model_type']]
+  name = hf.class_name(c, config['model_type'])
   cls = getattr(transformers, name)
   hf_config = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_ARGUMENTS})
   hf_config._attn_implementation = 'eager'

@@ -6,7 +6,7 @@ of one line. Tensors are read with pread and not mapped, because mapped pages wo
 of this process: the peak is the largest tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import contextlib
 import json
 import math
@@ -47,19 +47,11 @@ class _Tensor(NamedTuple):
   start: int           # position of its bytes in the file
 
 
-class Safetensors:
+class Safetensors(TensorReader):
   """A .safetensors file, or a directory with model.safetensors or model.safetensors.index.json."""
 
   def __init__(self, path):
-    paths, index = _weight_files(path, SAFE)
-    self._tensors = _merge(
-        {file: _read_header(File(real)) for file, real in paths.items()}, index, path)
-
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: t.shape for name, t in self._tensors.items()}
-
-  def dtypes(self) -> dict[str, np.dtype]:
-    return {name: t.dtype for name, t in self._tensors.items()}
+    super().__init__(_merge(path, *_weight_files(path, SAFE), _read_header))
 
   def read(self, name: str) -> np.ndarray:
     """Reads a tensor into new memory, in its own dtype (bfloat16 and float8: of ml_dtypes)."""
@@ -70,9 +62,10 @@ class Safetensors:
     return out
 
 
-def _read_header(file) -> dict[str, _Tensor]:
+def _read_header(path) -> dict[str, _Tensor]:
   """Returns the tensors of a .safetensors file, after checking that they cover every byte once."""
-  path, room = file.path, file.size - 8
+  file = File(path)
+  room = file.size - 8
   length = int.from_bytes(file.header(0, 8), 'little')
   if length > room:
     raise UsageError(f'{path} is truncated or not a safetensors file: a header of {length} bytes, '
@@ -112,7 +105,7 @@ def _read_header(file) -> dict[str, _Tensor]:
   return tensors
 
 
-class Pickled:
+class Pickled(TensorReader):
   """pytorch_model.bin or its shards, through torch's weights-only loader; never by default."""
 
   def __init__(self, path, *, allow_pickle: bool = False):
@@ -122,10 +115,7 @@ class Pickled:
           f'{os.fspath(path)} holds pickled weights ({next(iter(paths))}), which can run code when '
           'read; convert them to safetensors where they were made, or pass --allow-pickle to read '
           "them with torch's weights-only loader")
-    self._tensors = _merge({file: _unpickle(real) for file, real in paths.items()}, index, path)
-
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in self._tensors.items()}
+    super().__init__(_merge(path, paths, index, _unpickle))
 
   def read(self, name: str) -> np.ndarray:
     import torch
@@ -164,19 +154,19 @@ def _unpickle(path) -> dict:
   return {name: t.detach() for name, t in state.items()}
 
 
-class Npz:
+class Npz(TensorReader):
   """A .npz of numbers and strings; UsageError for objects and for arrays that expand too much."""
 
   def __init__(self, path):
     self._file = File(path)
     with refusing(f'{self._file.path} is not a .npz'):
       self._zip = zipfile.ZipFile(open(self._file.fd, 'rb', closefd=False))
-      self._arrays = {}
+      self._shapes = {}
       for info in self._zip.infolist():
         name = info.filename.removesuffix('.npy')
-        if name == info.filename or name in self._arrays:
+        if name == info.filename or name in self._shapes:
           raise UsageError(f'{path}: entry {show(info.filename)} occurs twice or is not named .npy')
-        self._arrays[name] = info, self._read_shape(info)
+        self._shapes[name] = self._read_shape(info)
 
   def _read_shape(self, info) -> tuple[int, ...]:
     """Returns the shape of an entry of the zip, after checking its header against its size."""
@@ -200,11 +190,11 @@ class Npz:
     return shape
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in self._arrays.items()}
+    return self._shapes
 
   def read(self, name: str) -> np.ndarray:
     with refusing(f'{self._file.path}: array {show(name)}'):
-      with self._zip.open(self._arrays[name][0]) as f:
+      with self._zip.open(f'{name}.npy') as f:
         out = np.lib.format.read_array(f, allow_pickle=False)
     return out.astype(out.dtype.newbyteorder('='), copy=False)
 
@@ -234,15 +224,13 @@ def open_hf(path, *, allow_pickle: bool = False) -> TensorReader:
 
 def write_safetensors(folder, tensors: Iterable[tuple[str, np.ndarray]],
                       specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], *,
-                      max_shard_bytes: int = 5_000_000_000,
-                      metadata: Mapping[str, str] | None = None) -> list[str]:
+                      max_shard_bytes: int = 5_000_000_000) -> list[str]:
   """Writes model.safetensors, or shards and their index, into `folder`; returns the names written.
 
   specs: {name: (shape, dtype)} of all tensors, which determines the shards. tensors: each exactly
-  once, in any order, numpy or jax; only one is in memory at a time. metadata: {'format': 'pt'} if
-  None, which transformers requires. No file gets its name before all are complete and on disk, and
-  the index is the last. UsageError if the folder has weights or cannot be written; ValueError if
-  tensors and specs disagree.
+  once, in any order, numpy or jax; only one is in memory at a time. No file gets its name before
+  all are complete and on disk, and the index is the last. UsageError if the folder has weights or
+  cannot be written; ValueError if tensors and specs disagree.
   """
   specs = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in specs.items()}
   sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
@@ -273,10 +261,10 @@ def write_safetensors(folder, tensors: Iterable[tuple[str, np.ndarray]],
         handles[SAFE + INDEX].write(index)
       places = {}                # {tensor: (file, offset)}
       for name, shard in zip(names, shards):
-        header, ends = _make_header(shard, specs, sizes, metadata or {'format': 'pt'})
+        header, starts = _make_header(shard, specs, sizes)
         handles[name].write(header)
-        for tensor, end in ends.items():
-          places[tensor] = handles[name], len(header) + end - sizes[tensor]
+        for tensor, start in starts.items():
+          places[tensor] = handles[name], len(header) + start
 
       for name, array in tensors:
         if name not in places:
@@ -298,18 +286,16 @@ def write_safetensors(folder, tensors: Iterable[tuple[str, np.ndarray]],
   return written
 
 
-def _make_header(names, specs, sizes, metadata) -> tuple[bytes, dict[str, int]]:
-  """Returns (a file's first bytes, {name: where its data ends}); wide dtypes first, for alignment.
-  """
-  header, ends, end = {'__metadata__': dict(metadata)}, {}, 0
+def _make_header(names, specs, sizes) -> tuple[bytes, dict[str, int]]:
+  """Returns (a file's first bytes, {name: start of its data}); wide dtypes first, for alignment."""
+  header, starts, end = {'__metadata__': {'format': 'pt'}}, {}, 0    # transformers requires it
   for name in sorted(names, key=lambda n: (-specs[n][1].itemsize, n)):
     shape, dtype = specs[name]
-    ends[name] = end + sizes[name]
-    header[name] = {'dtype': CODES[dtype], 'shape': shape, 'data_offsets': [end, ends[name]]}
-    end = ends[name]
+    starts[name], end = end, end + sizes[name]
+    header[name] = {'dtype': CODES[dtype], 'shape': shape, 'data_offsets': [starts[name], end]}
   raw = json.dumps(header, separators=(',', ':')).encode()
   raw += b' ' * (-len(raw) % 8)
-  return len(raw).to_bytes(8, 'little') + raw, ends
+  return len(raw).to_bytes(8, 'little') + raw, starts
 
 
 def _pieces(array):
@@ -356,11 +342,11 @@ def resolve_inside(folder, name) -> str:
   return real
 
 
-def _merge(tensors_by_file: dict[str, dict], index: Mapping[str, str], path) -> dict:
-  """Merges {file: {tensor: entry}} into {tensor: entry}, each from the file that the index says."""
+def _merge(path, paths: dict[str, str], index: Mapping[str, str], read_file: Callable) -> dict:
+  """Returns {tensor: entry}, each from the file that the index says, by read_file(real path)."""
   out = {}
-  for file, entries in tensors_by_file.items():
-    for name, entry in entries.items():
+  for file, real in paths.items():
+    for name, entry in read_file(real).items():
       if index.get(name, file) != file:
         continue
       if name in out:

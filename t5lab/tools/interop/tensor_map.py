@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,24 +35,48 @@ class TensorRow:
   name: str                         # of their tensor
   layer: int | tuple[int, ...] | None = None   # index on our leading axes; None: the whole array
   op: Op = COPY
-  part: tuple[int, int, int] | None = None     # (axis, i, n): the i-th of n equal parts, after op
+  part: tuple[int, int, int] | None = None     # (axis, i, n): the i-th of n equal parts, after op;
+                                               # their rows are in this order
 
   def layer_of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Our array, or the layer of it that this row maps, from {path: array}."""
     return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
 
 
-class TensorReader(Protocol):
-  """A checkpoint on disk that is read one tensor at a time."""
+def module_rows(path: str, name: str, modules: dict[str, str], layer=None, bias: bool = True,
+                op: Op = TRANSPOSE) -> list[TensorRow]:
+  """Returns the rows of Linears, and of norms where our path says so.
+
+  modules: {our path below `path`: their name below `name`}. op: of the kernels.
+  """
+  rows = []
+  for ours, theirs in modules.items():
+    leaf, leaf_op = ('scale', COPY) if ours.endswith('norm') else ('kernel', op)
+    rows.append(TensorRow(f'{path}{ours}/{leaf}', f'{name}{theirs}.weight', layer, leaf_op))
+    if bias:
+      rows.append(TensorRow(f'{path}{ours}/bias', f'{name}{theirs}.bias', layer))
+  return rows
+
+
+class TensorReader:
+  """A checkpoint that is read one tensor at a time; as it is, arrays in memory.
+
+  tensors: {name: anything that has a shape}.
+  """
+
+  def __init__(self, tensors: Mapping[str, Any]):
+    self._tensors = tensors
 
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     """Returns the shape of every tensor, from headers alone."""
+    return {name: tuple(t.shape) for name, t in self._tensors.items()}
 
   def read(self, name: str) -> np.ndarray:
     """Reads one tensor in the dtype of the file."""
+    return self._tensors[name]
 
 
-class RenamedReader:
+class RenamedReader(TensorReader):
   """A TensorReader with canonical names, in which copies of a tensor appear once.
 
   aliases: {canonical name of a copy: canonical name of the original}. If the file has only the
@@ -60,28 +84,25 @@ class RenamedReader:
   """
 
   def __init__(self, reader: TensorReader, canonical: Callable[[str], str],
-               aliases: Mapping[str, str], what: str):
-    self._reader, shapes = reader, reader.shapes()
+               aliases: Mapping[str, str]):
+    self._reader = reader
     self._stored = {}                 # {canonical name: name in the file}
-    for stored in shapes:
+    for stored in reader.shapes():
       name = canonical(stored)
       if name in self._stored:
-        raise UsageError(f'{what} has both {stored} and {self._stored[name]}, which are two names '
-                         'of one tensor')
+        raise UsageError(f'the checkpoint has both {stored} and {self._stored[name]}, which are '
+                         'two names of one tensor')
       self._stored[name] = stored
     for alias, original in aliases.items():
-      if alias not in self._stored:
-        continue
-      copy = self._stored.pop(alias)
-      if original not in self._stored:
-        self._stored[original] = copy
-      elif not np.array_equal(reader.read(copy), reader.read(self._stored[original])):
-        raise UsageError(f'{what}: according to the config {copy} should be a copy of '
-                         f'{self._stored[original]}, but it differs')
-    self._shapes = {name: shapes[stored] for name, stored in self._stored.items()}
+      if copy := self._stored.pop(alias, None):
+        stored = self._stored.setdefault(original, copy)
+        if stored != copy and not np.array_equal(reader.read(copy), reader.read(stored)):
+          raise UsageError(f'the checkpoint: according to the config {copy} should be a copy of '
+                           f'{stored}, but it differs')
 
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    return self._shapes
+    shapes = self._reader.shapes()
+    return {name: shapes[stored] for name, stored in self._stored.items()}
 
   def read(self, name: str) -> np.ndarray:
     return self._reader.read(self._stored[name])
@@ -113,11 +134,12 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
       if tensor.dtype.kind in 'iubcSUO':
         raise UsageError(f'{what}: {name} is {tensor.dtype}; weights must be floating-point '
                          'numbers, and quantised ones are read from GGUF only')
-      if not _is_finite(tensor):
+      # The sum is not finite if any number is not; if a finite one overflows, each is checked.
+      if not (np.isfinite(tensor.sum(dtype=np.float64))
+              or np.isfinite(tensor.astype(np.float32)).all()):
         not_finite.append(name)
       for row in its_rows:
-        value = _take_part(row, _forward(row, tensor, what))
-        target = row.layer_of(params)
+        value, target = _our_value(row, tensor, what), row.layer_of(params)
         if value.shape != target.shape:
           raise UsageError(f'{what}: {name} has shape {tensor.shape}, {row.path} needs '
                            f'{target.shape}: the config is of another architecture or size')
@@ -132,7 +154,7 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
 
 def aligned_empty(shape) -> np.ndarray:
   """Returns a float32 array on a 64-byte boundary, which jax on CPU uses without copying it."""
-  size = int(np.prod(shape, dtype=np.int64))
+  size = math.prod(shape)
   buffer = np.empty(size + 16, np.float32)
   offset = (-buffer.ctypes.data // 4) % 16
   return buffer[offset:offset + size].reshape(shape)
@@ -146,21 +168,18 @@ def check(rows: list[TensorRow], names: Iterable[str], ours: Mapping, *,
   one or as a whole.
   """
   mapped, names = dict.fromkeys(row.name for row in rows), dict.fromkeys(names)
-  problems = []
-  if missing := [name for name in mapped if name not in names]:
-    problems.append(f'missing {name_list(missing)}')
-  if unread := [name for name in names if name not in mapped and not trees.fits(name, ignore)]:
-    problems.append(f'unread {name_list(unread)}')
-
   covered = {}                        # {path: indices on its leading axes, None for the whole}
   for row in rows:
     index = (row.layer,) if isinstance(row.layer, int) else row.layer
     covered.setdefault(row.path, set()).add(index)
-  if uncovered := [path for path in ours if path not in covered]:
-    problems.append(f'no row for our {name_list(uncovered)}')
-  if unknown := [path for path in covered if path not in ours]:
-    problems.append(f'rows for {name_list(unknown)}, which this model does not have')
 
+  problems = [f'{start} {name_list(found)}{end}' for start, found, end in (
+      ('missing', [name for name in mapped if name not in names], ''),
+      ('unread', [name for name in names
+                  if name not in mapped and not trees.fits(name, ignore)], ''),
+      ('no row for our', [path for path in ours if path not in covered], ''),
+      ('rows for', [path for path in covered if path not in ours],
+       ', which this model does not have')) if found]
   for path, indices in covered.items():
     if path not in ours or indices == {None}:
       continue
@@ -176,7 +195,6 @@ def write(rows: Iterable[TensorRow], params) -> Iterator[tuple[str, np.ndarray]]
   """Yields (their name, tensor) in the order of the rows, from jax or numpy arrays."""
   arrays = trees.flatten(params)
   for name, its_rows in group(rows).items():
-    its_rows = sorted(its_rows, key=lambda row: row.part[1] if row.part else 0)
     parts = [np.asarray(row.layer_of(arrays)) for row in its_rows]
     first = its_rows[0]
     whole = parts[0] if first.part is None else np.concatenate(parts, axis=first.part[0])
@@ -197,31 +215,21 @@ def group(rows: Iterable[TensorRow]) -> dict[str, list[TensorRow]]:
   return out
 
 
-def name_list(names, most: int = 8) -> str:
-  """Joins names for an error message; of more than `most` only the first are listed."""
+def name_list(names) -> str:
+  """Joins names for an error message; of more than 8 only the first are listed."""
   names = list(names)
-  return ', '.join(names[:most]) + (f', … ({len(names)} in all)' if len(names) > most else '')
+  return ', '.join(names[:8]) + (f', … ({len(names)} in all)' if len(names) > 8 else '')
 
 
-def _forward(row, tensor, what):
+def _our_value(row, tensor, what):
   try:
-    return row.op.forward(tensor)
+    value = row.op.forward(tensor)
   except ValueError as e:             # numpy: the shape does not allow the reshape
     raise UsageError(f'{what}: {row.name} has shape {tensor.shape}, which does not fit {row.path}: '
                      f'{e}') from e
-
-
-def _take_part(row, value):
   if row.part is None:
     return value
   axis, i, n = row.part
   if value.shape[axis] % n:
     raise UsageError(f'{row.name} has {value.shape[axis]} columns, not a multiple of {n}')
   return np.split(value, n, axis=axis)[i]
-
-
-def _is_finite(tensor) -> bool:
-  # The sum is not finite if any element is not. A finite sum can overflow: then check each one.
-  if np.isfinite(tensor.sum(dtype=np.float64)):
-    return True
-  return bool(np.isfinite(tensor.astype(np.float32)).all())

@@ -209,7 +209,7 @@ def test_switch_transformer_of_hugging_face():
     for p in switch.parameters():
       p.copy_(torch.randn_like(p) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1))
 
-  state = golden.FilledReader({k: v.numpy() for k, v in switch.state_dict().items()})
+  state = tensor_map.TensorReader({k: v.numpy() for k, v in switch.state_dict().items()})
   format_, c, reader = hf.read_config(switch.config.to_dict(), state)
   inputs = batch(c)
   boxed = jax.eval_shape(Transformer(c).init, jax.random.key(0), inputs)['params']
