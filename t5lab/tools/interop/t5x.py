@@ -6,12 +6,10 @@ examples/{t5,decoder_only,scalable_t5}/network.py. D model, N heads, H head, F f
 L layers.
 """
 
-from collections.abc import Callable
-import functools
 from pathlib import Path
 import re
-from typing import NamedTuple
 
+from flax import serialization
 import numpy as np
 
 from t5lab import trees
@@ -20,13 +18,12 @@ from t5lab.tools.interop import t5x_files, tensor_map
 from t5lab.tools.interop.t5x_files import T5x
 from t5lab.tools.interop.tensor_map import COPY, TRANSPOSE, Op, TensorRow
 
-__all__ = ['T5x', 'fields', 'is_scanned', 'read_optimizer', 'tensor_rows', 'write']
-
 BLOCKS = {'encoder': {'attn': 'attention'},
           'decoder': {'attn': 'self_attention', 'cross': 'encoder_decoder_attention'}}
 PROJECTIONS = {'q': 'query', 'k': 'key', 'v': 'value', 'o': 'out'}
 FORMS = ('t5x', 'orbax')
 SLOTS = ('m', 'v', 'v_row', 'v_col')     # of each parameter in T5X's Adafactor
+FACTORS = ('v_row', 'v_col')
 
 # Fields that T5X's T5 fixes and that no parameter shows. Other fields change the paths of
 # parameters, so tensor_map.check sees them.
@@ -71,14 +68,17 @@ def _stack_rows(c, stack, layers, scanned):
       name, op = f'{stack}/{stack}/relpos_bias/rel_embedding', _repeated_table(layers)
     rows.append(TensorRow(f'{stack}/relpos/table', name, op=op))
 
-  # (our path, their name, op) of the arrays of one layer.
+  # (our path, their name, op) of the arrays of one layer. Scanned, attention kernels are
+  # [D, L, N, H], and those of 'out' [N, L, H, D].
   layers_first = LAYERS_FIRST if scanned else COPY
   blocks = {block: name for block, name in BLOCKS[stack].items()
             if block == 'attn' or c.enc_layers}
+  d, heads, width = c.d_model, (c.n_heads, c.d_head), c.n_heads * c.d_head
   arrays = []
   for block, name in blocks.items():
     for p, projection in PROJECTIONS.items():
-      op = _split_heads(c, p == 'o') if scanned else COPY
+      split, joined = ((*heads, d), (width, d)) if p == 'o' else ((d, *heads), (d, width))
+      op = _joined_axes(split, joined) if scanned else COPY
       arrays.append((f'{block}/{p}/kernel', f'{name}/{projection}/kernel', op))
   for block, name in blocks.items():
     norm = name.replace('encoder_decoder', 'cross')
@@ -92,30 +92,26 @@ def _stack_rows(c, stack, layers, scanned):
     op = LAYER_TABLES if scanned else TRANSPOSE
     arrays.append(('relpos/table', 'relpos_bias/rel_embedding', op))
 
-  if scanned:
-    return rows + [TensorRow(f'{stack}/layers/{path}', f'{stack}/{stack}/{name}', op=op)
-                   for path, name, op in arrays]
-  return rows + [TensorRow(f'{stack}/layers/{path}', f'{stack}/layers_{i}/{name}', layer=i, op=op)
-                 for i in range(layers) for path, name, op in arrays]
+  places = [(f'{stack}/layers_{i}', i) for i in range(layers)]
+  return rows + [TensorRow(f'{stack}/layers/{path}', f'{place}/{name}', layer, op)
+                 for place, layer in ([(f'{stack}/{stack}', None)] if scanned else places)
+                 for path, name, op in arrays]
 
 
 LAYERS_FIRST = Op(lambda x: np.moveaxis(x, 1, 0), lambda x: np.moveaxis(x, 0, 1))
 LAYER_TABLES = Op(lambda x: x.transpose(1, 2, 0), lambda x: x.transpose(2, 0, 1))   # [N, L, 32]
 
 
-def _split_heads(c, out: bool) -> Op:
-  """Maps [D, L, N, H] to our [L, D, N * H], or for 'out' [N, L, H, D] to [L, N * H, D]."""
-  split = (c.n_heads, c.d_head, c.d_model) if out else (c.d_model, c.n_heads, c.d_head)
-  joined = (c.n_heads * c.d_head, c.d_model) if out else (c.d_model, c.n_heads * c.d_head)
-
+def _joined_axes(split: tuple[int, ...], joined: tuple[int, ...], layer_axis: int = 1) -> Op:
+  """Maps arrays of shape `split` in each layer, the layers on `layer_axis`, to our [L, *joined]."""
   def forward(x):
-    x = np.moveaxis(x, 1, 0)
+    x = np.moveaxis(x, layer_axis, 0)
     if x.shape[1:] != split:
       raise UsageError(f'an attention kernel is {x.shape[1:]} in each layer, the model needs '
                        f'{split}: the config is of another size')
     return x.reshape(len(x), *joined)
 
-  return Op(forward, lambda x: np.moveaxis(x.reshape(len(x), *split), 0, 1))
+  return Op(forward, lambda x: np.moveaxis(x.reshape(len(x), *split), 0, layer_axis))
 
 
 def _repeated_table(layers: int) -> Op:
@@ -140,9 +136,7 @@ def fields(reader) -> dict:
   examples.
   """
   shapes, scanned = reader.shapes(), is_scanned(reader)
-
-  def layer(stack):
-    return f'{stack}/{stack}' if scanned else f'{stack}/layers_0'
+  layer = 'decoder/decoder' if scanned else 'decoder/layers_0'
 
   def shape(name, ndim):
     if len(shapes.get(name, ())) != ndim:
@@ -152,7 +146,7 @@ def fields(reader) -> dict:
 
   def layer_count(stack):
     if scanned:
-      return shape(f'{layer(stack)}/pre_mlp_layer_norm/scale', 2)[1]
+      return shape(f'{stack}/{stack}/pre_mlp_layer_norm/scale', 2)[1]
     return len({m[1] for name in shapes if (m := re.match(rf'{stack}/layers_(\d+)/', name))})
 
   has_encoder = any(name.startswith('encoder/') for name in shapes)
@@ -160,72 +154,63 @@ def fields(reader) -> dict:
   vocab_size, d_model = shape(embedding, 2)
 
   # The number of heads is that of the relative positions.
-  per_layer = f'{layer("decoder")}/relpos_bias/rel_embedding' in shapes
-  table = f'{layer("decoder") if per_layer else "decoder"}/relpos_bias/rel_embedding'
+  per_layer = f'{layer}/relpos_bias/rel_embedding' in shapes
+  table = f'{layer if per_layer else "decoder"}/relpos_bias/rel_embedding'
   n_heads, *_, rel_buckets = shape(table, 3 if scanned else 2)
-  attention = f'{layer("decoder")}/self_attention'
+  query, mlp = f'{layer}/self_attention/query/kernel', f'{layer}/mlp'
   if scanned:
-    d_head = shape(f'{attention}/query/kernel', 4)[3]
+    d_head = shape(query, 4)[3]
   else:
-    width = shape(f'{attention}/query/kernel', 2)[1]
+    width = shape(query, 2)[1]
     if not n_heads or width % n_heads:
-      raise UsageError(f'not a T5 of T5X: {attention}/query/kernel has {width} columns, not a '
-                       f'multiple of the {n_heads} heads of {table}')
+      raise UsageError(f'not a T5 of T5X: {query} has {width} columns, not a multiple of the '
+                       f'{n_heads} heads of {table}')
     d_head = width // n_heads
 
-  mlp = f'{layer("decoder")}/mlp'
   gated = f'{mlp}/wi_0/kernel' in shapes
   d_ff = shape(f'{mlp}/{"wi_0" if gated else "wi"}/kernel', 3 if scanned else 2)[-1]
   tied = 'decoder/logits_dense/kernel' not in shapes
-  out = dict(vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, n_heads=n_heads, d_head=d_head,
-             enc_layers=layer_count('encoder') if has_encoder else 0,
-             dec_layers=layer_count('decoder'), acts=('gelu', 'linear') if gated else ('relu',),
-             tied=tied, scale_logits=tied, rel_buckets=rel_buckets)
-  return out | ({'per_layer_bias': True} if per_layer else {})
+  return dict(
+      vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, n_heads=n_heads, d_head=d_head,
+      enc_layers=layer_count('encoder') if has_encoder else 0, dec_layers=layer_count('decoder'),
+      acts=('gelu', 'linear') if gated else ('relu',), tied=tied, scale_logits=tied,
+      rel_buckets=rel_buckets, per_layer_bias=per_layer)
 
 
 # --- Adafactor's state -------------------------------------------------------------------------
 
 
-class _SlotMap(NamedTuple):
-  """Maps the factors (v_row, v_col) of one of our arrays, or one layer of it, to T5X's slots."""
-  factors: dict[str, str]                   # {our 'v_row' or 'v_col': T5X's name of it}
-  shapes: dict[str, tuple[int, ...]]        # {T5X's factor: its shape}
-  forward: Callable[[str, np.ndarray], np.ndarray]    # (T5X's factor, its value) -> our value
-  inverse: Callable[[str, np.ndarray], np.ndarray]    # (T5X's factor, our value) -> its value
+def _slot_rows(row: TensorRow, shape: tuple[int, ...], state) -> list[tuple[TensorRow, tuple]]:
+  """Returns rows from {path: array} of our AdafactorState to T5X's slots, and the slots' shapes.
 
-
-def _slot_map(row: TensorRow, shape: tuple[int, ...]) -> _SlotMap:
-  """Returns the map for a parameter of this shape in T5X.
-
-  T5X and optax both keep the smaller axis of a matrix in v_row, of equal axes the first. Scanned
-  kernels follow standard_logical_factor_rules instead: v_row keeps 'embed' (D) and v_col the rest,
-  each for every layer. So their vectors are ours, but the names may be swapped.
-  [google-research/t5x, adafactor.py]
+  row, shape: of the parameter in T5X. T5X and optax both keep the smaller axis of a matrix in
+  v_row, of equal axes the first. Scanned kernels follow standard_logical_factor_rules instead:
+  v_row keeps 'embed' (D) and v_col the rest, each for every layer. So their vectors are ours, but
+  the names may be swapped. [google-research/t5x, adafactor.py]
   """
+  def slot_row(ours, theirs, op):
+    return TensorRow(f'{ours}/{row.path}', f'{row.name}/{theirs}', row.layer, op)
+
+  if not _is_factored(state, row):
+    return [(slot_row('v', 'v', row.op), shape)]
   our_shape = row.op.forward(np.broadcast_to(np.float32(0), shape)).shape
   ndim, stacked = len(shape), _is_stacked(row)
-  forward = inverse = lambda factor, x: x
-  row_axis, shapes = 0, {}        # row_axis: that T5X's v_row keeps of our matrix
+  ops, shapes = dict.fromkeys(FACTORS, COPY), dict.fromkeys(FACTORS)
+  row_axis = 0                    # that T5X's v_row keeps of our matrix
   if stacked and ndim > 2:
     embed = ndim - 1 if re.search(r'/(o|wo)/kernel', row.path) else 0
     row_axis = 1 if embed else 0
-    axes = {'v_row': (embed,), 'v_col': tuple(i for i in range(ndim) if i not in (1, embed))}
-    shapes = {factor: tuple(shape[i] for i in sorted((1, *kept))) for factor, kept in axes.items()}
-
-    def forward(factor, x):       # the layers are axis 1, or axis 0 where no axis precedes them
-      return (np.moveaxis(x, 1, 0) if 0 in axes[factor] else x).reshape(our_shape[0], -1)
-
-    def inverse(factor, x):
-      x = x.reshape(our_shape[0], *(shape[i] for i in axes[factor]))
-      return np.moveaxis(x, 0, 1) if 0 in axes[factor] else x
+    others = tuple(i for i in range(ndim) if i not in (1, embed))
+    for factor, axes in zip(FACTORS, ((embed,), others)):
+      shapes[factor] = tuple(shape[i] for i in sorted((1, *axes)))
+      ops[factor] = _joined_axes(tuple(shape[i] for i in axes), (-1,), 1 if 0 in axes else 0)
   elif ndim == 2:
     smaller = _smaller_axis(shape)
     row_axis = 1 - smaller if row.op is TRANSPOSE else smaller
-    shapes = {'v_row': (shape[smaller],), 'v_col': (shape[1 - smaller],)}
+    shapes = dict(zip(FACTORS, ((shape[smaller],), (shape[1 - smaller],))))
   swapped = _smaller_axis(our_shape[1:] if stacked else our_shape) != row_axis
-  names = ('v_col', 'v_row') if swapped else ('v_row', 'v_col')
-  return _SlotMap(dict(zip(('v_row', 'v_col'), names)), shapes, forward, inverse)
+  return [(slot_row(ours, theirs, ops[theirs]), shapes[theirs])
+          for ours, theirs in zip(FACTORS, reversed(FACTORS) if swapped else FACTORS)]
 
 
 def _smaller_axis(shape) -> int:
@@ -244,7 +229,7 @@ def _is_shared_table(row) -> bool:
 def _is_factored(state, row) -> bool:
   """Returns whether Adafactor keeps v_row and v_col of our array; v is then one unused number."""
   inner = 1 if '/layers/' in row.path else 0
-  v, v_row = state['v'][row.path].shape[inner:], state['v_row'][row.path].shape[inner:]
+  v, v_row = (state[f'{key}/{row.path}'].shape[inner:] for key in ('v', 'v_row'))
   return v == (1,) and v_row != (1,)
 
 
@@ -258,13 +243,9 @@ def read_optimizer(reader: T5x, c, scanned: bool, abstract):
   slot_shapes, params = slots.shapes(), reader.shapes()
   if step is None or not slot_shapes:
     raise UsageError(f'{what} is missing (a checkpoint of parameters only); start a fresh one')
-  state = {}
-  for key in ('v_row', 'v_col', 'v'):
-    state[key] = {path: np.zeros(x.shape, np.float32)
-                  for path, x in trees.flatten(getattr(abstract, key)).items()}
+  state = {path: np.zeros(x.shape, np.float32) for path, x in trees.flatten(abstract).items()}
 
-  def read(row, slot, shape):
-    name = f'{row.name}/{slot}'
+  def read(name, shape):
     if slot_shapes.get(name) != shape:
       raise UsageError(f'{what}: {name} has shape {slot_shapes.get(name, "nothing")}, not {shape}: '
                        'it is not of Adafactor, or other matrices are factored than ours. Take the '
@@ -276,20 +257,14 @@ def read_optimizer(reader: T5x, c, scanned: bool, abstract):
 
   rows = tensor_rows(c, scanned)
   for row in rows:
-    if row.name not in params or row.path not in state['v']:
+    if row.name not in params or f'v/{row.path}' not in state:
       raise UsageError(f'{what}: {row.name} or our {row.path} is missing; the parameters do not '
                        'fit this model')
     if scanned and _is_shared_table(row):
       raise UsageError(f'{what}: {row.name} has one table per layer, our model one for all layers: '
                        'take the parameters only')
-    shape = params[row.name]
-    if _is_factored(state, row):
-      slot_map = _slot_map(row, shape)
-      for ours, factor in slot_map.factors.items():
-        value = read(row, factor, slot_map.shapes.get(factor))
-        row.layer_of(state[ours])[...] = slot_map.forward(factor, value)
-    else:
-      row.layer_of(state['v'])[...] = row.op.forward(read(row, 'v', shape))
+    for slot, shape in _slot_rows(row, params[row.name], state):
+      slot.layer_of(state)[...] = slot.op.forward(read(slot.name, shape))
     momentum = slot_shapes.get(f'{row.name}/m')
     if momentum not in (None, (1,)) and slots.read(f'{row.name}/m').any():
       raise UsageError(f'{what} has momentum ({row.name}/m of shape {momentum}), ours has none: '
@@ -299,40 +274,25 @@ def read_optimizer(reader: T5x, c, scanned: bool, abstract):
   if extra := sorted(set(slot_shapes) - known):
     raise UsageError(f'{what} has {", ".join(extra[:4])} ({len(extra)} in all), which are not '
                      f"Adafactor's slots of the {len(rows)} parameters")
-  return abstract._replace(count=np.asarray(step, np.int32), **{
-      key: trees.unflatten(state[key], like=getattr(abstract, key)) for key in state})
+  state['count'] = np.asarray(step, np.int32)
+  return trees.unflatten(state, like=abstract)
 
 
-def _slot_values(rows, params, optimizer, scanned):
-  """Returns {their name: function that makes the value} for the slots of every parameter."""
-  state = {key: trees.flatten(getattr(optimizer, key)) for key in ('v_row', 'v_col', 'v')}
-
-  def ours(row, key):
-    return np.asarray(row.layer_of(state[key]), np.float32)
-
-  def factor_value(row, key, slot_map):
-    return slot_map.inverse(slot_map.factors[key], ours(row, key))
-
-  def v_value(row):
-    return row.op.inverse(ours(row, 'v'))
-
+def _written_slots(rows, params, state, scanned) -> dict[str, TensorRow | None]:
+  """Returns {T5X's name: row from our state, or None for one unused zero} for all slots."""
   slots = {}
   for row in rows:
     if scanned and _is_shared_table(row):
       raise UsageError('the optimizer state of a table of relative positions that all layers share '
                        'does not fit into a scanned T5X checkpoint: write the parameters only')
-    slots |= {f'{row.name}/{slot}': lambda: np.zeros((1,), np.float32) for slot in SLOTS}
     shape = np.shape(params[row.path])[0 if row.layer is None else 1:]
     t5x_shape = row.op.inverse(np.broadcast_to(np.float32(0), shape)).shape
-    if _is_factored(state, row):
-      slot_map = _slot_map(row, t5x_shape)
-      for key, factor in slot_map.factors.items():
-        slots[f'{row.name}/{factor}'] = functools.partial(factor_value, row, key, slot_map)
-      continue
-    if _is_stacked(row) and len(t5x_shape) > 2 and not row.path.endswith('relpos/table'):
+    if (_is_stacked(row) and len(t5x_shape) > 2 and not row.path.endswith('relpos/table')
+        and not _is_factored(state, row)):
       raise UsageError(f'{row.path} {shape} is not factored in our optimizer state, but in every '
                        'scanned T5X checkpoint: write the parameters only')
-    slots[f'{row.name}/v'] = functools.partial(v_value, row)
+    slots |= dict.fromkeys(f'{row.name}/{slot}' for slot in SLOTS)
+    slots |= {slot.name: slot for slot, _ in _slot_rows(row, t5x_shape, state)}
   return slots
 
 
@@ -357,7 +317,8 @@ def write(folder, c, params, step: int, scanned: bool = False, form: str = 't5x'
     raise UsageError(f'form {form!r} of a T5X checkpoint is unknown; known: {", ".join(FORMS)}')
   folder, arrays, rows = Path(folder), trees.flatten(params), tensor_rows(c, scanned)
   tensor_map.check(rows, {row.name for row in rows}, arrays, what='the T5X checkpoint')
-  slots = _slot_values(rows, arrays, optimizer, scanned) if optimizer is not None else {}
+  state = trees.flatten(optimizer)
+  slots = _written_slots(rows, arrays, state, scanned) if state else {}
   if form == 'orbax':
     folder = folder / 'state'
   folder.mkdir(parents=True, exist_ok=True)
@@ -372,11 +333,11 @@ def write(folder, c, params, step: int, scanned: bool = False, form: str = 't5x'
 
   for name, array in tensor_map.write(rows, params):
     put(f'{t5x_files.TARGET}{name}', array)
-  for name, make_value in slots.items():
-    value = make_value()
+  for name, row in slots.items():
+    value = np.zeros(1) if row is None else row.op.inverse(np.asarray(row.layer_of(state)))
     inline = not name.endswith('/v') or value.shape == (1,)
     put(f'{t5x_files.SLOTS}{name}', value, inline)
   tree['state/step'] = np.asarray(step, np.int32)
   nested = trees.unflatten(tree)
-  t5x_files.write_tree(folder,
-                       nested if form == 'orbax' else {'version': 3, 'optimizer': nested})
+  whole = nested if form == 'orbax' else {'version': 3, 'optimizer': nested}
+  (folder / 'checkpoint').write_bytes(serialization.msgpack_serialize(whole))

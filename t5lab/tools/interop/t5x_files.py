@@ -26,6 +26,7 @@ import tensorstore as ts
 
 from t5lab import files
 from t5lab.errors import UsageError
+from t5lab.tools.interop.tensor_map import TensorReader
 
 TARGET, SLOTS = 'target/', 'state/param_states/'
 PLACEHOLDER = 'PLACEHOLDER://'
@@ -38,30 +39,94 @@ CONTEXT = ts.Context({'file_io_sync': False})   # the caller flushes and renames
 
 
 class ZarrLeaf(NamedTuple):
-  """A leaf in a zarr directory, unopened."""
+  """An array in a zarr directory or an Orbax database, unopened."""
+  name: str
   folder: Path                       # of the tree
   path: str                          # of the array, below `folder`
-  shape: tuple[int, ...] | None      # from the tree; None: only in the array's own header
+  tree_shape: tuple[int, ...] | None   # None: the shape is only in the array's own header
   bfloat16_as_uint16: bool           # version 2 wrote it so
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.open().shape) if self.tree_shape is None else self.tree_shape
 
-class Leaves:
-  """{name: a zarr directory or a numpy array} as a TensorReader."""
+  def open(self) -> ts.TensorStore:
+    if self.is_ocdbt():
+      kvstore = {'driver': 'ocdbt', 'path': f'{self.path}/',
+                 'base': {'driver': 'file', 'path': f'{self.folder.resolve()}/'}}
+    else:
+      kvstore = {'driver': 'file', 'path': f'{self.real_folder()}/'}
+    try:
+      return ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, read=True).result()
+    except ValueError as e:
+      raise UsageError(
+          f'{self.name}: cannot open {self.folder / self.path} ({_one_line(e)})') from e
 
-  def __init__(self, leaves: Mapping[str, 'ZarrLeaf | np.ndarray'], path: Path):
-    self._leaves, self._path = leaves, path
+  def read(self) -> np.ndarray:
+    store, name = self.open(), self.name
+    shape, chunks = tuple(store.shape), store.chunk_layout.read_chunk.shape or ()
+    if self.tree_shape not in (None, shape):
+      raise UsageError(f'{name} has shape {self.tree_shape} in the tree and {shape} on disk')
+    size = self.stored_bytes(shape, chunks)
+    claim = store.dtype.numpy_dtype.itemsize * max(math.prod(shape), math.prod(chunks))
+    if claim > max(CHUNK, MAX_EXPANSION * size):
+      raise UsageError(f'{name} claims {claim} bytes (shape {shape}, in chunks of {chunks}), but '
+                       f'{size} are on disk')
+    try:
+      out = np.asarray(store.read().result())
+    except ValueError as e:
+      raise UsageError(f'{name}: {self.folder / self.path} is damaged ({_one_line(e)})') from e
+    return out.view(jnp.bfloat16) if self.bfloat16_as_uint16 and out.dtype == np.uint16 else out
 
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    """Returns shapes from the tree if it has them, else from the header of each array."""
-    return {name: (leaf.shape if leaf.shape is not None else tuple(_open(leaf, name).shape))
-            for name, leaf in self._leaves.items()}
+  def stored_bytes(self, shape, chunks) -> int:
+    """Returns the bytes of all chunks, or of the whole database; UsageError if a chunk is missing.
+
+    zarr reads a missing chunk as zeros, so an incomplete download would go unnoticed.
+    """
+    if self.is_ocdbt():
+      return sum(f.stat().st_size for f in self.folder.rglob('*') if f.is_file())
+    real, root = self.real_folder(), self.folder.resolve()
+    count = size = 0
+    for folder, _, names in os.walk(real):
+      for file in names:
+        if re.fullmatch(r'\d+(\.\d+)*', file):
+          chunk = Path(folder, file)
+          if chunk.is_symlink() and not chunk.resolve().is_relative_to(root):
+            raise UsageError(f'{chunk} is a link out of the checkpoint')
+          count, size = count + 1, size + chunk.stat().st_size
+    expected = math.prod(-(-n // c) for n, c in zip(shape, chunks))
+    if count < expected:
+      raise UsageError(f'{self.name} has {count} of its {expected} chunks in {real}: an incomplete '
+                       'copy')
+    return size
+
+  def is_ocdbt(self) -> bool:
+    return (self.folder / 'manifest.ocdbt').is_file()
+
+  def real_folder(self) -> Path:
+    """Returns the directory with links resolved; it must still be in the checkpoint."""
+    real = (self.folder / self.path).resolve()
+    if not real.is_relative_to(self.folder.resolve()):
+      raise UsageError(f'{self.name}: {self.folder / self.path} is a link out of the checkpoint')
+    return real
+
+
+class Leaves(TensorReader):
+  """The leaves whose names begin with `prefix` as a TensorReader, by the rest of their names."""
+
+  def __init__(self, leaves: Mapping[str, ZarrLeaf | np.ndarray], prefix: str, path: Path):
+    below = {name.removeprefix(prefix): leaf for name, leaf in leaves.items()
+             if name.startswith(prefix)}
+    super().__init__({name: leaf._replace(name=name) if isinstance(leaf, ZarrLeaf) else leaf
+                      for name, leaf in below.items()})
+    self._path = path
 
   def read(self, name: str) -> np.ndarray:
     """Reads one tensor in its own dtype; UsageError if it is missing, damaged or incomplete."""
-    if name not in self._leaves:
+    if name not in self._tensors:
       raise UsageError(f'{self._path} has no {name}')
-    leaf = self._leaves[name]
-    return _read_zarr(leaf, name) if isinstance(leaf, ZarrLeaf) else leaf
+    leaf = self._tensors[name]
+    return leaf.read() if isinstance(leaf, ZarrLeaf) else leaf
 
 
 class T5x(Leaves):
@@ -80,8 +145,8 @@ class T5x(Leaves):
     tree = {k: tree[k] for k in ('target', 'state') if k in tree}
     self._all = {name: _leaf(name, value, folder, version == 2)
                  for name, value in _flatten(tree)}
-    super().__init__(_below(self._all, TARGET), path)
-    if not self._leaves:
+    super().__init__(self._all, TARGET, path)
+    if not self._tensors:
       raise UsageError(f"{path} has no parameters: its 'target' is empty")
 
   @property
@@ -89,7 +154,7 @@ class T5x(Leaves):
     """The number of updates so far; None if the checkpoint does not record it."""
     if 'state/step' not in self._all:
       return None
-    step = Leaves(self._all, self._path).read('state/step')
+    step = Leaves(self._all, '', self._path).read('state/step')
     if step.size != 1 or step.dtype.kind not in 'iu':
       raise UsageError(f'{self._path}: state/step must be one integer, got '
                        f'{step.dtype}{step.shape}')
@@ -97,7 +162,7 @@ class T5x(Leaves):
 
   def slots(self) -> Leaves:
     """Returns the optimizer state: '<parameter>/{m, v, v_row, v_col}' under Adafactor."""
-    return Leaves(_below(self._all, SLOTS), self._path)
+    return Leaves(self._all, SLOTS, self._path)
 
 
 def write_zarr(folder: Path, name: str, array: np.ndarray) -> dict:
@@ -106,13 +171,9 @@ def write_zarr(folder: Path, name: str, array: np.ndarray) -> dict:
   Like T5X's Checkpointer._get_parameter_infos: zarr 2, gzip, chunks of at most 64 MiB. UsageError
   if the directory exists already or the disk is full.
   """
-  array = np.asarray(array)
-  chunks = list(array.shape)
-  if array.ndim:
-    row_bytes = max(1, array.nbytes // max(1, array.shape[0]))
-    chunks[0] = min(array.shape[0], max(1, CHUNK // row_bytes))
+  row_bytes = max(1, array.nbytes // max(1, len(array)))
   metadata = {'compressor': {'id': 'gzip', 'level': 1}, 'shape': list(array.shape),
-              'chunks': chunks}
+              'chunks': [min(len(array), max(1, CHUNK // row_bytes)), *array.shape[1:]]}
   path = name.replace('/', '.')
   # In the file the dtype is in the metadata, '<f4'; in T5X's spec it is beside the metadata.
   spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{folder / path}/'},
@@ -123,11 +184,6 @@ def write_zarr(folder: Path, name: str, array: np.ndarray) -> dict:
     raise UsageError(f'cannot write {folder / path} ({_one_line(e)})') from e
   return {'driver': 'zarr', 'dtype': array.dtype.name,
           'kvstore': {'driver': 'file', 'path': f'{path}/'}, 'metadata': metadata}
-
-
-def write_tree(folder: Path, tree: dict) -> None:
-  """Writes the msgpack file 'checkpoint' as T5X does, with flax.serialization."""
-  (folder / 'checkpoint').write_bytes(serialization.msgpack_serialize(tree))
 
 
 def _read_tree(path) -> tuple[Path, dict]:
@@ -200,18 +256,22 @@ def _leaf(name, value, folder, bfloat16_as_uint16):
   """Returns a ZarrLeaf for a spec or a placeholder, a numpy array for an inline value."""
   if isinstance(value, dict):
     try:
-      kvstore, metadata = value['kvstore'], value['metadata']
+      kvstore = value['kvstore']
       path = kvstore['path'] if 'path' in kvstore else value['path']   # tensorstore before 0.1.14
-      shape = metadata['shape']
+      shape = value['metadata']['shape']
     except (KeyError, TypeError) as e:
       raise UsageError(f'{name} is not a tensorstore spec with a path and a shape '
                        f'({_one_line(e)})') from e
-    return ZarrLeaf(folder, _relative_path(path, name), _checked_shape(shape, name),
-                    bfloat16_as_uint16)
+    path = _relative_path(path, name)
+    is_list = isinstance(shape, (list, tuple)) and len(shape) <= 8
+    if not is_list or any(type(n) is not int or n < 0 for n in shape):
+      raise UsageError(f'{name} has shape {str(shape)[:80]}, not a list of sizes')
+    return ZarrLeaf(name, folder, path, tuple(shape), bfloat16_as_uint16)
   if isinstance(value, str):
     if not value.startswith(PLACEHOLDER):
       raise UsageError(f'{name} is the text {value[:80]!r}, not an array')
-    return ZarrLeaf(folder, _relative_path(value.removeprefix(PLACEHOLDER), name), None, False)
+    path = _relative_path(value.removeprefix(PLACEHOLDER), name)
+    return ZarrLeaf(name, folder, path, None, False)
   if not isinstance(value, (np.ndarray, np.generic, int, float)):
     raise UsageError(f'{name} is a {type(value).__name__}, not an array')
   array = np.asarray(value)
@@ -226,82 +286,6 @@ def _relative_path(path, name) -> str:
   if '..' in parts or path.startswith('/') or '\0' in path or not path.strip('/.'):
     raise UsageError(f'{name} is stored at {path!r}, which must be a name inside the checkpoint')
   return path.rstrip('/')
-
-
-def _checked_shape(shape, name) -> tuple[int, ...]:
-  is_list = isinstance(shape, (list, tuple)) and len(shape) <= 8
-  if not is_list or any(type(n) is not int or n < 0 for n in shape):
-    raise UsageError(f'{name} has shape {str(shape)[:80]}, not a list of sizes')
-  return tuple(shape)
-
-
-def _read_zarr(leaf, name) -> np.ndarray:
-  store = _open(leaf, name)
-  shape, chunks = tuple(store.shape), store.chunk_layout.read_chunk.shape or ()
-  if leaf.shape not in (None, shape):
-    raise UsageError(f'{name} has shape {leaf.shape} in the tree and {shape} on disk')
-  if _is_ocdbt(leaf):
-    size = sum(f.stat().st_size for f in leaf.folder.rglob('*') if f.is_file())
-  else:
-    size = _chunk_bytes(leaf, name, shape, chunks)
-  claim = store.dtype.numpy_dtype.itemsize * max(math.prod(shape), math.prod(chunks))
-  if claim > max(CHUNK, MAX_EXPANSION * size):
-    raise UsageError(f'{name} claims {claim} bytes (shape {shape}, in chunks of {chunks}), but '
-                     f'{size} are on disk')
-  try:
-    out = np.asarray(store.read().result())
-  except ValueError as e:
-    raise UsageError(f'{name}: {leaf.folder / leaf.path} is damaged ({_one_line(e)})') from e
-  return out.view(jnp.bfloat16) if leaf.bfloat16_as_uint16 and out.dtype == np.uint16 else out
-
-
-def _chunk_bytes(leaf, name, shape, chunks) -> int:
-  """Returns the bytes of all chunks on disk; UsageError if one is missing.
-
-  zarr reads a missing chunk as zeros, so an incomplete download would go unnoticed.
-  """
-  real, root = _real_folder(leaf, name), leaf.folder.resolve()
-  count = size = 0
-  for folder, _, names in os.walk(real):
-    for file in names:
-      if re.fullmatch(r'\d+(\.\d+)*', file):
-        chunk = Path(folder, file)
-        if chunk.is_symlink() and not chunk.resolve().is_relative_to(root):
-          raise UsageError(f'{chunk} is a link out of the checkpoint')
-        count, size = count + 1, size + chunk.stat().st_size
-  expected = math.prod(-(-n // c) for n, c in zip(shape, chunks))
-  if count < expected:
-    raise UsageError(f'{name} has {count} of its {expected} chunks in {real}: an incomplete copy')
-  return size
-
-
-def _open(leaf, name) -> ts.TensorStore:
-  if _is_ocdbt(leaf):
-    kvstore = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{leaf.folder.resolve()}/'},
-               'path': f'{leaf.path}/'}
-  else:
-    kvstore = {'driver': 'file', 'path': f'{_real_folder(leaf, name)}/'}
-  try:
-    return ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, read=True).result()
-  except ValueError as e:
-    raise UsageError(f'{name}: cannot open {leaf.folder / leaf.path} ({_one_line(e)})') from e
-
-
-def _is_ocdbt(leaf) -> bool:
-  return (leaf.folder / 'manifest.ocdbt').is_file()
-
-
-def _real_folder(leaf, name) -> Path:
-  """Returns the directory of a leaf with links resolved; it must still be in the checkpoint."""
-  real = (leaf.folder / leaf.path).resolve()
-  if not real.is_relative_to(leaf.folder.resolve()):
-    raise UsageError(f'{name}: {leaf.folder / leaf.path} is a link out of the checkpoint')
-  return real
-
-
-def _below(leaves, prefix):
-  return {name.removeprefix(prefix): leaf for name, leaf in leaves.items()
-          if name.startswith(prefix)}
 
 
 def _one_line(e) -> str:
