@@ -48,18 +48,14 @@ def main(argv: list[str]) -> int:
   use_compilation_cache()
   start = time.perf_counter()
   progress = lambda total: files.Progress('reading', 'tensors', total, file=sys.stdout, every=5.)
+  open_source = {'hf': lambda: convert.read_hf(args.src, args.allow_pickle, progress),
+                 't5x': lambda: convert.read_t5x(args.src, args.vocab, progress),
+                 'gguf': lambda: convert.read_gguf(args.src, progress),
+                 't5lab': lambda: convert.read_t5lab(args.src, args.step, args.weights)}
   try:
-    if args.from_ == 'hf':
-      source = convert.read_hf(args.src, args.allow_pickle, progress)
-    elif args.from_ == 'gguf':
-      source = convert.read_gguf(args.src, progress)
-    elif args.from_ == 't5x':
-      source = convert.read_t5x(args.src, args.vocab, progress)
-    else:
-      source = convert.read_t5lab(args.src, args.step, args.weights)
-    convert.convert(source, args.dst, args.to, log=lambda line: print(line, flush=True),
-                    scanned=args.scanned, form='orbax' if args.orbax else 't5x',
-                    use_reference=not args.golden)
+    convert.convert(open_source[args.from_](), args.dst, args.to,
+                    log=lambda line: print(line, flush=True), scanned=args.scanned,
+                    form='orbax' if args.orbax else 't5x', use_reference=not args.golden)
   except DataError as e:            # raised for the vocabulary, which is an argument here
     raise UsageError(str(e)) from e
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

