@@ -49,7 +49,6 @@ VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepi
                 'vocab.txt', 'characters.json')
 COPIED = (GENERATION, *VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
           'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt')
-TOKENIZER_CONFIG_BYTES = 32 << 20     # tokenizer_config.json may list many tokens
 
 
 @dataclasses.dataclass
@@ -115,7 +114,7 @@ def _vocabulary_spec(path: Path, copied) -> str:
     if path / name in copied:
       return str(path / name)
   if path / 'tokenizer_config.json' in copied:
-    settings = files.read_json(path / 'tokenizer_config.json', TOKENIZER_CONFIG_BYTES)
+    settings = files.read_json(path / 'tokenizer_config.json', 32 << 20)   # may list many tokens
     if str(settings.get('tokenizer_class', '')).startswith('ByT5'):
       return f'byte:{settings.get("extra_ids", 125)}'
   return ''

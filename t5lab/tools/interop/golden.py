@@ -82,11 +82,9 @@ def matching_name(c: TransformerConfig) -> str | None:
            'pooler', 'nsp', 'classes', 'pool', 'types', 'rel_buckets', 'rel_max_distance',
            'position_offset', 'embed_scale', 'tied'}
   formula = [field.name for field in dataclasses.fields(c) if field.name not in sizes]
-  for name in CONFIGS:
-    other = config(name)
-    if other.kind == c.kind and all(getattr(other, f) == getattr(c, f) for f in formula):
-      return name
-  return None
+  matches = lambda other: other.kind == c.kind and all(
+      getattr(other, field) == getattr(c, field) for field in formula)
+  return next((name for name in CONFIGS if matches(config(name))), None)
 
 
 def filled_tensors(c: TransformerConfig) -> dict[str, np.ndarray]:

@@ -45,7 +45,8 @@ class Format:
 
   def fields(self, config: Mapping, shapes: Mapping) -> dict:
     """Returns the fields of a TransformerConfig from config.json and tensor shapes."""
-    row, others = families.row(self.family), self.other_fields(config, shapes)
+    others = self.other_fields(config, shapes)
+    row = {**families.row(self.family), 'dropout': 0.1}      # runs decide it, not rows
     if self.act in config:
       others['acts'] = (_our_act(config[self.act]),)
 
@@ -54,8 +55,11 @@ class Format:
         return _int(config, key, row[field])
       return config[key] if field in SIZES else config.get(key, row[field])
 
-    keyed = {field: value(key, field) for key, field in self.keys.items() if field not in others}
-    return {**row, **keyed, **others}
+    fields = {field: value(key, field) for key, field in self.keys.items() if field not in others}
+    fields |= others
+    if 'd_head' not in fields:
+      fields['d_head'] = fields['d_model'] // fields['n_heads']
+    return {**row, **fields}
 
   def config(self, c: TransformerConfig) -> dict:
     """Returns the config.json of a TransformerConfig."""
@@ -108,8 +112,7 @@ def _t5_fields(config, shapes):
             'decoder': _int(config, 'num_decoder_layers', config['num_layers'])}
   fields = dict(
       dec_layers=layers['decoder'], acts=(act, 'linear') if gated else (act,),
-      dropout=config.get('dropout_rate', 0.1), per_layer_bias=kind == 'umt5',
-      scale_logits=bool(scaled) and kind != 'mt5',
+      per_layer_bias=kind == 'umt5', scale_logits=bool(scaled) and kind != 'mt5',
       tied='lm_head.weight' not in shapes or bool(declared_tied and scaled),
       start_id=_int(config, 'decoder_start_token_id', _int(config, 'pad_token_id', 0)))
   if kind == 'longt5':
@@ -168,11 +171,8 @@ def _bart_fields(config, shapes):
     if config[f'encoder_{key}'] != config[f'decoder_{key}']:
       raise UsageError(f'config.json: encoder_{key}={config[f"encoder_{key}"]} and decoder_{key}='
                        f'{config[f"decoder_{key}"]}; both stacks must be equal')
-  return dict(
-      d_head=config['d_model'] // config['encoder_attention_heads'],
-      dropout=config.get('dropout', 0.1),
-      embed_scale=bool(config.get('scale_embedding', False)),
-      logit_bias='final_logits_bias' in shapes)
+  return dict(embed_scale=bool(config.get('scale_embedding', False)),
+              logit_bias='final_logits_bias' in shapes)
 
 
 BART = Format(
@@ -199,9 +199,7 @@ def _gpt2_fields(config, shapes):
   _require(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
            add_cross_attention=False)
   return dict(
-      d_ff=_int(config, 'n_inner', 4 * config['n_embd']),
-      d_head=config['n_embd'] // config['n_head'], dropout=config.get('resid_pdrop', 0.1),
-      eos_id=_int(config, 'eos_token_id', 0),
+      d_ff=_int(config, 'n_inner', 4 * config['n_embd']), eos_id=_int(config, 'eos_token_id', 0),
       start_id=_int(config, 'bos_token_id', _int(config, 'eos_token_id', 0)))
 
 
@@ -236,7 +234,7 @@ def _llama_fields(config, shapes):
       d_head=_int(config, 'head_dim', config['hidden_size'] // heads),
       max_length=config.get('max_position_embeddings', 2048),
       rope_theta=float(rope.get('rope_theta', config.get('rope_theta', 10_000.))),
-      rope_scaling=scaling, tied=tied)
+      rope_scaling=scaling, tied=tied, dropout=0.)
 
 
 def _llama_keys(c):
@@ -278,9 +276,7 @@ def _bert_fields(config, shapes):
   mlm = 'cls.predictions.transform.dense.weight' in names
   classes = shapes['classifier.weight'][0] if 'classifier.weight' in shapes else 0
   return dict(
-      eos_id=1, dropout=config.get('hidden_dropout_prob', 0.1),
-      d_head=config['hidden_size'] // config['num_attention_heads'],
-      logit_bias=mlm, mlm_head=mlm, pooler='bert.pooler.dense.weight' in names,
+      eos_id=1, logit_bias=mlm, mlm_head=mlm, pooler='bert.pooler.dense.weight' in names,
       nsp='cls.seq_relationship.weight' in names, classes=classes,
       pool='pooler' if classes else 'mean')
 
