@@ -8,7 +8,6 @@ then examined in the order of its computation: data, loss, gradients, update.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import hashlib
 
 import jax
@@ -16,12 +15,11 @@ import numpy as np
 
 from t5lab import config, trees
 from t5lab.errors import UsageError
-from t5lab.programs import loading
+from t5lab.programs import build
 from t5lab.programs.replay import (
   PARTS,
   Difference,
   Replay,
-  compare,
   compare_checkpoint,
   compare_trees,
   differing_keys,
@@ -72,15 +70,17 @@ def config_differences(a: Replay, b: Replay) -> list[str]:
 
 def _shape_difference(a: Replay, b: Replay) -> str:
   """The first array that only one of the runs has in its shape and dtype, as a text; '' if none."""
-  shapes_a, shapes_b = ({path: f'{x.dtype}{list(x.shape)}' for path, x in
-                         trees.flatten(run.program.abstract).items()} for run in (a, b))
-  differing = [path for path in {**shapes_a, **shapes_b}
-               if shapes_a.get(path) != shapes_b.get(path)]
+  shapes = []
+  for run in (a, b):
+    leaves = trees.flatten(run.program.abstract)
+    shapes.append({path: f'{x.dtype}{list(x.shape)}' for path, x in leaves.items()})
+  in_a, in_b = shapes
+  differing = [path for path in {**in_a, **in_b} if in_a.get(path) != in_b.get(path)]
   if not differing:
     return ''
   first = differing[0]
   return ('the runs cannot be compared: their models or optimizers differ; '
-          f'{first} is {shapes_a.get(first, "absent")} and {shapes_b.get(first, "absent")} '
+          f'{first} is {in_a.get(first, "absent")} and {in_b.get(first, "absent")} '
           f'({len(differing)} arrays differ)')
 
 
@@ -93,23 +93,17 @@ def narrow(a: Replay, b: Replay, log) -> tuple[int, int | None]:
   # Rows of metrics.
   rows_a, rows_b = read_rows(a.workdir), read_rows(b.workdir)
   common = sorted(rows_a.keys() & rows_b.keys())
-  first_row = next((step for step in common if differing_keys(rows_a[step], rows_b[step])), None)
+  keys = {step: differing_keys(rows_a[step], rows_b[step]) for step in common}
+  first_row = next((step for step in common if keys[step]), None)
   if first_row is None:
     log(f'{len(common)} common rows of metrics: bit-equal')
   else:
-    keys = ', '.join(differing_keys(rows_a[first_row], rows_b[first_row]))
     log(f'{len(common)} common rows of metrics: the first that differs is step {first_row}, '
-        f'in {keys}')
+        f'in {", ".join(keys[first_row])}')
 
   # Checkpoints.
   both = sorted(set(a.checkpoints.steps()) & set(b.checkpoints.steps()))
-  start, first_checkpoint = 0, None
-  for step in both:
-    if not _same_checkpoint(a, b, step):
-      first_checkpoint = step
-      break
-    if first_row is None or step < first_row:
-      start = step
+  first_checkpoint = next((step for step in both if not _same_checkpoint(a, b, step)), None)
   if first_checkpoint is None:
     log(f'{len(both)} common checkpoints: bit-equal')
   else:
@@ -117,7 +111,8 @@ def narrow(a: Replay, b: Replay, log) -> tuple[int, int | None]:
 
   ends = [step for step in (first_row, first_checkpoint) if step is not None]
   if ends:
-    return start, min(ends)
+    end = min(ends)
+    return max((step for step in both if step < end), default=0), end
   if not common and not both:
     raise UsageError(f'{a.workdir} and {b.workdir} have no step in common to compare: neither a '
                      'row of metrics nor a checkpoint')
@@ -126,9 +121,7 @@ def narrow(a: Replay, b: Replay, log) -> tuple[int, int | None]:
 
 def _same_checkpoint(a, b, step) -> bool:
   # Equal files hold equal arrays; different files may too.
-  digests_a, digests_b = ({name: sha256 for name, (_, sha256) in
-                           run.checkpoints.verify(step).files.items()} for run in (a, b))
-  if digests_a == digests_b:
+  if a.checkpoints.verify(step).files == b.checkpoints.verify(step).files:
     return True
   parts = [part for part in PARTS if trees.flatten(getattr(a.program.abstract, part))]
   return not any(compare_trees(a.saved(step, part), b.saved(step, part)) for part in parts)
@@ -187,9 +180,8 @@ def _trace(run: Replay, start: int, end: int):
 def _first_difference(a, b, start, end, log) -> int | None:
   trace_a = list(_trace(a, start, end))
   a.free_state()                          # only one run is in memory at a time
-  for before, now in zip(trace_a, _trace(b, start, end)):
-    _, features_a, row_a, sums_a = before
-    step, features_b, row_b, sums_b = now
+  for (_, features_a, row_a, sums_a), (step, features_b, row_b, sums_b) in zip(
+      trace_a, _trace(b, start, end)):
     if features_a != features_b or sums_a != sums_b or differing_keys(row_a, row_b):
       return step
     if step > start:
@@ -216,7 +208,7 @@ def _collect(run: Replay, start: int, step: int) -> _Evidence:
   number, batch, gradient, row = 0, {}, {}, {}
   if step > start:
     number, batch = run.next_batch()
-    gradient = jax.device_get(_gradients(run, batch))
+    gradient = _gradients(run, batch)
     row = run.next_step().row
   state = jax.device_get(trees.flatten(run.state))
   run.free_state()
@@ -227,46 +219,43 @@ def _collect(run: Replay, start: int, step: int) -> _Evidence:
 def _examine(a: Replay, b: Replay, start: int, step: int) -> Verdict:
   """Finds what differs first in `step`, given that everything before it is the same."""
   x, y = (_collect(run, start, step) for run in (a, b))
-  where = f'the runs differ at step {step}'
+  verdict = lambda cause, text: Verdict(True, step, cause, f'the runs differ at step {step}{text}')
 
   if step == start:
-    first, more = _first(compare_trees(x.state, y.state))
-    return Verdict(True, step, 'seed', f'{where}, before any training: {first.name} '
-                   f'differs, {first.text}{more}')
+    name, how = _first(compare_trees(x.state, y.state))
+    return verdict('seed', f', before any training: {name} differs, {how}')
 
-  features = [name for name in {**x.batch, **y.batch}
-              if name not in x.batch or name not in y.batch
-              or compare(name, x.batch[name], y.batch[name])]
+  features = [difference.name for difference in compare_trees(x.batch, y.batch)]
   if features:
-    return Verdict(True, step, 'data', f'{where}: {_describe_data(a, b, x, y, features)}')
+    return verdict('data', f': {_describe_data(a, b, x, y, features)}')
 
   # Metrics of the forward pass; the others depend on the gradients.
-  forward = [name for name in ('loss', 'z_loss', 'accuracy', 'tokens')
-             if name in differing_keys(x.row, y.row)]
-  if forward:
-    name = forward[0]
-    return Verdict(True, step, 'loss', f'{where}: the data is the same, {name} is '
-                   f'{x.row[name]!r} and {y.row[name]!r}')
+  differing = differing_keys(x.row, y.row)
+  for name in ('loss', 'z_loss', 'accuracy', 'tokens'):
+    if name in differing:
+      return verdict('loss', f': the data is the same, {name} is {x.row[name]!r} and '
+                     f'{y.row[name]!r}')
 
   differences = sorted(compare_trees(x.gradient, y.gradient), key=_backward_order)
   if differences:
-    first, more = _first(differences)
-    return Verdict(True, step, 'gradients', f'{where}: data and loss are the same, the gradient of '
-                   f'{first.name} differs, {first.text}{more}')
+    name, how = _first(differences)
+    return verdict('gradients', ': data and loss are the same, the gradient of '
+                   f'{name} differs, {how}')
 
   differences = compare_trees(x.state, y.state)
   if differences:
-    first, more = _first(differences)
-    return Verdict(True, step, 'update', f'{where}: data, loss and gradients are the same, the '
-                   f'update makes {first.name} differ, {first.text}{more}')
+    name, how = _first(differences)
+    return verdict('update', ': data, loss and gradients are the same, the '
+                   f'update makes {name} differ, {how}')
 
-  shown = [f'{k} is {x.row[k]!r} and {y.row[k]!r}' for k in differing_keys(x.row, y.row)[:3]]
-  return Verdict(True, step, 'update', f'{where}: all arrays are the same, but '
-                 + ', '.join(shown))
+  shown = [f'{k} is {x.row[k]!r} and {y.row[k]!r}' for k in differing[:3]]
+  return verdict('update', ': all arrays are the same, but ' + ', '.join(shown))
 
 
-def _first(differences: list[Difference]) -> tuple[Difference, str]:
-  return differences[0], f' ({len(differences)} arrays differ)' * (len(differences) > 1)
+def _first(differences: list[Difference]) -> tuple[str, str]:
+  """The name of the first array that differs, and how it differs."""
+  first, count = differences[0], len(differences)
+  return first.name, first.text + f' ({count} arrays differ)' * (count > 1)
 
 
 def _backward_order(difference: Difference) -> int:
@@ -294,16 +283,12 @@ def _describe_data(a, b, x: _Evidence, y: _Evidence, features: list[str]) -> str
 
 def _gradients(run: Replay, batch) -> dict:
   """{path: array} of the next step, before clipping."""
-  c = run.config
   with run.using_mesh():
-    return _gradient(run.state.params, run.state.step, run.put(batch), run.base, run.program.model,
-                     steps.Loss(**c.loss.to_dict()), c.seed, c.optim.microbatches,
-                     loading.lora_scale(c))
+    grads, _ = _step_gradients(run.state.params, run.state.step, run.put(batch), run.base,
+                               model=run.program.model, **build.step_options(run.config))
+  return jax.device_get(trees.flatten(grads))
 
 
-@functools.partial(jax.jit, static_argnums=range(4, 9))
-def _gradient(params, step, batch, base, model, loss, seed, microbatches, lora_scale):
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  grads, _ = steps.gradients(model, params, batch, loss, key, microbatches, base=base,
-                             lora_scale=lora_scale)
-  return trees.flatten(grads)
+# One compilation serves both runs.
+_step_gradients = jax.jit(steps.step_gradients, static_argnames=(
+    'model', 'loss', 'seed', 'microbatches', 'lora_scale'))

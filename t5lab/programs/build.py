@@ -65,8 +65,15 @@ class Program:
   def load_initial(self) -> loading.Loaded:
     """The weights of init.path. Leaves that init.fresh allows to be missing come from the seed."""
     c = self.config
-    return loading.load_base(c, shapes.boxed_params(c), self.mesh,
-                             functools.partial(fresh_params, c, self.mesh))
+    return loading.load_base(c, shapes.boxed_params(c), self.mesh, self._fresh)
+
+  def _fresh(self, paths) -> dict:
+    """{path: array} of the model's parameters at these paths, from the seed."""
+    def init():
+      params = trees.flatten(nn.unbox(init_params(self.config)))
+      return {path: params[path] for path in paths}
+    with sharding.use(self.mesh, self.config.rules):
+      return jax.jit(init)()
 
   def first_state(self, initial: loading.Loaded | None) -> steps.TrainState:
     """The state at step 0, from the seed or from the weights `initial`.
@@ -85,7 +92,7 @@ class Program:
     return guards.place(guards.from_json(saved), sharding.replicated(self.mesh))
 
   def diagnosis(self) -> Diagnosis:
-    return Diagnosis(self.mesh, model=self.model, **_step_options(self.config))
+    return Diagnosis(self.mesh, model=self.model, **step_options(self.config))
 
   def lower(self) -> jax.stages.Lowered:
     """The lowered step, ready to compile, also for a mesh of devices that are only described."""
@@ -100,11 +107,10 @@ def program(c, devices=None) -> Program:
   """
   # Mesh and model.
   mesh = sharding.make_mesh(**c.mesh.to_dict(), devices=devices)
+  model = Transformer(config.model_config(c), train=True)
   sharding.check_mesh(mesh, c.rules)
   _check_batch(c, mesh)
-  model_config = config.model_config(c)
-  sharding.check_heads(mesh, c.rules, model_config.n_heads, model_config.kv_heads)
-  model = Transformer(model_config, train=True)
+  sharding.check_heads(mesh, c.rules, model.config.n_heads, model.config.kv_heads)
 
   # Optimizer, and the state as shapes.
   o = c.optim
@@ -116,11 +122,10 @@ def program(c, devices=None) -> Program:
 
   # The step. Its metrics carry a digest of the batch, computed after the batch was placed.
   settings = guards.Settings(c.guard.policy, c.guard.patience, c.guard.spike)
-  guarded_step = functools.partial(steps.guarded_step, settings=settings, model=model, tx=tx,
-                                   ema=o.ema, **_step_options(c))
+  options = dict(settings=settings, model=model, tx=tx, ema=o.ema, **step_options(c))
 
   def train_step(state, batch, base, guard):
-    state, guard, metrics = guarded_step(state, batch, base, guard)
+    state, guard, metrics = steps.guarded_step(state, batch, base, guard, **options)
     return state, guard, {**metrics, 'batch': digests.batch_digest(batch)}
 
   replicated = sharding.replicated(mesh)
@@ -132,9 +137,7 @@ def program(c, devices=None) -> Program:
   batch = {name: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
                                       sharding=sharding.batch_sharding(mesh, len(x.shape)))
            for name, x in shapes.batch_shapes(c).items()}
-  base = None
-  if c.lora.rank:
-    base = shapes.with_shardings(shapes.boxed_params(c), mesh, c.rules)
+  base = shapes.with_shardings(shapes.boxed_params(c), mesh, c.rules) if c.lora.rank else None
   guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
                        guards.initial())
   return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, settings, step)
@@ -145,7 +148,8 @@ def compiler_options(mesh) -> dict | None:
   return TPU_OPTIONS if mesh.devices.flat[0].platform == 'tpu' else None
 
 
-def _step_options(c) -> dict:
+def step_options(c) -> dict:
+  """The options of steps.step_gradients, apart from the model."""
   return dict(loss=steps.Loss(**c.loss.to_dict()), seed=c.seed,
               microbatches=c.optim.microbatches, lora_scale=loading.lora_scale(c))
 
@@ -156,15 +160,6 @@ def init_params(c):
     return lora.init(shapes.boxed_params(c), c.lora.kernels, c.lora.rank, c.seed)
   batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.batch_shapes(c).items()}
   return steps.init_params(Transformer(config.model_config(c)), c.seed, batch)
-
-
-def fresh_params(c, mesh, paths):
-  """{path: array} of the model's parameters at these paths, from the seed."""
-  def init():
-    params = trees.flatten(nn.unbox(init_params(c)))
-    return {path: x for path, x in params.items() if path in paths}
-  with sharding.use(mesh, c.rules):
-    return jax.jit(init)()
 
 
 def parameter_rows(c) -> list[dict]:

@@ -99,8 +99,7 @@ class Lab:
     """Token lists from `tokens` -> int32[requests, length], padded with 0 after EOS."""
     settings = self.decoding(**options)
     if self.model.kind == 'decoder':
-      start_id = self.model.start_id
-      always = self.config.data.start
+      start_id, always = self.model.start_id, self.config.data.start
       requests = [[start_id, *r] if always or not len(r) else r for r in requests]
     return self._run(requests, settings, tick)
 
@@ -182,8 +181,7 @@ class Lab:
     eos: whether the target includes the end of the text. None: it does for encoder-decoders, and
     does not for decoder-only models.
     """
-    inputs, targets = _as_list(inputs, 'score'), _as_list(targets, 'score')
-    _check_texts([*inputs, *targets], 'score')
+    inputs, targets = _strings(inputs, 'score'), _strings(targets, 'score')
     if len(inputs) != len(targets):
       raise UsageError(f'score needs as many targets as inputs, got {len(inputs)} inputs and '
                        f'{len(targets)} targets')
@@ -192,13 +190,13 @@ class Lab:
     if eos is None:
       eos = self.model.kind != 'decoder'
     end = [self.vocab.eos_id] if eos else []
+    if '' in targets and not eos:
+      raise UsageError(f'score: target {targets.index("")} is empty')
     rows = []
     for text, target in zip(inputs, targets):
       ids = [*self.vocab.prefix, *self.vocab.encode_target(target), *end]
       rows.append({'inputs': np.array(self.tokens(text), np.int32),
                    'targets': np.array(ids, np.int32)})
-    if empty := [i for i, target in enumerate(targets) if not target and not end]:
-      raise UsageError(f'score: target {empty[0]} is empty')
     return self._map(rows, self._log_p) if rows else np.zeros(0, np.float32)
 
   def _log_p(self, batch):
@@ -210,7 +208,7 @@ class Lab:
 
   def embed(self, texts: Texts) -> np.ndarray:
     """float32[n, D], a unit vector for each text, pooled according to model.pool."""
-    texts = _check_texts(_as_list(texts, 'embed'), 'embed')
+    texts = _strings(texts, 'embed')
     if not texts:
       return np.zeros((0, self.model.d_model), np.float32)
     rows = [self._row(text) for text in texts]
@@ -226,7 +224,7 @@ class Lab:
     for group in groups:
       if not 1 <= len(group) <= 2:
         raise UsageError(f'classify takes one text or a pair, got {len(group)} texts')
-      _check_texts(group, 'classify')
+      _strings(group, 'classify')
     if not groups:
       return np.zeros((0, self.model.classes), np.float32)
     rows = [self._row(*group) for group in groups]
@@ -246,7 +244,7 @@ class Lab:
     if not 1 <= k <= m.vocab_size:
       raise UsageError(f'fill_mask: k must be between 1 and the vocabulary size, {m.vocab_size}, '
                        f'got {k}')
-    texts = _check_texts(_as_list(texts, 'fill_mask'), 'fill_mask')
+    texts = _strings(texts, 'fill_mask')
     if not texts:
       return []
     rows = [self._row(text) for text in texts]
@@ -325,7 +323,8 @@ def _as_list(texts, use: str) -> list:
   return list(texts)
 
 
-def _check_texts(texts: list, use: str) -> list:
+def _strings(texts, use: str) -> list[str]:
+  texts = _as_list(texts, use)
   for text in texts:
     if not isinstance(text, str):
       raise UsageError(f'{use} takes strings, got {type(text).__name__} {str(text)[:60]}')

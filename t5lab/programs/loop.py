@@ -46,7 +46,9 @@ def train(c, workdir, *, resume: str = 'auto', allow_data_change: bool = False,
   workdir = Path(workdir).absolute()
   config.check_trainable(c)
   multihost.initialize()
-  with Signals() as signals, multihost.CoordinatedStop(signals) as stop, _run_lock(workdir):
+  # Only process 0 takes the run lock.
+  lock = RunLock(workdir) if multihost.is_main() else contextlib.nullcontext()
+  with Signals() as signals, multihost.CoordinatedStop(signals) as stop, lock:
     return _train(c, workdir, stop, resume, allow_data_change)
 
 
@@ -91,7 +93,8 @@ def _train(c, workdir, stop, resume, allow_data_change):
     report = Report(workdir, resume_step=run.step, total_steps=c.total_steps)
   watchdog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_abort)
   loop = _Loop(c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop)
-  with report, _wait_for_saves(checkpoints), watchdog, loop.profiler:
+  with report, contextlib.ExitStack() as stack, watchdog, loop.profiler:
+    stack.callback(checkpoints.wait)      # whatever ends the run, a save in progress is committed
     while True:
       try:
         with sharding.use(program.mesh, c.rules):
@@ -198,14 +201,12 @@ class _Loop:
 
   def stop_if_requested(self) -> None:
     """Saves and raises Preempted after a signal to any process."""
-    reason = self.stop.check()
-    if not reason:
-      return
-    self.steps.flush()
-    self.save()
-    if not self.run.step:
-      raise Preempted(f'{reason}: no step was completed, nothing to save')
-    raise Preempted(f'{reason}: step {self.run.step} is saved; run the same command to resume')
+    if reason := self.stop.check():
+      self.steps.flush()
+      self.save()
+      if not self.run.step:
+        raise Preempted(f'{reason}: no step was completed, nothing to save')
+      raise Preempted(f'{reason}: step {self.run.step} is saved; run the same command to resume')
 
   def tick(self, done, total) -> None:
     """Called during an evaluation: feeds the watchdog, and stops after a signal."""
@@ -243,11 +244,10 @@ class _StepLog:
   def __init__(self, c, run, report, sentry, watchdog):
     self._every, self._last = c.log.every, c.total_steps
     self._run, self._report, self._sentry, self._watchdog = run, report, sentry, watchdog
-    self._pending = []                    # [(step, metrics on the devices)]
 
   def start(self) -> None:
     """Starts at the step of the run, forgetting metrics that were not fetched."""
-    self._pending = []
+    self._pending = []                    # [(step, metrics on the devices)]
     self._start_row()
 
   def _start_row(self):
@@ -304,20 +304,6 @@ def is_due(step: int, every: int, last: int) -> bool:
 # --- starting and ending -----------------------------------------------------------------------
 
 
-def _run_lock(workdir):
-  """Only process 0 takes the run lock."""
-  return RunLock(workdir) if multihost.is_main() else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _wait_for_saves(checkpoints):
-  """Whatever ends the block, a save in progress is committed or its failure is raised."""
-  try:
-    yield
-  finally:
-    checkpoints.wait()
-
-
 def _abort(code: int) -> None:
   """Ends this process and, since they would wait for it, the other processes of the run."""
   multihost.abort_all(code, f'its watchdog saw no step; the stacks are in watchdog_'
@@ -328,14 +314,14 @@ def _abort(code: int) -> None:
 def _prepare_workdir(c, workdir, resume, checkpoints) -> None:
   """Refuses a workdir of another experiment, and writes config.json."""
   checkpoints.clean()
-  has_steps = bool(checkpoints.steps())
-  if resume == 'never' and has_steps:
+  new = config.to_dict(c)
+  if not checkpoints.steps():
+    if resume == 'must':
+      raise UsageError(f'{workdir} has no checkpoint and --resume=must; use --resume=auto to start')
+  elif resume == 'never':
     raise UsageError(f'{workdir} has checkpoints and --resume=never; use a new --workdir, or '
                      '--resume=auto to resume')
-  if resume == 'must' and not has_steps:
-    raise UsageError(f'{workdir} has no checkpoint and --resume=must; use --resume=auto to start')
-  new = config.to_dict(c)
-  if has_steps:
+  else:
     # Read through today's code, so keys that are newer than the run have their defaults in both.
     saved = config.to_dict(config.from_dict(rundir.read_config(workdir)))
     differences = rundir.config_differences(saved, new, MAY_CHANGE)
@@ -359,10 +345,9 @@ def _check_same_everywhere(name: str, value: str, error) -> None:
 def _origin(c, run: Run) -> str:
   """The origin of the state at step 0, in one line."""
   optimizer = 'restored' if c.init.optimizer == 'restore' else 'fresh'
+  weights = f'weights from seed {c.seed}'
   if run.initial:
     weights = f'weights of {c.init.path}, step {run.initial.step}, {run.initial.weights}'
-  else:
-    weights = f'weights from seed {c.seed}'
   return f'{weights}; optimizer state {optimizer}'
 
 

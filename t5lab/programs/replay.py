@@ -36,7 +36,7 @@ class ReplayedStep:
   halted: bool
 
 
-class Replay:
+class Replay(Run):
   """A run at one of its steps: `start_at(S)`, then `next_step()` for each step after S.
 
   modules: modules that register the tasks of the run; the ones that the run names are not imported.
@@ -46,93 +46,63 @@ class Replay:
   """
 
   def __init__(self, workdir, modules=(), log=functools.partial(print, flush=True)):
-    self.workdir = Path(workdir)
-    self.config = c = loading.read_config(workdir)
+    c = loading.read_config(workdir)
     modules_of_run, c.data.modules = tuple(c.data.modules), tuple(modules)
     self.checkpoints = loading.open_checkpoints(c, workdir, log=log)
-    self.program = build.program(c)
+    program = build.program(c)
     try:
-      self.data = streams.open_stream(c).batches
+      data = streams.open_stream(c).batches
     except UsageError as e:
       if not modules_of_run or modules:
         raise
       names = ','.join(modules_of_run)
       raise UsageError(f'{e} The run imported {names}; modules that a saved config names are '
                        f'imported only if you add --modules {names}') from e
+    super().__init__(c, program, data, Path(workdir))
     for step in self.checkpoints.steps()[-1:]:
-      self.data.check_position(self.checkpoints.manifest(step).meta['data'])
-    self._run = Run(c, self.program, self.data, self.workdir)
+      data.check_position(self.checkpoints.manifest(step).meta['data'])
     self._fault = injected_faults.requested()
-    self._read_rewinds()
-
-  def _read_rewinds(self) -> None:
-    """Sets self._rewinds to [(step, offset)]: from that step on, batches come `offset` later."""
-    self._rewinds = []
-    for record in sentry.read_anomalies(self.workdir):
-      if 'rewound_to' in record:
-        step = int(record['rewound_to'])
-        self._rewinds = [rewind for rewind in self._rewinds if rewind[0] < step]
-        self._rewinds.append((step, int(record['offset'])))
-
-  @property
-  def state(self):
-    return self._run.state
-
-  @property
-  def base(self):
-    return self._run.base
-
-  @property
-  def step(self) -> int:
-    return self._run.step
+    self._rewinds = _read_rewinds(workdir)
 
   def free_state(self) -> None:
     """Frees the memory of the state; `start_at` makes another."""
-    self._run.state = None
-
-  def starts(self) -> list[int]:
-    """The steps that a replay can start at: 0, the seed, and each checkpoint."""
-    return [0, *self.checkpoints.steps()]
+    self.state = None
 
   def start_at(self, step: int) -> None:
     """Goes to the state after `step`: that of its checkpoint, or for 0 that of the seed."""
     self.free_state()
-    if step == 0:
-      self._run.begin()
-    elif step not in self.checkpoints.steps():
+    steps = [0, *self.checkpoints.steps()]
+    if step not in steps:
       raise CheckpointError(f'{self.workdir} has no checkpoint of step {step} to start from; '
-                            f'available: {", ".join(map(str, self.starts()))} (0 is the seed)')
+                            f'available: {", ".join(map(str, steps))} (0 is the seed)')
+    if step == 0:
+      self.begin()
     else:
-      self._run.resume(self.checkpoints.restore(self.program.abstract, step))
+      self.resume(self.checkpoints.restore(self.program.abstract, step))
     self._start = step
     self._apply_rewinds()
 
   def _apply_rewinds(self) -> None:
     for step, offset in self._rewinds:    # the last one that applies
       if self._start <= step <= self.step:
-        self._run.offset = offset
+        self.offset = offset
 
   def next_batch(self) -> tuple[int, dict[str, np.ndarray]]:
     """(number in the stream, features) of the batch that the next step reads."""
-    number = self.step + 1 + self._run.offset
+    number = self.step + 1 + self.offset
     batch = self.data.batch(number - 1)
     return number, self._fault.inject(batch, number) if self._fault else batch
 
   def next_step(self) -> ReplayedStep:
     number, batch = self.next_batch()
     with self.using_mesh():
-      metrics = self._run.advance(self.put(batch))
-    metrics = jax.device_get(metrics)
+      metrics = jax.device_get(self.advance(self.put(batch)))
     halted = bool(metrics.pop('halted'))
-    learning_rate = self._run.account(metrics)
+    learning_rate = self.account(metrics)
     self._apply_rewinds()
     row = {'step': self.step, **{name: float(x) for name, x in metrics.items()},
-           'lr': learning_rate, 'data': self._run.digest}
+           'lr': learning_rate, 'data': self.digest}
     return ReplayedStep(self.step, number, batch, row, halted)
-
-  def meta(self) -> dict:
-    """The metadata for a checkpoint of this state."""
-    return self._run.meta()
 
   def put(self, batch):
     return sharding.put(batch, self.program.mesh)
@@ -142,8 +112,7 @@ class Replay:
 
   def saved(self, step: int, part: str) -> dict[str, np.ndarray]:
     """{path: array} of a part of a checkpoint ('params', 'opt_state', …), verified."""
-    abstract = {part: getattr(self.program.abstract, part)}
-    state, _ = self.checkpoints.restore(abstract, step, only=(part,))
+    state, _ = self.checkpoints.restore(self.program.abstract, step, only=(part,))
     return trees.flatten(state)
 
   def config_changed_since(self, step: int) -> bool:
@@ -152,6 +121,17 @@ class Replay:
       return False
     then = self.checkpoints.manifest(step).meta.get('config')
     return then != config.digest(config.from_dict(rundir.read_config(self.workdir)))
+
+
+def _read_rewinds(workdir) -> list[tuple[int, int]]:
+  """[(step, offset)]: from that step on, batches come `offset` later."""
+  rewinds = []
+  for record in sentry.read_anomalies(workdir):
+    if 'rewound_to' in record:
+      step = int(record['rewound_to'])
+      rewinds = [rewind for rewind in rewinds if rewind[0] < step]
+      rewinds.append((step, int(record['offset'])))
+  return rewinds
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -195,19 +175,20 @@ def compare(name: str, a, b) -> Difference | None:
   if not differs.any():
     return None
   count = int(differs.sum())
-  first = tuple(int(i) for i in np.argwhere(differs)[0])
+  first = np.argwhere(differs)[0].tolist()
   with np.errstate(invalid='ignore'):
     distance = np.abs(a[differs].astype(np.float64) - b[differs].astype(np.float64))
   largest = float(np.max(distance))
+  values = [x[tuple(first)].item() for x in (a, b)]
   return Difference(name, count, largest,
                     f'{count} of {a.size} elements, max |difference| {largest:.3g}, '
-                    f'first at {list(first)}: {a[first].item()!r} and {b[first].item()!r}')
+                    f'first at {first}: {values[0]!r} and {values[1]!r}')
 
 
 def compare_trees(a: dict, b: dict) -> list[Difference]:
   """The differences of {path: array}, in the order of a."""
   differences = []
-  for path in [*a, *(p for p in b if p not in a)]:
+  for path in {**a, **b}:
     if path not in a or path not in b:
       differences.append(Difference(path, 1, np.inf, 'only one of them has it'))
     elif difference := compare(path, a[path], b[path]):

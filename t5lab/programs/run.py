@@ -7,8 +7,7 @@ what the run computed.
 import dataclasses
 
 from t5lab.programs import loading
-from t5lab.runs.position import Position, checkpoint_meta
-from t5lab.training import digests
+from t5lab.training import digests, guards
 
 
 class Run:
@@ -23,16 +22,16 @@ class Run:
   """
 
   def __init__(self, c, program, data, workdir):
-    self._c, self._program, self._data, self._workdir = c, program, data, workdir
+    self.config, self.program, self.data, self.workdir = c, program, data, workdir
     self.state = self.guard = self.base = self.initial = None
-    self._set_position(Position())
+    self.step = self.offset = self.updates = 0
+    self.digest = ''
 
   def begin(self) -> None:
     """Step 0, from the seed or from the weights of init.path."""
     self.state = None                      # its memory is needed for the new one
-    initial = self._load_initial() if self._c.init.path else None
-    self.state = self._program.first_state(initial)
-    self._set_position(Position())
+    initial = self._load_initial() if self.config.init.path else None
+    self._go_to(0, self.program.first_state(initial), {}, None)
 
   def resume(self, restored, *, check_data: bool = True) -> None:
     """The step of a checkpoint. restored: (TrainState, Manifest) of Checkpoints.restore.
@@ -41,30 +40,30 @@ class Run:
     check_data, for data that is not that of the checkpoint.
     """
     state, manifest = restored
-    if self._c.lora.rank:
+    meta = manifest.meta
+    if self.config.lora.rank:
       initial = self._load_initial() if self.base is None else self.initial
-      loading.check_base(initial, manifest.meta, self._c, self._workdir)
+      loading.check_base(initial, meta, self.config, self.workdir)
     if check_data:
-      self._data.check_position(manifest.meta['data'])
-    self.state = state
-    self._set_position(Position.from_manifest(manifest))
+      self.data.check_position(meta['data'])
+    self._go_to(manifest.step, state, meta['data'], meta.get('guard'))
 
   def _load_initial(self) -> loading.Loaded:
-    initial = self._program.load_initial()
-    self.base = initial.params if self._c.lora.rank else None
+    initial = self.program.load_initial()
+    self.base = initial.params if self.config.lora.rank else None
     self.initial = dataclasses.replace(initial, params=None)
     return initial
 
-  def _set_position(self, position: Position) -> None:
-    self.step, self.offset, self.digest = position.step, position.offset, position.digest
-    if self.state is not None:
-      self.guard = self._program.make_guard(position.guard)
-      self.updates = int(self.state.step)  # skipped steps made none
+  def _go_to(self, step, state, data, guard) -> None:
+    """data, guard: what `meta` wrote into the checkpoint of this step."""
+    self.step, self.state = step, state
+    self.offset, self.digest = data.get('offset', 0), data.get('digest', '')
+    self.guard = self.program.make_guard(guard)
+    self.updates = int(state.step)  # skipped steps made none
 
   def advance(self, batch) -> dict:
     """Dispatches the next step on a global batch and returns its metrics, still on the devices."""
-    self.state, self.guard, metrics = self._program.step(
-        self.state, batch, self.base, self.guard)
+    self.state, self.guard, metrics = self.program.step(self.state, batch, self.base, self.guard)
     self.step += 1
     return metrics
 
@@ -74,10 +73,12 @@ class Run:
     Takes the digest of the batch out of the metrics.
     """
     self.digest = digests.chain(self.digest, metrics.pop('batch'))
-    learning_rate = float(self._program.schedule(self.updates))
+    learning_rate = float(self.program.schedule(self.updates))
     self.updates += not metrics['skipped']
     return learning_rate
 
   def meta(self) -> dict:
-    """The metadata for a checkpoint of this step."""
-    return checkpoint_meta(self.step, self.offset, self.digest, self.guard, self._data)
+    """The metadata for a checkpoint of this step, which `resume` reads back."""
+    position = self.data.position(self.step + self.offset)
+    return {'data': {**position, 'offset': self.offset, 'digest': self.digest},
+            'guard': guards.to_json(self.guard)}

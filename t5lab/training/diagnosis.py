@@ -29,13 +29,10 @@ class Finding:
 
 
 class Diagnosis:
-  """`explain(state, batch, base)` says where a step went wrong. Options as in steps.train_step."""
+  """`explain(state, batch, base)` says where a step went wrong. Options: as for step_gradients."""
 
-  def __init__(self, mesh, *, model, loss: steps.Loss, seed: int = 0, microbatches: int = 1,
-               lora_scale: float = 1.):
-    options = dict(model=model, loss=loss, seed=seed, microbatches=microbatches,
-                   lora_scale=lora_scale)
-    self._microbatches = microbatches
+  def __init__(self, mesh, *, microbatches: int = 1, **options):
+    options['microbatches'] = self._microbatches = microbatches
     self._order = []     # paths of modules in the order in which they finish; filled by tracing
     # Replicated results: every process needs all of them.
     jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
@@ -116,8 +113,8 @@ class Diagnosis:
 # --- the forward pass --------------------------------------------------------------------------
 
 
-def _watched_forward(params, step, batch, base, i, *, model, loss, seed, microbatches, lora_scale,
-                     order):
+def _watched_forward(params, step, batch, base, i, *, model, loss, seed=0, microbatches,
+                     lora_scale=1., order):
   """Runs microbatch i; returns ({path: max |output|}, float32[rows] loss of each row)."""
   order.clear()
   key = jax.random.fold_in(jax.random.key(seed), step)
@@ -200,11 +197,9 @@ def _split_by_scan(order):
 # --- weights and gradients ---------------------------------------------------------------------
 
 
-def _gradient_norms(params, step, batch, base, *, model, loss, seed, microbatches, lora_scale):
+def _gradient_norms(params, step, batch, base, **options):
   """{path: (norm of the gradient, norm of the weights)}, [L] each for stacked parameters."""
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  grads, sums = steps.gradients(model, params, batch, loss, key, microbatches, base=base,
-                                lora_scale=lora_scale)
+  grads, sums = steps.step_gradients(params, step, batch, base, **options)
   tokens = jnp.maximum(sums['weight'], 1.)
   norm = lambda path, x: jnp.sqrt(jnp.sum(jnp.square(x), axis=_axes_of_a_layer(path, x.ndim)))
   weights = trees.flatten(params)

@@ -165,12 +165,18 @@ def gradients(model, params, batch, loss: Loss, key, microbatches: int, **frozen
   return total
 
 
+def step_gradients(params, step, batch, base=None, *, model: Transformer, loss: Loss, seed: int = 0,
+                   microbatches: int = 1, lora_scale: float = 1.):
+  """`gradients` with the dropout of update number `step`."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return gradients(model, params, batch, loss, key, microbatches, base=base, lora_scale=lora_scale)
+
+
 # --- steps -------------------------------------------------------------------------------------
 
 
 def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None = None, *,
-               model: Transformer, tx: optax.GradientTransformation, loss: Loss, ema: float,
-               seed: int = 0, microbatches: int = 1, lora_scale: float = 1.,
+               tx: optax.GradientTransformation, ema: float, **options,
                ) -> tuple[TrainState, Metrics]:
   """One update. The same state and batch give the same result, on any mesh.
 
@@ -178,11 +184,9 @@ def train_step(state: TrainState, batch: dict[str, Array], base: PyTree | None =
   it. With next-sentence labels, the mean of their loss is added. [Devlin et al. 2019, A.2; their
   code divides by the tokens + 1e-5, this by at least 1]
   base: frozen weights; state.params are then their adapters (training/lora.py).
-  Metrics are float32 scalars.
+  options: of `step_gradients`. Metrics are float32 scalars.
   """
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
-  grads, sums = gradients(
-      model, state.params, batch, loss, key, microbatches, base=base, lora_scale=lora_scale)
+  grads, sums = step_gradients(state.params, state.step, batch, base, **options)
   tokens = _total(sums['weight'])
   grads = jax.tree.map(lambda g: g / tokens, grads)
 
