@@ -33,6 +33,11 @@ class Preempted(Failure):
   code = 75
 
 
+def first_line(error: Exception, limit: int = 200) -> str:
+  """The first line of an error's message, or else the name of its class."""
+  return (str(error).splitlines() or [type(error).__name__])[0][:limit]
+
+
 def did_you_mean(name: str, known) -> str:
   """A sentence with the closest known names, " Did you mean 'x'?", or else with all of them."""
   import difflib

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from t5lab import errors
-from t5lab.errors import Failure, UsageError
+from t5lab.errors import Failure, UsageError, first_line
 from t5lab.parallel import rendezvous
 
 PORT = 8476                    # of the coordinator, on all platforms
@@ -57,7 +57,7 @@ def initialize(seconds: float = SECONDS) -> None:
                                initialization_timeout=int(seconds))
   except (ValueError, RuntimeError) as e:
     raise UsageError(f'cannot join the run at coordinator {address.coordinator} as process '
-                     f'{address.index} of {address.count}: {_first_line(e)}; run `t5lab doctor` on '
+                     f'{address.index} of {address.count}: {first_line(e)}; run `t5lab doctor` on '
                      'all hosts') from e
   _listener.start()
   atexit.register(_listener.stop)
@@ -120,15 +120,17 @@ def gather(value, seconds: float = SECONDS) -> list:
     return [value]
   key = f't5lab/gather/{next(_calls)}'
   _store().key_value_set(f'{key}/{index()}', json.dumps(value))
-  end, values = time.monotonic() + seconds, {}
+  end, values, late = time.monotonic() + seconds, [], []
   for i in range(count()):
-    with contextlib.suppress(Failure):
+    try:
       remaining = max(end - time.monotonic(), 0.1)
-      values[i] = json.loads(_get(f'{key}/{i}', remaining, f'process {i}'))
-  if late := [i for i in range(count()) if i not in values]:
+      values.append(json.loads(_get(f'{key}/{i}', remaining, f'process {i}')))
+    except Failure:
+      late.append(i)
+  if late:
     raise Failure(f'no message from process {", ".join(map(str, late))} of {count()} within '
                   f'{seconds:g} s; see their output, or run `t5lab doctor` on all hosts')
-  return [values[i] for i in range(count())]
+  return values
 
 
 def barrier(name: str, seconds: float = SECONDS) -> None:
@@ -148,11 +150,7 @@ def _get(key: str, seconds: float, sender: str) -> str:
     return _store().blocking_key_value_get(key, int(seconds * 1000))
   except jax.errors.JaxRuntimeError as e:
     raise Failure(f'no message from {sender} of {count()} within {seconds:g} s: '
-                  f'{_first_line(e)}') from e
-
-
-def _first_line(e: Exception) -> str:
-  return (str(e).splitlines() or [type(e).__name__])[0][:200]
+                  f'{first_line(e)}') from e
 
 
 def fetch(x) -> np.ndarray:
@@ -220,7 +218,7 @@ class CoordinatedStop:
                   for i in range(count())]
         self._stop_at, self._reason = max(checks) + 1, reason
     except jax.errors.JaxRuntimeError as e:
-      print(f't5lab: the processes cannot agree on a step to stop at: {_first_line(e)}',
+      print(f't5lab: the processes cannot agree on a step to stop at: {first_line(e)}',
             file=sys.stderr, flush=True)
 
 
@@ -305,11 +303,8 @@ def _exit(code: int) -> None:
 
 
 def _leave() -> None:
-  """Announces that this process ends, and waits until all have: 3 s at most, or 5 in process 0.
-
-  Process 0 hosts the service. Without the wait, a closed socket would reach the others before the
-  reason does.
-  """
+  """Announces that this process ends, and waits until all have: 3 s at most, or 5 in process 0,
+  which hosts the service. Otherwise a closed socket would reach the others before the reason."""
   _store().key_value_set(f't5lab/left/{index()}', '', allow_overwrite=True)
   end = time.monotonic() + (5 if is_main() else 3)
   while time.monotonic() < end:

@@ -18,7 +18,7 @@ import time
 
 from jax._src import clusters
 
-from t5lab.errors import UsageError
+from t5lab.errors import UsageError, first_line
 
 MAX_LINE = 1 << 20    # bytes of one message
 PINGS = 5
@@ -45,8 +45,7 @@ def find_address(seconds: float) -> ProcessAddress:
       coordinator, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
           coordinator, count, index, None, None, int(seconds))
   except (ValueError, RuntimeError, OSError) as e:
-    first_line = str(e).splitlines()[0][:200]
-    raise UsageError(f'cannot determine the coordinator of this run: {first_line}') from e
+    raise UsageError(f'cannot determine the coordinator of this run: {first_line(e)}') from e
   if (coordinator, count, index) == (None, None, None) or count == 1:
     return ProcessAddress()
 
@@ -119,9 +118,7 @@ class Rendezvous:
     if silent:
       self._fail(f'{_processes(silent)} of {self.address.count} connected, but then sent nothing '
                  f'within {seconds:g} s; see the output there')
-    for peer in self._peers.values():
-      with contextlib.suppress(OSError):
-        peer.send({'values': values})
+    self._send_all({'values': values})
     return values
 
   # --- process 0 ---------------------------------------------------------------------------------
@@ -172,15 +169,17 @@ class Rendezvous:
       peer.send({'ping': True})
       peer_time = float(peer.receive(end)['time'])
       after = self._clock()
-      uncertainty = (after - before) / 2
-      measurements.append((uncertainty, peer_time - (before + after) / 2))
+      measurements.append(((after - before) / 2, peer_time - (before + after) / 2))
     uncertainty, ahead = min(measurements)        # the shortest round trip is the most accurate
     return ahead, uncertainty
 
-  def _fail(self, message: str):
+  def _send_all(self, message: dict) -> None:
     for peer in self._peers.values():
       with contextlib.suppress(OSError):
-        peer.send({'error': message})
+        peer.send(message)
+
+  def _fail(self, message: str):
+    self._send_all({'error': message})
     raise UsageError(message)
 
   # --- the other processes -----------------------------------------------------------------------

@@ -23,8 +23,12 @@ class Writer:
     """copy: False saves a copy on the host; the arrays must then not change until written."""
     self._loop: asyncio.AbstractEventLoop | None = None
     # No compression: zstd shrinks float32 parameters by 8 % only, and takes the cores that train.
-    self._orbax = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_compression=False, **({} if copy else _without_copies()))
+    options = {}
+    if not copy:
+      options['type_handler_registry'] = ocp.type_handlers.create_type_handler_registry(
+          (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+          (jax.Array, ocp.type_handlers.ArrayHandler()))
+    self._orbax = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, **options)
 
   def start(self, folders: dict[Path, dict]) -> list:
     """Copies the arrays and starts to write them.
@@ -75,25 +79,16 @@ def reader(signatures):
 
 @functools.cache
 def _mute_late_failures():
-  """Silences failed writes that TensorStore reports after a save has failed already.
+  """Silences failed writes that TensorStore reports after the first has ended the save.
 
-  The first failed write ends the save, and Orbax's thread closes its event loop. TensorStore's
-  threads report every other one to the closed loop, and Python would print a trace for each.
+  They go to the event loop, which is closed by then, and Python would print a trace for each.
   """
   default_hook = sys.unraisablehook
 
   def hook(unraisable):
-    is_late = str(unraisable.exc_value) == 'Event loop is closed' and unraisable.object is None
-    if not is_late:
+    if str(unraisable.exc_value) != 'Event loop is closed' or unraisable.object is not None:
       default_hook(unraisable)
   sys.unraisablehook = hook
-
-
-def _without_copies() -> dict:
-  numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-  registry = ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
-  return dict(type_handler_registry=registry)
 
 
 def _snapshot(x):

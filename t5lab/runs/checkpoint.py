@@ -11,6 +11,7 @@ and removes old steps. A committed step is never written to again.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -22,14 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5lab import files, trees
-from t5lab.errors import CheckpointError, NumericalError
+from t5lab.errors import CheckpointError, NumericalError, first_line
 from t5lab.parallel import multihost
 from t5lab.runs import array_files, injected_faults, manifests, rundir
 from t5lab.runs.step_directory import CORRUPT, StepDirectory
 
 MUST_BE_FINITE = ('params', 'ema')  # an optimizer state may hold an inf ("best loss so far")
-BARRIER_SECONDS = 600
 LISTED = 10  # arrays that differ, in an error
+
+# Not through devices: a collective in a save's thread would meet those of the train step.
+_barrier = functools.partial(multihost.barrier, seconds=600)
 
 
 class Checkpoints(StepDirectory):
@@ -86,7 +89,7 @@ class Checkpoints(StepDirectory):
       if self._is_main:
         for folder in by_folder:
           folder.mkdir(parents=True)
-      self._barrier(f'{temporary.name}_made')
+      _barrier(f'{temporary.name}_made')
       writes = self._writer.start(by_folder)
     except BaseException as e:
       self._discard(temporary)
@@ -123,18 +126,17 @@ class Checkpoints(StepDirectory):
     """The thread of a save: commits it, or leaves the error for `wait`."""
     try:
       _join(writes)
-      self._barrier(f'{temporary.name}_written')
+      _barrier(f'{temporary.name}_written')
       if self._is_main:
         self._commit(manifest, temporary, folders)
         self._prune()
-      self._barrier(f'{temporary.name}_committed')
+      _barrier(f'{temporary.name}_committed')
     except Exception as e:
       self._discard(temporary)
       newest = self.newest()
-      committed = ('no step is committed' if newest is None else
-                   f'newest committed step: {newest}')
-      self._error = CheckpointError(
-          f'saving step {manifest.step} to {self.directory} failed: {_reason(e)} ({committed})')
+      committed = 'no step is committed' if newest is None else f'newest committed step: {newest}'
+      self._error = CheckpointError(f'saving step {manifest.step} to {self.directory} failed: '
+                                    f'{first_line(e, 300)} ({committed})')
       self._error.__cause__ = e
 
   def _commit(self, manifest, temporary, folders):
@@ -198,10 +200,6 @@ class Checkpoints(StepDirectory):
     if self._is_main:
       shutil.rmtree(temporary, ignore_errors=True)
 
-  def _barrier(self, key):
-    # Not through devices: a collective in this thread would meet those of the train step.
-    multihost.barrier(key, BARRIER_SECONDS)
-
   # --- restoring -------------------------------------------------------------------------------
 
   def restore(self, abstract_state, step: int | None = None, *, only=(), quarantine: bool = False):
@@ -238,7 +236,7 @@ class Checkpoints(StepDirectory):
         tree = read(path / 'state' / part, trees.unflatten(flat))
       except Exception as e:
         # The bytes are those that were saved, so an older step would not help.
-        raise CheckpointError(f'{path}: cannot read {part}: {_reason(e)}') from e
+        raise CheckpointError(f'{path}: cannot read {part}: {first_line(e, 300)}') from e
       arrays |= trees.flatten(tree)
     if manifests.signatures(arrays) != expected:
       raise CheckpointError(f'{path}: arrays differ from {manifests.NAME}')
@@ -248,8 +246,7 @@ class Checkpoints(StepDirectory):
     """Returns the step to read, verified, or None if nothing was ever saved."""
     parts = only or None
     if step is not None:
-      self._require(step)
-      self._verify(step, full=True, parts=parts)
+      self.verify(step, parts=parts)
       return step
 
     # The newest step that verifies. Steps that are unreadable or of a newer format are not ours to
@@ -290,10 +287,6 @@ def _join(writes):
     raise failures[0]
 
 
-def _reason(error: Exception) -> str:
-  return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-
-
 @jax.jit
 def _are_finite(leaves):  # -> bool[len(leaves)]
   return jnp.stack([jnp.isfinite(x).all() for x in leaves])
@@ -314,11 +307,11 @@ def _select(state, only):
 
 
 def _check_same_arrays(path, expected, saved):
-  lines = manifests.differences(expected, saved)
+  lines = [f'\n  {line}' for line in manifests.differences(expected, saved)]
   if not lines:
     return
   total = len(expected.keys() | saved.keys())
-  listed = ''.join(f'\n  {line}' for line in lines[:LISTED])
+  listed = ''.join(lines[:LISTED])
   if len(lines) > LISTED:
     listed += f'\n  … and {len(lines) - LISTED} more'
   raise CheckpointError(

@@ -38,9 +38,7 @@ class RunLock:
 
   def __init__(self, directory, *, patience: float = 2.0, log=print):
     self.path = Path(directory) / 'run.lock'
-    self._patience = patience
-    self._log = log
-    self._fd = -1
+    self._patience, self._log = patience, log
 
   def __enter__(self):
     try:
@@ -83,10 +81,9 @@ class RunLock:
       holder = self._read_holder()
       waited = time.monotonic() - start
       if waited > self._patience or (waited > SETTLED_SECONDS and _is_running(holder)):
+        advice = '; wait for it, stop it, or choose another --workdir'
         if _is_gone(holder):
           advice = ', which is gone but left a child process that holds the lock: end it'
-        else:
-          advice = '; wait for it, stop it, or choose another --workdir'
         raise UsageError(f'{self.path.parent} is in use by {_describe(holder)}{advice}')
       time.sleep(0.05)
 
@@ -120,11 +117,12 @@ def _describe(holder: dict) -> str:
 
 def _is_running(holder: dict) -> bool:
   """True if the holder runs on this machine, and is not just exiting."""
-  if not _is_of_this_boot(holder) or not _is_alive(holder):
+  start = _start_time(holder.get('pid'))
+  if not _is_of_this_boot(holder) or not start or start != holder.get('start'):
     return False
   try:  # a process that exits loses its memory first, and with it its command line
     return bool(Path(f'/proc/{holder["pid"]}/cmdline').read_bytes())
-  except (OSError, KeyError):
+  except OSError:
     return False
 
 
@@ -136,10 +134,6 @@ def _is_gone(holder: dict) -> bool:
 
 def _is_of_this_boot(holder: dict) -> bool:
   return holder.get('boot_id') == _boot_id() != ''
-
-
-def _is_alive(holder: dict) -> bool:
-  return _start_time(holder.get('pid')) == holder.get('start') != ''
 
 
 def _boot_id() -> str:

@@ -26,15 +26,12 @@ class Profiler:
   def after(self, step: int, metrics) -> None:
     if self._running and step >= self._first + STEPS - 1:
       jax.block_until_ready(metrics['loss'])
-      self._stop()
-
-  def _stop(self) -> None:
-    if self._running:
-      jax.profiler.stop_trace()
-      self._running = False
+      self.__exit__()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._stop()
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False

@@ -44,10 +44,8 @@ class Report:
 
     file: where the run is shown; default: standard output.
     """
-    self._file = file or sys.stdout
-    self._total = total_steps
-    self._last_shown = float('-inf')
-    self._bar = None
+    self._file, self._total = file or sys.stdout, total_steps
+    self._last_shown, self._bar = float('-inf'), None
     self._path = Path(workdir) / 'metrics.jsonl'
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +117,8 @@ class Report:
 
   def _open_entries(self, step):
     """Opens metrics.jsonl to append after `step`."""
-    last = step or -1  # from the beginning: not even an evaluation of step 0 stays
-    entries = jsonl.truncate(self._path, 'step', last)
+    # From the beginning (0), not even an evaluation of step 0 stays.
+    entries = jsonl.truncate(self._path, 'step', step or -1)
     self.evaluated = {entry['step'] for entry in entries if 'eval' in entry}
     self._entries = open(self._path, 'a', encoding='utf-8')
 

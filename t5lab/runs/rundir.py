@@ -42,26 +42,20 @@ def config_differences(saved: Mapping, new: Mapping, allowed=()) -> list[str]:
   allowed: keys ('total_steps') or sections ('log') that may differ.
   """
   saved, new = _leaves(saved), _leaves(new)
-  lines = []
-  for key in sorted(saved.keys() | new.keys()):
-    is_allowed = any(key == a or key.startswith(f'{a}.') for a in allowed)
-    before, after = saved.get(key, 'absent'), new.get(key, 'absent')
-    if before != after and not is_allowed:
-      lines.append(f'{key}: {before} -> {after}')
-  return lines
+  differing = [key for key in sorted({**saved, **new}) if saved.get(key) != new.get(key)]
+  is_allowed = lambda key: any(key == a or key.startswith(f'{a}.') for a in allowed)
+  return [f'{key}: {saved.get(key, "absent")} -> {new.get(key, "absent")}'
+          for key in differing if not is_allowed(key)]
 
 
 def _leaves(config: Mapping) -> dict[str, str]:
   """{'a.b': JSON text of the value}. As text, true and 1 differ."""
   leaves = {}
-
-  def visit(tree, prefix):
-    for key, value in tree.items():
-      if isinstance(value, dict) and value:
-        visit(value, f'{prefix}{key}.')
-      else:
-        leaves[f'{prefix}{key}'] = json.dumps(value)
-  visit(json.loads(json.dumps(config)), '')
+  for key, value in config.items():
+    if isinstance(value, dict) and value:
+      leaves |= {f'{key}.{inner}': text for inner, text in _leaves(value).items()}
+    else:
+      leaves[key] = json.dumps(value)
   return leaves
 
 

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Mapping
+import contextlib
 import json
 import math
 import os
@@ -54,28 +55,25 @@ class StepDirectory:
     manifest.metrics.update(self._annotations().get(step, {}))
     return manifest
 
-  def verify(self, step: int, full: bool = True) -> manifests.Manifest:
+  def verify(self, step: int, full: bool = True, parts=None) -> manifests.Manifest:
     """Checks names, kinds and sizes of a step's files, and SHA-256 if `full`.
 
+    parts: hash only these top-level keys.
     Errors: CheckpointError; its subclass manifests.Invalid if the step is damaged.
     """
     self._require(step)
-    return self._verify(step, full)
+    return self._verify(step, full, parts)
 
   def best_step(self) -> int | None:
     """Returns the step with the best finite `best_metric`, the newest among equals, or None."""
     sign = 1 if self._best_mode == 'max' else -1
-    best_value, best_step = -math.inf, None
+    values = {}
     for step in self.steps():
-      try:
+      with contextlib.suppress(manifests.Invalid):
         value = self.manifest(step).metrics.get(self.best_metric)
-      except manifests.Invalid:
-        continue
-      if not isinstance(value, (int, float)) or not math.isfinite(value):
-        continue
-      if sign * value >= best_value:
-        best_value, best_step = sign * value, step
-    return best_step
+        if isinstance(value, (int, float)) and math.isfinite(value):
+          values[step] = sign * value
+    return max(reversed(values), key=values.get, default=None)
 
   def annotate(self, step: int, metrics: Mapping) -> None:
     """Adds metrics that were measured after `step` was committed.
@@ -121,7 +119,7 @@ class StepDirectory:
           f'no checkpoint of step {step} in {self.directory}; available steps: {available}')
 
   def _verify(self, step, full, parts=None) -> manifests.Manifest:
-    """`verify` for a step that may disappear meanwhile. parts: hash only these top-level keys."""
+    """`verify` for a step that was listed, but may disappear meanwhile."""
     path = self.path(step)
     try:
       manifest = manifests.verify(path, full=full, parts=parts)
@@ -154,8 +152,8 @@ class StepDirectory:
   def _annotations(self) -> dict[int, dict]:
     path = self.directory / ANNOTATIONS
     try:
-      annotations = json.loads(path.read_text())
-      return {int(step): dict(metrics) for step, metrics in annotations.items()}
+      text = path.read_text()
+      return {int(step): dict(metrics) for step, metrics in json.loads(text).items()}
     except FileNotFoundError:
       return {}
     except (OSError, ValueError, TypeError, AttributeError) as e:

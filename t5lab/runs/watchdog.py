@@ -43,7 +43,7 @@ class Watchdog:
     self._thread = None
     self._closing = threading.Event()
 
-    self._lock = threading.Lock()          # of everything below
+    self._lock = threading.RLock()         # of everything below
     self._last_sign = self._last_fetch = time.monotonic()
     self._in_flight = 0                    # steps dispatched since the last fetch
     self._has_fetched = False
@@ -110,20 +110,17 @@ class Watchdog:
   def limit(self) -> float:
     """Seconds without a sign of life that would end the process now; 0: no limit."""
     with self._lock:
-      return self._current_limit()
-
-  def _current_limit(self):
-    if self._paused_limit is not None:
-      return self._paused_limit
-    if not self._step_seconds:
-      return 0.
-    median = statistics.median(self._step_seconds)
-    return max(self._seconds, FACTOR * median) + self._in_flight * median
+      if self._paused_limit is not None:
+        return self._paused_limit
+      if not self._step_seconds:
+        return 0.
+      median = statistics.median(self._step_seconds)
+      return max(self._seconds, FACTOR * median) + self._in_flight * median
 
   def _watch(self):
     while not self._closing.wait(min(1., self._seconds / 4)):
       with self._lock:
-        limit = self._current_limit()
+        limit = self.limit()
         silent = time.monotonic() - self._last_sign if limit else 0.
         doing = self._doing
       if limit and silent > limit:
