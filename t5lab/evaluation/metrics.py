@@ -21,6 +21,16 @@ def _check(targets, predictions):
                      f'a score needs one prediction a target and at least one of each')
 
 
+def _percent(values) -> float:
+  """100 times the mean of numbers or bools."""
+  return 100 * float(np.mean(values))
+
+
+def _fraction_equal(targets, predictions) -> float:
+  _check(targets, predictions)
+  return _percent([t == p for t, p in zip(targets, predictions)])
+
+
 def _references(targets) -> list[list[str]]:
   """Reference streams for sacrebleu: streams[i][n] is reference i of example n."""
   if isinstance(targets[0], str):
@@ -60,7 +70,7 @@ def rouge(targets, predictions) -> dict[str, float]:
   scorer = rouge_scorer.RougeScorer(list(keys), use_stemmer=False)
   sentences = lambda text: text.replace(' . ', ' .\n')  # rougeLsum splits sentences at newlines
   scores = [scorer.score(sentences(t), sentences(p)) for t, p in zip(targets, predictions)]
-  return {key: 100 * float(np.mean([score[key].fmeasure for score in scores])) for key in keys}
+  return {key: _percent([score[key].fmeasure for score in scores]) for key in keys}
 
 
 # Answers to questions
@@ -77,16 +87,20 @@ def _token_f1(target: str, prediction: str) -> float:
   return 2 * same / (len(target) + len(prediction)) if same else 0.
 
 
-def _best_answers(targets, predictions, punctuation=_NO_PUNCTUATION):
+def _best_answers(targets, predictions, punctuation=_NO_PUNCTUATION, unanswerable=False):
   _check(targets, predictions)
   em, f1 = [], []
   for answers, prediction in zip(targets, predictions):
     answers = [answers] if isinstance(answers, str) else answers
     prediction = normalize_answer(prediction, punctuation)
     answers = [normalize_answer(answer, punctuation) for answer in answers]
-    em.append(max(answer == prediction for answer in answers))
+    if unanswerable:
+      answers = list(filter(None, answers)) or ['']
+    em.append(prediction in answers)
     f1.append(max(_token_f1(answer, prediction) for answer in answers))
-  return {'em': 100 * float(np.mean(em)), 'f1': 100 * float(np.mean(f1))}
+    if unanswerable and answers == ['']:
+      f1[-1] = float(not prediction)
+  return {'em': _percent(em), 'f1': _percent(f1)}
 
 
 def squad(targets, predictions) -> dict[str, float]:
@@ -103,15 +117,7 @@ def squad_v2(targets, predictions) -> dict[str, float]:
   Answers that normalise to nothing are left out, unless all do: then both scores are 1 for a
   prediction that does too, else 0. [Rajpurkar et al. 2018; evaluate-v2.0.py]
   """
-  _check(targets, predictions)
-  em, f1 = [], []
-  for answers, prediction in zip(targets, predictions):
-    prediction = normalize_answer(prediction)
-    answers = [answers] if isinstance(answers, str) else answers
-    answers = [a for a in map(normalize_answer, answers) if a] or ['']
-    em.append(prediction in answers)
-    f1.append(max(_token_f1(a, prediction) if a else float(not prediction) for a in answers))
-  return {'em': 100 * float(np.mean(em)), 'f1': 100 * float(np.mean(f1))}
+  return _best_answers(targets, predictions, unanswerable=True)
 
 
 def trivia_qa(targets, predictions) -> dict[str, float]:
@@ -136,8 +142,7 @@ def record(targets, predictions) -> dict[str, float]:
 
 def accuracy(targets, predictions) -> dict[str, float]:
   """The fraction of predictions that equal their target, of any type."""
-  _check(targets, predictions)
-  return {'accuracy': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+  return {'accuracy': _fraction_equal(targets, predictions)}
 
 
 def matthews_corrcoef(targets, predictions) -> dict[str, float]:
@@ -157,8 +162,8 @@ def matthews_corrcoef(targets, predictions) -> dict[str, float]:
 def _class_f1(targets, predictions, label) -> float:
   """F1 of one class, from 0 to 1; 0 if it is neither a target nor predicted."""
   targets, predictions = (np.asarray(x) == label for x in (targets, predictions))
-  return 2 * float(np.sum(targets & predictions)) / max(1, int(np.sum(targets) +
-                                                               np.sum(predictions)))
+  both, either = np.sum(targets & predictions), np.sum(targets) + np.sum(predictions)
+  return 2 * float(both) / max(1, int(either))
 
 
 def f1_score_with_invalid(targets, predictions) -> dict[str, float]:
@@ -171,8 +176,7 @@ def f1_score_with_invalid(targets, predictions) -> dict[str, float]:
 def mean_3class_f1(targets, predictions) -> dict[str, float]:
   """Mean of the F1 of classes 0, 1 and 2, for CommitmentBank."""
   _check(targets, predictions)
-  return {'mean_3class_f1': 100 * float(np.mean([_class_f1(targets, predictions, label)
-                                                 for label in range(3)]))}
+  return {'mean_3class_f1': _percent([_class_f1(targets, predictions, c) for c in range(3)])}
 
 
 def multirc_f1_over_all_answers(targets, predictions) -> dict[str, float]:
@@ -190,7 +194,7 @@ def multirc_exact_match(targets, predictions) -> dict[str, float]:
   for target, prediction in zip(targets, predictions):
     group = target['group']
     right[group] = right.get(group, True) and target['value'] == prediction['value']
-  return {'exact_match': 100 * float(np.mean(list(right.values())))}
+  return {'exact_match': _percent(list(right.values()))}
 
 
 def _correlation(x, y) -> float:
@@ -225,8 +229,7 @@ def spearman_corrcoef(targets, predictions) -> dict[str, float]:
 
 def exact_match(targets, predictions) -> dict[str, float]:
   """The fraction of predictions that equal their target."""
-  _check(targets, predictions)
-  return {'exact_match': 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+  return {'exact_match': _fraction_equal(targets, predictions)}
 
 
 def _edits(target: str, prediction: str) -> int:

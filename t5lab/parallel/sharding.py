@@ -92,11 +92,11 @@ def make_mesh(data: int = -1, model: int = 1, expert: int = 1, fsdp: int = 1, se
 def mesh_sizes(sizes: Mapping[str, int], n: int, machine: str = 'this machine') -> dict[str, int]:
   """Sizes of mesh axes with -1 resolved for n devices. UsageError if they do not multiply to n."""
   flags = _as_flags(sizes)
-  wildcards = list(sizes.values()).count(-1)
-  if wildcards > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+  fixed = [size for size in sizes.values() if size != -1]
+  wildcards, known = len(sizes) - len(fixed), math.prod(fixed)
+  if wildcards > 1 or min(fixed, default=1) < 1:
     raise UsageError(f'{flags}: a mesh axis must have 1 or more devices; one axis may be -1 '
                      '(the rest)')
-  known = math.prod(size for size in sizes.values() if size != -1)
   if n % known or (not wildcards and known != n):
     multiple = 'a multiple of ' if wildcards else ''
     raise UsageError(f'{flags} asks for {multiple}{known} devices, {machine} has {n}; the sizes '
@@ -294,14 +294,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def _is_box(x) -> bool:
-  return isinstance(x, nn.LogicallyPartitioned)
-
-
 def boxes(boxed) -> dict[str, nn.LogicallyPartitioned]:
   """{path: box} of parameters with their logical axes."""
   leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
   return {trees.path_name(keys): box for keys, box in leaves}
+
+
+def _is_box(x) -> bool:
+  return isinstance(x, nn.LogicallyPartitioned)
 
 
 def shardings(boxed, mesh: Mesh, rules: str):
@@ -415,16 +415,15 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None
   all rows.
   """
   def global_array(x):
-    sharding = batch_sharding(mesh, x.ndim)
-    if rows is None or len(rows) == size:
-      return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    numbers = np.arange(len(x)) if rows is None else rows
 
     def local_shard(index):
-      # the rows of one device are adjacent in the batch, and so in `rows`
-      first, last, _ = index[0].indices(size)
-      start = np.searchsorted(rows, first)
-      return x[start:start + last - first]
+      # the rows of one device are adjacent in the batch, and so in `numbers`
+      start, stop = index[0].indices(shape[0])[:2]
+      first = np.searchsorted(numbers, start)
+      return x[first:first + stop - start]
 
-    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, local_shard)
+    shape = (len(x) if rows is None else size, *x.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, x.ndim), local_shard)
 
   return {name: global_array(x) for name, x in batch.items()}

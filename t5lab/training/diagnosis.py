@@ -7,7 +7,9 @@ inspects the output of every module. Compiled only when a step is bad.
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -41,9 +43,7 @@ class Diagnosis:
     self._bad_rows, self._bad_layers = jit(_bad_rows), jit(_bad_layers)
 
   def explain(self, state, batch, base=None) -> Finding:
-    """Finds the first non-finite number, in the order in which the step computes them.
-
-    That is the batch, the weights, the forward pass layer by layer, the loss, the gradients.
+    """Finds the first non-finite number in the order in which the step computes them.
 
     state: TrainState before the bad step. batch: the step's, on the devices.
     """
@@ -96,9 +96,8 @@ class Diagnosis:
     path, i = max(ratios, key=ratios.get)
     gradient, weights = norms[path]
     name = _numbered(path, i, len(gradient))
-    return Finding(
-        f'loss and gradient are finite; the gradient is largest relative to the weights in {name}: '
-        f'norm {gradient[i]:.3g}, weights {weights[i]:.3g}', name, rows)
+    return Finding('loss and gradient are finite; the gradient is largest relative to the weights '
+                   f'in {name}: norm {gradient[i]:.3g}, weights {weights[i]:.3g}', name, rows)
 
   def _use(self, path) -> int:
     """Position in the forward pass of the innermost module that uses a parameter; -1: unknown."""
@@ -162,36 +161,28 @@ def _by_module(largest):
 
 
 def _in_forward_order(order, outputs):
-  """Yields (module with its layer, max |output|) in the order of the forward pass.
+  """Yields (module with its layer, max |output|), all modules of a layer before the next layer.
 
-  outputs: _by_module of each microbatch; the largest counts. Modules below a scan have a number per
-  layer, and all modules of a layer come before the next layer.
+  outputs: _by_module of each microbatch; the largest counts.
   """
-  order = list(dict.fromkeys(order))
-  for scan, names in _split_by_scan(order):
+  for scan, names in itertools.groupby(dict.fromkeys(order), key=_scan):
     values = {}
     for name in names:
       calls = [np.broadcast_arrays(*modules.get(name, [0.])) for modules in outputs]
       values[name] = np.max(calls, axis=(0, 1))
     if not scan:
-      yield from ((name, float(values[name])) for name in names)
+      yield from ((name, float(x)) for name, x in values.items())
       continue
-    n_layers = max(np.size(v) for v in values.values())
+    n_layers = max(map(np.size, values.values()))
     for layer in range(n_layers):
-      for name in names:
-        yield f'{name}, layer {layer} of {n_layers}', float(np.atleast_1d(values[name])[layer])
+      for name, x in values.items():
+        yield f'{name}, layer {layer} of {n_layers}', float(np.atleast_1d(x)[layer])
 
 
-def _split_by_scan(order):
-  """Groups neighbours that are in the same scan: [(path of the scan or '', names)]."""
-  scans = [f'{stack}/{kind}' for stack in ('encoder', 'decoder') for kind in ('layers', 'tail')]
-  groups = []
-  for name in order:
-    scan = next((s for s in scans if f'{name}/'.startswith(f'{s}/')), '')
-    if not groups or groups[-1][0] != scan:
-      groups.append((scan, []))
-    groups[-1][1].append(name)
-  return groups
+def _scan(name) -> str:
+  """The path of the scan over layers that a module is in; '' if it is in none."""
+  in_scan = re.match('(encoder|decoder)/(layers|tail)/', f'{name}/')
+  return in_scan[0] if in_scan else ''
 
 
 # --- weights and gradients ---------------------------------------------------------------------

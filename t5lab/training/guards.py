@@ -15,6 +15,7 @@ after a number of errors in a row, the guard never accepts a bad step.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.struct
@@ -97,16 +98,14 @@ def judge(guard: Guard, metrics: dict[str, Array], settings: Settings,
   halted = (was_halted | (bad >= limit)).astype(jnp.int32)
 
   # Exponential mean and variance of good steps, a plain average at first. [West 1979]
-  rate = 1. / jnp.minimum(guard.good + 1, WINDOW).astype(jnp.float32)
+  good = jnp.minimum(guard.good + 1, WINDOW)
+  rate = 1. / good.astype(jnp.float32)
   delta = x - guard.mean
   mean = guard.mean + rate * delta
   variance = (1. - rate) * (guard.variance + rate * jnp.square(delta))
-  new_guard = Guard(
-      halted=halted,
-      bad=bad,
-      good=jnp.where(ok, jnp.minimum(guard.good + 1, WINDOW), guard.good),
-      mean=jnp.where(ok, mean, guard.mean),
-      variance=jnp.where(ok, variance, guard.variance))
+  keep = functools.partial(jnp.where, ok)
+  new_guard = Guard(halted, bad, keep(good, guard.good), keep(mean, guard.mean),
+                    keep(variance, guard.variance))
 
   added = {'skipped': (~ok).astype(jnp.float32), 'halted': halted.astype(jnp.float32)}
   if settings.spike:
