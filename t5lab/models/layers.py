@@ -3,7 +3,9 @@
 B batch, T length, D model, F feed-forward. Parameters are float32, activations `dtype`.
 """
 
+from collections.abc import Callable
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -80,6 +82,18 @@ def kernel_init(c: TransformerConfig, std: float) -> nn.initializers.Initializer
   return nn.initializers.normal(c.init_std or std)
 
 
+def up_init(c: TransformerConfig, batch_axis=()) -> nn.initializers.Initializer:
+  """T5's truncated normal by fan-in, or normal with the family's single std."""
+  if c.init_std:
+    return nn.initializers.normal(c.init_std)
+  return nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal', batch_axis=batch_axis)
+
+
+def gated(c: TransformerConfig, up: Callable):
+  """act_0(up(0)) * act_1(up(1)) * …, with an up-projection for each activation."""
+  return functools.reduce(operator.mul, [ACTIVATIONS[act](up(i)) for i, act in enumerate(c.acts)])
+
+
 def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
   """Zeroes x with probability `rate` and rescales.
 
@@ -94,13 +108,6 @@ def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
   return jnp.where(keep, x / (1. - rate), 0.).astype(x.dtype)
 
 
-def up_init(c: TransformerConfig) -> nn.initializers.Initializer:
-  """For feed-forward kernels: T5's truncated normal by fan-in, or the family's single std."""
-  if c.init_std:
-    return nn.initializers.normal(c.init_std)
-  return nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal')
-
-
 class Mlp(nn.Module):
   """wo(drop(act_0(wi_0 x) * act_1(wi_1 x) * …)). T5 1.0 has one act; ('gelu', 'linear') is GEGLU.
 
@@ -112,10 +119,11 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):                                       # [B, T, D]
     c = self.config
-    h = None                                                   # [B, T, F]
-    for i, act in enumerate(c.acts):
-      up = Dense(c.d_ff, ('embed', 'mlp'), up_init(c), c.dtype, c.bias, name=f'wi_{i}')(x)
-      h = ACTIVATIONS[act](up) if h is None else h * ACTIVATIONS[act](up)
+
+    def dense(name, x, features, axes):
+      return Dense(features, axes, up_init(c), c.dtype, c.bias, name=name)(x)
+
+    h = gated(c, lambda i: dense(f'wi_{i}', x, c.d_ff, ('embed', 'mlp')))  # [B, T, F]
     h = constrain(h, 'batch', 'length', 'act_mlp')
     h = dropout(self, h, c.dropout, self.train)
-    return Dense(c.d_model, ('mlp', 'embed'), up_init(c), c.dtype, c.bias, name='wo')(h)
+    return dense('wo', h, c.d_model, ('mlp', 'embed'))

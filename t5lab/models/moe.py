@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import ACTIVATIONS, dropout, kernel_init
+from t5lab.models.layers import dropout, gated, kernel_init, up_init
 from t5lab.parallel.sharding import constrain, product
 
 # The statistics that `sow` collects in each layer; training adds the first two to the loss.
@@ -57,18 +57,13 @@ class Experts(nn.Module):
     c = self.config
 
     def dense(name, h, features, axes):
-      # Truncated normal by the fan-in of one expert.
-      init = nn.initializers.normal(c.init_std) if c.init_std else (
-          nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal', batch_axis=(0,)))
+      init = up_init(c, batch_axis=(0,))                       # by the fan-in of one expert
       w = self.param(name, nn.with_logical_partitioning(init, ('expert', *axes)),
                      (c.experts, h.shape[-1], features), jnp.float32)
       return product(functools.partial(jnp.einsum, 'EBCI,EIO->EBCO'), h, w, 'expert', *axes,
                      dtype=c.dtype)
 
-    h = None                                                   # [E, B, C, F]
-    for i, act in enumerate(c.acts):
-      up = ACTIVATIONS[act](dense(f'wi_{i}', x, c.d_ff, ('embed', 'mlp')))
-      h = up if h is None else h * up
+    h = gated(c, lambda i: dense(f'wi_{i}', x, c.d_ff, ('embed', 'mlp')))  # [E, B, C, F]
     h = constrain(h, 'expert', 'batch', 'capacity', 'act_mlp')
     h = dropout(self, h, c.dropout, self.train)
     return dense('wo', h, c.d_model, ('mlp', 'embed'))

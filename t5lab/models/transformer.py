@@ -16,7 +16,7 @@ from t5lab.errors import UsageError
 from t5lab.models import long_attention
 from t5lab.models.attention import Attention, segment_mask
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init
+from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init, up_init
 from t5lab.models.moe import Moe
 from t5lab.models.positions import RelativeBias, sinusoids
 from t5lab.parallel.sharding import batch_shards, constrain, product
@@ -45,8 +45,7 @@ def _bias_copies(train: bool) -> int:
 
 def _relative_bias(module, relative, copies: int):
   """Applies a RelativeBias: int[T, S] -> float32[copies, N, T, S]."""
-  bias = module(relative, copies)
-  return constrain(bias, 'batch', 'act_heads', 'length', 'kv_length')
+  return constrain(module(relative, copies), 'batch', 'act_heads', 'length', 'kv_length')
 
 
 class Block(nn.Module):
@@ -80,10 +79,9 @@ class Block(nn.Module):
       attn = Attention(c, self.train, name='attn')
       kv = attn.keys_values(h, shared['positions'])
       if cache is not None:
-        kv = {name: jax.lax.dynamic_update_slice(
-            cache['self'][name], kv[name].astype(cache['self'][name].dtype),
-            (0, 0, shared['index'], 0)) for name in kv}
-        new_cache['self'] = kv
+        write = lambda old, new: jax.lax.dynamic_update_slice(
+            old, new.astype(old.dtype), (0, 0, shared['index'], 0))
+        kv = new_cache['self'] = jax.tree.map(write, cache['self'], kv)
       bias = shared['bias']
       if c.per_layer_bias:
         bias = _relative_bias(RelativeBias(c, not self.causal, name='relpos'),
@@ -92,12 +90,11 @@ class Block(nn.Module):
 
     def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
-      if cache is not None and 'cross' in cache:
+      if cache and 'cross' in cache:
         kv = cache['cross']               # not returned: the scan would copy it for every token
       else:
         kv = attn.keys_values(shared['memory'])
-        if cache is not None:
-          new_cache['cross'] = kv
+        new_cache['cross'] = kv
       return attn(h, kv, shared['cross_mask'])
 
     def feed_forward(h):
@@ -182,16 +179,14 @@ class Stack(nn.Module):
     module = RelativeBias(c, not self.causal, name='relpos')
     if c.enc_attention == 'full' or self.causal:
       return {'bias': _relative_bias(module, relative, copies)}
-    global_module = None
-    if c.enc_attention == 'transient_global':
-      global_module = RelativeBias(c, True, name='global_relpos')
+    far = c.enc_attention == 'transient_global'
+    global_module = RelativeBias(c, True, name='global_relpos') if far else None
     return {'near': long_attention.share(c, segments, module, global_module, copies)}
 
   def _add_positions(self, x, positions, types):
     """Adds absolute positions and token types, and applies the embedding norm, if there are any."""
     c = self.config
-    init = nn.with_logical_partitioning(
-        nn.initializers.normal(c.init_std or c.d_model ** -0.5), ('positions', 'embed'))
+    init = nn.with_logical_partitioning(kernel_init(c, c.d_model ** -0.5), ('positions', 'embed'))
     if c.positions == 'learned':
       table = self.param('positions', init, (c.max_length + c.position_offset, c.d_model))
       x += lookup(table, positions + c.position_offset, 'positions', c.dtype)
@@ -262,23 +257,20 @@ class Transformer(nn.Module):
           c, c.dec_layers, causal=True, cross=c.enc_layers > 0, train=self.train)
 
     # BERT's heads and the classifier.
-    square = lambda: Dense(c.d_model, ('embed', 'norm'), kernel_init(c, c.d_model ** -0.5),
-                           c.dtype, bias=True)
+    head = lambda features, axis, dtype: Dense(
+        features, ('embed', axis), kernel_init(c, c.d_model ** -0.5), dtype, bias=True)
     if c.pooler:
-      self.pooler = square()
+      self.pooler = head(c.d_model, 'norm', c.dtype)
     if c.mlm_head:
-      self.mlm_dense, self.mlm_norm = square(), Norm(c)
+      self.mlm_dense, self.mlm_norm = head(c.d_model, 'norm', c.dtype), Norm(c)
     if c.nsp:
-      self.nsp = Dense(2, ('embed', None), kernel_init(c, c.d_model ** -0.5), 'float32', bias=True)
+      self.nsp = head(2, None, 'float32')
     if c.classes:
-      self.classifier = Dense(c.classes, ('embed', None), kernel_init(c, c.d_model ** -0.5),
-                              'float32', bias=True)
+      self.classifier = head(c.classes, None, 'float32')
 
     # The softmax matrix.
     if not c.tied:
-      init = nn.initializers.normal(c.init_std) if c.init_std else (
-          nn.initializers.variance_scaling(1., 'fan_in', 'truncated_normal'))
-      self.logits = Dense(c.vocab_size, ('embed', 'vocab'), init, 'float32')
+      self.logits = Dense(c.vocab_size, ('embed', 'vocab'), up_init(c), 'float32')
     if c.logit_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
       self.logit_bias = self.param('logit_bias', init, (c.vocab_size,), jnp.float32)
@@ -314,9 +306,8 @@ class Transformer(nn.Module):
     if segments is None:
       segments = (tokens != self.config.pad_id).astype(jnp.int32)
     index = jnp.arange(tokens.shape[1])
-    mask = None
-    if self.config.enc_attention == 'full':
-      mask = segment_mask(segments, segments)
+    is_full = self.config.enc_attention == 'full'
+    mask = segment_mask(segments, segments) if is_full else None
     x, _ = self.encoder(self.embed(tokens), mask, index, index, positions=positions, types=types,
                         segments=segments)
     return x, segments
