@@ -106,7 +106,7 @@ def read_json(path, limit: int = CONFIG_BYTES, error=UsageError) -> dict:
 # --- progress ----------------------------------------------------------------------------------
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
   """A progress line on standard error: task, count, rate, and the remaining time if it is known.
 
   Example: `cleaning: 12,800 rows · 4,210 rows/s · ETA 1:05`
@@ -157,9 +157,6 @@ class Progress:
   def _end_line(self) -> None:
     if self._redraws:
       print(file=self._file)
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, error, *_) -> None:
     if error is None:

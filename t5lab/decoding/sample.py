@@ -75,7 +75,11 @@ def sample(
   def choose(i, logits):
     if not temperature:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = _filtered(logits / temperature, top_k, top_p)
+    logits = logits / temperature
+    if top_k:
+      logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+      logits = keep_top_p(logits, top_p)
     draw = lambda key, x: jax.random.categorical(jax.random.fold_in(key, i), x)
     return jax.vmap(draw)(keys, logits).astype(jnp.int32)
 
@@ -107,11 +111,6 @@ def sample(
   _, _, tokens, scores, _ = jax.lax.while_loop(is_running, body, (jnp.int32(1), cache, *state))
   output = prompt_length[:, None] + jnp.arange(length)
   return jnp.take_along_axis(tokens, output, axis=1), scores
-
-
-def _filtered(logits, k, p):
-  logits = keep_top_k(logits, k) if k else logits
-  return keep_top_p(logits, p) if p < 1 else logits
 
 
 def _check(length, rng, temperature, k, p):

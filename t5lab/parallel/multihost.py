@@ -170,11 +170,10 @@ class CoordinatedStop:
       …                                  # every process calls check() at the same points
       if reason := stop.check(): save, then raise Preempted
 
-  check() returns '' or the reason to stop, and returns the reason in every process at the same call
-  of check. To agree on that call, a thread in each process publishes how often its process has
-  called check, with further calls held meanwhile; the call after the largest count is where all
-  stop. Neither devices nor the main thread take part, so this also works while processes compile or
-  wait for each other in a step.
+  check() returns '' or, in every process at the same call of check, the reason to stop. To agree on
+  that call, a thread in each process publishes how often its process has called check, with further
+  calls held meanwhile; all stop at the call after the largest count. Neither devices nor the main
+  thread take part, so this also works while processes compile or wait for each other in a step.
 
   signals: has `requested`, '' or the name of a signal (runs/signals.py).
   """
@@ -259,10 +258,9 @@ _listener = _Listener()
 
 
 def abort_all(code: int, message: str) -> None:
-  """Ends this process with `code`, and the others with the same code and `message`.
+  """Ends all processes with `code`, the others with `message`; nothing in a run of one process.
 
-  Does nothing in a run of one process. Without it the others would wait inside a step until the
-  heartbeat of this process is missed.
+  Without it the others would wait inside a step until the heartbeat of this process is missed.
   """
   if count() == 1:
     return
@@ -273,11 +271,8 @@ def abort_all(code: int, message: str) -> None:
 
 
 def await_abort() -> None:
-  """Gives the listener time to end this process for the reason that another process failed.
-
-  Call it when a step failed, perhaps because another process has ended: its reason is in the store
-  within two looks.
-  """
+  """Gives the listener time to end this process because another process failed: call it when a step
+  failed, perhaps for that reason, which is in the store within two looks."""
   if count() > 1:
     time.sleep(3 * POLL)
 

@@ -1,9 +1,8 @@
 """The processes of a run connect to the coordinator over plain TCP, before JAX does.
 
-For `t5lab doctor`. JAX waits minutes for a process that never comes, and two versions of JAX may
-not even understand each other. A rendezvous takes seconds, names the missing processes, and lets
-the others compare their installations before they rely on them. The protocol is one JSON object a
-line; anything else is rejected.
+For `t5lab doctor`. JAX waits minutes for a process that never comes. A rendezvous takes seconds,
+names the missing processes, and lets the others compare their installations. The protocol is one
+JSON object a line; anything else is rejected.
 
   with Rendezvous(find_address(30), 30) as rendezvous:
     versions = rendezvous.exchange({'jax': '0.10.2'}, 10)      # of all processes, in all of them
@@ -59,7 +58,7 @@ def find_address(seconds: float) -> ProcessAddress:
   return ProcessAddress(coordinator, count, index)
 
 
-class Rendezvous:
+class Rendezvous(contextlib.AbstractContextManager):
   """Connects all processes: process 0 listens, the others connect to it.
 
   Every process makes the same calls in the same order. Process 0 reports an error to all that have
@@ -85,9 +84,6 @@ class Rendezvous:
     except BaseException:
       self.close()
       raise
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *_):
     self.close()

@@ -191,8 +191,7 @@ def _first_difference(a, b, start, end, log) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Evidence:
-  """All of a step, on the host. number: of the batch in the stream; gradient, state: {path: array}.
-  """
+  """All of a step, on the host: the batch and its number in the stream, and {path: array}."""
   number: int
   batch: dict
   row: dict
@@ -212,8 +211,8 @@ def _collect(run: Replay, start: int, step: int) -> _Evidence:
     row = run.next_step().row
   state = jax.device_get(trees.flatten(run.state))
   run.free_state()
-  by_part = {path: state[path] for part in PARTS for path in state if path.split('/')[0] == part}
-  return _Evidence(number, batch, row, gradient, by_part)
+  in_order = sorted(state, key=lambda path: PARTS.index(path.split('/')[0]))
+  return _Evidence(number, batch, row, gradient, {path: state[path] for path in in_order})
 
 
 def _examine(a: Replay, b: Replay, start: int, step: int) -> Verdict:

@@ -161,11 +161,12 @@ def _text(example, feature) -> str:
 
 def _failed_metric(task: str, error: Exception) -> str:
   """'metric bleu': the metric function of the task that appears in the traceback."""
-  called = {frame.name for e in (error, error.__cause__) if e
-            for frame in traceback.extract_tb(e.__traceback__)}
-  names = [getattr(fn, '__name__', '') for fn in seqio.get_mixture_or_task(task).metric_fns]
-  return 'metric ' + (' or '.join(n for n in names if n in called)
-                      or ', '.join(filter(None, names)))
+  called = set()
+  for e in filter(None, (error, error.__cause__)):
+    called.update(frame.name for frame in traceback.extract_tb(e.__traceback__))
+  metric_fns = seqio.get_mixture_or_task(task).metric_fns
+  names = list(filter(None, (getattr(fn, '__name__', '') for fn in metric_fns)))
+  return 'metric ' + (' or '.join(n for n in names if n in called) or ', '.join(names))
 
 
 def _reason(error: Exception) -> str:

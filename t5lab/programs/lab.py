@@ -168,8 +168,8 @@ class Lab:
     """
     if self.model.kind == 'encoder' and not (self.model.mlm_head or self.model.classes):
       raise UsageError(f'{self.config.family} has no head that computes logits; use embed')
-    needed = [f'{side}_input_tokens' for side, layers in (
-        ('encoder', self.model.enc_layers), ('decoder', self.model.dec_layers)) if layers]
+    stacks = {'encoder': self.model.enc_layers, 'decoder': self.model.dec_layers}
+    needed = [f'{stack}_input_tokens' for stack, layers in stacks.items() if layers]
     missing = [name for name in needed if name not in batch]
     if missing:
       raise UsageError(f'logits needs {", ".join(needed)}; missing: {", ".join(missing)}')
@@ -267,7 +267,7 @@ class Lab:
             'targets': np.array([self.vocab.eos_id], np.int32)}     # no position reads it
 
   def _map(self, rows, f):
-    """f(model features of a batch), applied to one row or more of any length. Results are in order.
+    """f(model features of a batch) of one row or more of any length, in order.
 
     As in the engine, rows are sorted by length and padded to a few shapes, to compile few programs.
     """
@@ -281,7 +281,8 @@ class Lab:
 
       # Fill the batch up with copies of its first row.
       built = [self._build(rows[i], widths) for i in chosen]
-      built += built[:1] * (min(buckets(len(built), 1, 4), batch_size) - len(built))
+      size = min(buckets(len(built), 1, 4), batch_size)
+      built += built[:1] * (size - len(built))
       batch = {name: np.stack([row[name] for row in built]) for name in built[0]}
       outputs = jax.tree.map(np.asarray, f(batch))
       for j, i in enumerate(chosen):
@@ -297,14 +298,14 @@ class Lab:
                               eos=self.vocab.eos_id)
 
   def _apply(self, method: str, batch):
-    for name in batch:
+    for name, x in batch.items():
       if name.endswith('_tokens'):
-        _check_ids(batch[name], self.model.vocab_size, name)
+        _check_ids(x, self.model.vocab_size, name)
+      if name.endswith('_positions'):
+        self._check_length(int(np.max(x, initial=-1)) + 1)
     if method not in self._jitted:
-      self._jitted[method] = jax.jit(functools.partial(
-          Transformer(self.model).apply, method=method))
-    self._check_length(max((int(np.max(x, initial=-1)) + 1 for name, x in batch.items()
-                            if name.endswith('_positions')), default=0))
+      apply = functools.partial(Transformer(self.model).apply, method=method)
+      self._jitted[method] = jax.jit(apply)
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
     return self._jitted[method]({'params': self.params}, batch)
 

@@ -238,16 +238,17 @@ def load_optimizer(c, abstract, step: int):
   path = c.init.path
   checkpoints = open_checkpoints(read_config(path), path)
   manifest = checkpoints.manifest(step)
-  if 'opt_state' not in manifest.parts:
-    raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer '
-                          'state; use init.optimizer=fresh')
 
   # Paths start with the link's position in its chain: match the links that have state, in order.
   link = lambda leaf_path: int(leaf_path.partition('/')[0])
+  saved_paths = [p.removeprefix('opt_state/') for p in manifest.leaves
+                 if p.startswith('opt_state/')]
+  if not saved_paths:
+    raise CheckpointError(f'init.optimizer=restore: step {step} of {path} holds no optimizer '
+                          'state; use init.optimizer=fresh')
   ours = trees.flatten(abstract)
-  our_links = sorted({link(p) for p in ours})
-  saved_links = sorted({link(p.partition('/')[2]) for p in manifest.leaves
-                        if p.startswith('opt_state/')})
+  our_links = sorted(set(map(link, ours)))
+  saved_links = sorted(set(map(link, saved_paths)))
   position = dict(zip(our_links, saved_links))
 
   def rename(leaf_path):

@@ -2,8 +2,7 @@
 
   t5lab train --config configs/quickstart.py --workdir runs/quickstart
 
-Run the same command again to resume where the run was killed. TensorFlow is imported only where
-seqio reads data, so `import t5lab.programs.loop` stays light.
+Run the same command again to resume where the run was killed.
 """
 
 import contextlib

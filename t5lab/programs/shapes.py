@@ -13,7 +13,9 @@ from t5lab.training import steps
 def batch_shapes(c) -> dict[str, jax.ShapeDtypeStruct]:
   """The model features of one row, which is all that initialization needs."""
   model = config.model_config(c)
-  form = 'classes' if model.classes else 'nsp' if model.nsp else 'mlm'      # of encoder-only models
+  form = 'nsp' if model.nsp else 'mlm'      # of encoder-only models
+  if model.classes:
+    form = 'classes'
   row = features.build_row([], c.data.lengths.to_dict(), kind=model.kind, form=form)
   return {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in row.items()}
 

@@ -40,11 +40,6 @@ class Manifest:
   meta: dict
   metrics: dict[str, float]
 
-  @property
-  def parts(self) -> list[str]:
-    """Top-level keys of the state that hold arrays: ['ema', 'opt_state', 'params', 'step']."""
-    return sorted({path.split('/')[0] for path in self.leaves})
-
 
 # --- arrays ------------------------------------------------------------------------------------
 

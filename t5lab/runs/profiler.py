@@ -1,5 +1,6 @@
 """A profile of a few training steps, for TensorBoard or Perfetto."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import jax
 STEPS = 3
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager):
   """Profiles STEPS steps from step `first` on (0: none) into workdir/profile.
 
   To view it: `tensorboard --logdir WORKDIR/profile`, with tensorboard-plugin-profile installed.
@@ -27,9 +28,6 @@ class Profiler:
     if self._running and step >= self._first + STEPS - 1:
       jax.block_until_ready(metrics['loss'])
       self.__exit__()
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *_):
     if self._running:

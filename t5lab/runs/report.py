@@ -11,6 +11,7 @@ that key, the file of a killed and resumed run equals that of an uninterrupted o
 """
 
 from collections.abc import Mapping
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,7 @@ PLAIN_SECONDS = 15.  # between lines without a terminal
 RESERVED = {'step', 'eval', 'timing', 'data'}  # keys of an entry that are not metrics
 
 
-class Report:
+class Report(contextlib.AbstractContextManager):
   """Writes a run's entries in `workdir`, continuing after `resume_step` (0: from the beginning).
 
   The constructor removes entries after resume_step, which the resumed run will write again, and a
@@ -109,9 +110,6 @@ class Report:
     self._entries.close()
     self._board.close()
 
-  def __enter__(self):
-    return self
-
   def __exit__(self, *_):
     self.close()
 
@@ -148,7 +146,7 @@ class Report:
       self.log(f'step {step}/{self._total} · {line}')
 
 
-class NoReport:
+class NoReport(contextlib.AbstractContextManager):
   """The report of every process but the main one: writes and prints nothing."""
   evaluated = frozenset()
 
@@ -156,9 +154,6 @@ class NoReport:
     pass
 
   step = eval = rewind = text = log = __exit__ = _ignore
-
-  def __enter__(self):
-    return self
 
 
 class _Board:

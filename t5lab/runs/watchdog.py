@@ -1,7 +1,7 @@
 """Watchdog: turns a silent hang into stack traces and exit code 124.
 
-A step that waits for a peer that stopped answering, for a disk or for a lock waits forever and
-prints nothing. A thread here notices that the training loop has stopped, and ends the process.
+A step that waits for a silent peer, a disk or a lock waits forever and prints nothing. A thread
+notices that the training loop has stopped, and ends the process.
 """
 
 from collections import deque
@@ -28,18 +28,17 @@ class Watchdog:
   workdir/watchdog_<process>.txt, a line that says what the loop was waiting for, and exit code 124.
 
   The devices run steps long after the host dispatched them, so a step's time is known only where
-  the host waits for a result, and each step in flight adds its own time to the limit. Nothing is
-  watched before the second fetch, because the first step compiles for an unknown time; the loop
-  should fetch after each step until `armed`.
+  the host fetches a result, and each step in flight adds its own time to the limit. The limit holds
+  from the second fetch on, because the first step compiles for an unknown time; the loop should
+  fetch after each step until `armed`.
 
-  seconds: 0 turns the watchdog off. leave: called with the exit code at last instead of os._exit;
-  it has LEAVE_SECONDS. `beat` costs one clock reading.
+  seconds: 0 turns the watchdog off. leave: called with the exit code instead of os._exit, for at
+  most LEAVE_SECONDS.
   """
 
   def __init__(self, seconds: float, workdir, *, process: int = 0, leave=os._exit):
-    self._seconds = seconds
+    self._seconds, self._leave = seconds, leave
     self._path = Path(workdir) / f'watchdog_{process}.txt'
-    self._leave = leave
     self._thread = None
     self._closing = threading.Event()
 
@@ -78,9 +77,10 @@ class Watchdog:
     """Reports that the host has the results of all steps in flight."""
     with self._lock:
       now = time.monotonic()
-      if self._has_fetched and self._in_flight:
-        self._step_seconds.append((now - self._last_fetch) / self._in_flight)
-      self._has_fetched = self._has_fetched or self._in_flight > 0
+      if self._in_flight:
+        if self._has_fetched:
+          self._step_seconds.append((now - self._last_fetch) / self._in_flight)
+        self._has_fetched = True
       self._last_sign = self._last_fetch = now
       self._in_flight = 0
 
@@ -120,24 +120,21 @@ class Watchdog:
   def _watch(self):
     while not self._closing.wait(min(1., self._seconds / 4)):
       with self._lock:
-        limit = self.limit()
-        silent = time.monotonic() - self._last_sign if limit else 0.
-        doing = self._doing
+        limit, doing = self.limit(), self._doing
+        silent = time.monotonic() - self._last_sign
       if limit and silent > limit:
         self._end_process(f'no sign of life for {silent:.0f} s (limit: {limit:.0f} s) while '
                           f'waiting for: {doing}')
 
   def _end_process(self, reason):
-    line = f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; exit code {WATCHDOG}'
+    line = (f't5lab: watchdog: {reason}; stacks of all threads: {self._path}; '
+            f'exit code {WATCHDOG}\n')
     # Nothing here may block: neither a full disk nor a lock that the hanging thread holds.
     threading.Timer(LEAVE_SECONDS, os._exit, [WATCHDOG]).start()
     faulthandler.dump_traceback(2, all_threads=True)
-    try:
-      with open(self._path, 'w') as f:
-        f.write(line + '\n')
-        f.flush()
-        faulthandler.dump_traceback(f, all_threads=True)
-    except OSError:
-      pass
-    os.write(2, (line + '\n').encode())
+    with contextlib.suppress(OSError), open(self._path, 'w') as f:
+      f.write(line)
+      f.flush()
+      faulthandler.dump_traceback(f, all_threads=True)
+    os.write(2, line.encode())
     self._leave(WATCHDOG)
