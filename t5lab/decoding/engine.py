@@ -37,8 +37,7 @@ class Engine:
 
   def __init__(self, start: Callable, step: Callable, prefill: Callable | None = None, *, eos: int,
                start_id: int | None, batch_size: int = 32, max_width: int = 0):
-    """max_width: the number of positions of a model that has a limit; inputs are not padded beyond
-    it. 0: no limit."""
+    """max_width: positions of the model, beyond which inputs are not padded; 0: no limit."""
     self._start, self._step, self._prefill = start, step, prefill
     self._eos, self._start_id = eos, start_id
     self.batch_size, self._max_width = batch_size, max_width

@@ -7,8 +7,7 @@ import dataclasses
 class Decoding:
   """How tokens are chosen: greedy by default, beam search if beams > 1, or else sampling.
 
-  Every field except `length` is also a key of the config's `eval` section, and an option of
-  `Lab.generate`.
+  Each but `length` is a key of the config's `eval` section; all are options of `Lab.generate`.
   """
   length: int                # tokens to generate at most, EOS included
   beams: int = 1             # more than 1: beam search, which ignores the options of sampling

@@ -97,8 +97,7 @@ def gated(c: TransformerConfig, up: Callable):
 def dropout(module: nn.Module, x, rate: float, train: bool, axis: int = -2):
   """Zeroes x with probability `rate` and rescales.
 
-  The mask is broadcast along `axis` (length) as in Mesh-TF and T5X, so the noise is [B, D] and
-  almost free.
+  As in Mesh-TF and T5X, the mask is broadcast along `axis` (length): noise [B, D] is almost free.
   """
   if not train or rate == 0.:
     return x

@@ -24,9 +24,8 @@ def route(probs, is_token, top_k: int, capacity: int):
   """Assigns tokens to the slots of experts.
 
   probs float32[B, T, E], is_token bool[B, T] -> (combine float32[B, T, E, C], dropped[B, T, k]).
-  combine holds the gate of each token at its slot. All first choices are placed before any second
-  choice. Two gates are rescaled to sum to 1; a single one keeps its probability. Padding takes no
-  slot.
+  combine holds the gate of each token at its slot; padding takes none. All first choices are placed
+  before any second. Two gates are rescaled to sum to 1; a single one keeps its probability.
   """
   E = probs.shape[-1]
   gates, experts = jax.lax.top_k(probs, top_k)                 # [B, T, k]

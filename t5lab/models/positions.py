@@ -75,8 +75,7 @@ def rope_frequencies(c: TransformerConfig):
 def rope(x, positions, c: TransformerConfig):
   """Rotates x[B, T, N, H] by its positions, int[B, T] or [T].
 
-  Pairs are (i, i + H / 2), as in Hugging Face. Weights in Meta's interleaved layout are permuted
-  when they are converted.
+  Pairs are (i, i + H / 2), as in Hugging Face; conversion permutes Meta's interleaved weights.
   """
   angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)   # [(B,) T, 1, H/2]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -87,8 +86,7 @@ def rope(x, positions, c: TransformerConfig):
 def sinusoids(positions, d_model: int) -> jax.Array:
   """int[...] -> float32[..., D]: sin and cos interleaved, wavelengths 2 pi to 10000 * 2 pi.
 
-  [Vaswani et al. 2017, 3.5. tensor2tensor puts all sines first and spaces the frequencies
-  differently.]
+  [Vaswani et al. 2017, 3.5; tensor2tensor puts all sines first and spaces frequencies otherwise]
   """
   frequency = 10_000. ** (-jnp.arange(0, d_model, 2, dtype=jnp.float32) / d_model)
   angle = positions[..., None].astype(jnp.float32) * frequency

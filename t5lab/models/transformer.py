@@ -350,11 +350,8 @@ class Transformer(nn.Module):
     return x
 
   def __call__(self, batch: dict[str, Array]) -> Array:
-    """Model features -> float32 logits[B, T, V].
-
-    Logits are those of the token after each decoder input, or of the token at each position in
-    encoder-only models.
-    """
+    """Model features -> float32 logits[B, T, V] of the token after each decoder input, or of the
+    token at each position in encoder-only models."""
     x = self.hidden(batch)
     if self.is_initializing() and self.config.pooler:     # heads that the logits do not use
       self.next_logits(x)

@@ -62,8 +62,7 @@ class Rendezvous(contextlib.AbstractContextManager):
   """Connects all processes: process 0 listens, the others connect to it.
 
   Every process makes the same calls in the same order. Process 0 reports an error to all that have
-  connected, so each raises the same UsageError, which names the processes that did not connect in
-  `seconds`.
+  connected, so each raises the same UsageError, with the processes that did not in `seconds`.
 
   offsets: {index: (seconds by which its clock is ahead of process 0's, uncertainty)}, on process 0.
   """

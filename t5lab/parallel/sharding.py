@@ -23,8 +23,7 @@ import numpy as np
 from t5lab import trees
 from t5lab.errors import UsageError, did_you_mean
 
-# From the slowest network to the fastest: dcn_ axes join slices, neighbours on `model` communicate
-# most.
+# From the slowest network to the fastest: dcn_ axes join slices, `model` communicates most.
 MESH_AXES = ('dcn_data', 'dcn_fsdp', 'data', 'fsdp', 'expert', 'sequence', 'model')
 BATCH_AXES = MESH_AXES[:5]     # outside the experts, the devices of `expert` share the batch too
 FSDP_AXES = ('dcn_fsdp', 'fsdp')
@@ -64,8 +63,7 @@ _REQUIRED = {'fsdp': FSDP_AXES, 'fsdp_tp': FSDP_AXES, 'sp': ('sequence',)}
 # backward pass, but new parameters could only be gathered after it, with nothing to hide the slow
 # network behind.
 ZERO_AXES = ('data', 'fsdp', 'expert')
-# Elements of one layer's leaf. Below it (64 KiB) the memory saved is not worth the latency of the
-# collectives.
+# Elements of one layer's leaf: below 64 KiB the latency of collectives outweighs the memory saved.
 SMALL = 2 ** 14
 
 _active = contextvars.ContextVar('active', default=None)      # (mesh, rule set) inside `use`
@@ -411,8 +409,7 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh, rows: np.ndarray | None = None
         size: int | None = None) -> dict[str, jax.Array]:
   """Numpy rows of a batch -> global arrays, sharded over the axes of the batch.
 
-  rows: their numbers in the batch of `size` rows, as local_rows returns them; None if `batch` has
-  all rows.
+  rows: their numbers in the batch of `size` rows, as local_rows returns them; None for all rows.
   """
   def global_array(x):
     numbers = np.arange(len(x)) if rows is None else rows

@@ -1,7 +1,6 @@
 """A trained model, ready to use: `lab = t5lab.load('runs/x')`, then `lab.generate(['…'])`.
 
-Everything it needs is in the directory of the run or converted checkpoint. TensorFlow is not
-imported.
+All that it needs is in the directory of the run or converted checkpoint. It imports no TensorFlow.
 """
 
 from collections.abc import Mapping, Sequence

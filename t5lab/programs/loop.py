@@ -55,8 +55,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   log = functools.partial(print, flush=True) if multihost.is_main() else lambda line: None
 
   # -- Workdir ------------------------------------------------------------------------------------
-  # Refuse a workdir of another experiment, then write this config into it. All processes must have
-  # been given the same config.
+  # Refuse a workdir of another experiment, then write this config, the same in all processes.
   checkpoints = loading.open_checkpoints(c, workdir, log=log)
   streams.settle_vocabulary(c)
   _check_same_everywhere('config', config.digest(c), UsageError)
@@ -157,8 +156,7 @@ class _Loop:
       self.profiler.after(step, metrics)
       self.steps.add(step, metrics)
 
-      # What is due after it. A step counts only after its metrics have been looked at, so they are
-      # fetched before a save.
+      # What is due after it. Metrics are fetched before a save: they say whether the step counts.
       evaluates = is_due(step, c.eval.every, c.total_steps)
       saves = evaluates or is_due(step, c.checkpoint.every, c.total_steps)
       logs = is_due(step, c.log.every, c.total_steps) or not self.watchdog.armed

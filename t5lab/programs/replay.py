@@ -41,8 +41,7 @@ class Replay(Run):
 
   modules: modules that register the tasks of the run; the ones that the run names are not imported.
   state: the TrainState after `step`; the next step takes over its buffers.
-  Errors: UsageError for a folder that is not a run, DataError for data that is not that of the run,
-  CheckpointError for damage.
+  Errors: UsageError if it is not a run, DataError if its data is gone, CheckpointError for damage.
   """
 
   def __init__(self, workdir, modules=(), log=functools.partial(print, flush=True)):
@@ -139,8 +138,7 @@ def _read_rewinds(workdir) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """A difference between two arrays: the number of elements that differ, the largest |a - b|, and a
-  text that says all of it."""
+  """count: of the elements that differ. largest: of |a - b|. text: says all of it."""
   name: str
   count: int
   largest: float

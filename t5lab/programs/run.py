@@ -1,7 +1,6 @@
 """The state of a run: where it starts, what a step changes, and what a checkpoint holds of it.
 
-The training loop and `t5lab replay` take their steps through the same `Run`, so a replay computes
-what the run computed.
+The training loop and `t5lab replay` take their steps through `Run`, and so compute the same.
 """
 
 import dataclasses

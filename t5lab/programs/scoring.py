@@ -25,8 +25,7 @@ class EvalResult:
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def check(self) -> None:
-    """Raises a Failure that names what could not be scored. A command calls it at its end, when
-    the rest has been written."""
+    """Raises a Failure that names what was not scored. For the end, when the rest is written."""
     if self.failed:
       reason = list(self.failed.values())[0]
       raise Failure(f'not scored: {", ".join(self.failed)}; {reason}. Everything else is scored '

@@ -212,8 +212,7 @@ class Checkpoints(StepDirectory):
     do not verify to step_N.corrupt.
     only: top-level keys, e.g. ('params',). The state is then {key: subtree}, and nothing else is
     read.
-    Errors: CheckpointError if there are steps and none verifies, or with a list of the arrays that
-    differ from abstract_state.
+    Errors: CheckpointError if no step verifies, or that lists the arrays that differ.
     """
     abstract = _select(abstract_state, only)
     rundir.warn_if_others_write(self.directory, self._log)

@@ -1,7 +1,6 @@
 """Logs of one JSON object per line, which a resumed run truncates and continues.
 
-Each object has an integer under `key`, e.g. its step. Other lines, such as one that a kill or a
-power cut tore, are ignored.
+Each object has an integer under `key`, e.g. its step. Other lines, e.g. a torn one, are ignored.
 """
 
 from collections.abc import Iterator

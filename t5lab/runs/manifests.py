@@ -102,8 +102,8 @@ def _dump(body: dict) -> str:
 def read(directory) -> Manifest:
   """Reads the manifest of a step.
 
-  Errors: Invalid if it is missing, damaged, or names files outside the step; CheckpointError if it
-  is of another format.
+  Errors: Invalid if it is missing, damaged, or names files outside the step; CheckpointError for
+  another format.
   """
   path = Path(directory) / NAME
   if not stat.S_ISDIR(_lstat(directory).st_mode):

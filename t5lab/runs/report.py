@@ -42,9 +42,7 @@ class Report(contextlib.AbstractContextManager):
   def __init__(self, workdir, *, resume_step: int, total_steps: int, tty: bool | None = None,
                file=None):
     """tty: a progress bar (True) or plain lines (False); None: a bar if `file` is a terminal.
-
-    file: where the run is shown; default: standard output.
-    """
+    file: where the run is shown; default: standard output."""
     self._file, self._total = file or sys.stdout, total_steps
     self._last_shown, self._bar = float('-inf'), None
     self._path = Path(workdir) / 'metrics.jsonl'
@@ -160,8 +158,7 @@ class _Board:
   """TensorBoard's event file, written in this thread.
 
   tensorboardX's SummaryWriter passes events to a thread through a queue of ten: once a full disk
-  has ended that thread, later calls block forever. Here a failed write ends the TensorBoard log and
-  not the run.
+  has ended that thread, later calls block forever. Here a failed write ends only TensorBoard's log.
   """
 
   def __init__(self, directory: Path, resume_step: int, log):

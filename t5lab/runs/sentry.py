@@ -63,8 +63,7 @@ class Sentry:
     """Returns the [(step, metrics)] that the run logs, and reports the bad steps among them.
 
     pending: [(step, metrics)] on the host, in order. state: after the last of them.
-    Errors: NumericalError under 'stop', and after `patience` bad steps in a row under 'skip'.
-    Raises Rewind under 'rewind'.
+    Errors: NumericalError under 'stop', or 'skip' after `patience` bad steps; Rewind if 'rewind'.
     """
     logged = []
     for i, (step, metrics) in enumerate(pending):

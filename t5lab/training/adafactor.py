@@ -28,9 +28,8 @@ def scale_by_adafactor(*, min_factored: int = 128) -> optax.GradientTransformati
   """T5X's Adafactor before learning rate, momentum and weight decay. [Shazeer and Stern 2018]
 
   The gradient / sqrt(factored second moment), its RMS clipped to 1, times
-  max(RMS(parameter), 1e-3). optax's transformations do this as T5X does for matrices, but take RMS
-  and factors over all layers of a stacked leaf at once; here they run under `vmap`, one layer at a
-  time.
+  max(RMS(parameter), 1e-3). optax does this as T5X does for matrices, but over all layers of a
+  stacked leaf at once; here its transformations run under `vmap`, one layer at a time.
 
   min_factored: both sides of a matrix must be at least this long for it to be factored.
   """

@@ -30,8 +30,7 @@ def _is_target(logits, targets):
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
-# A custom gradient, because autodiff would keep a float32 exp(logits) beside the logits until the
-# backward pass.
+# A custom gradient, because autodiff would keep a float32 exp(logits) until the backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _token_loss(logits, targets, z_loss, label_smoothing):
   """logits[..., V], int targets[...] -> float32 (loss with the z term, z term), both [...]."""

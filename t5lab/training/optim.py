@@ -167,8 +167,7 @@ def ema_update(ema: PyTree, params: PyTree, step, decay: float) -> PyTree:
 
   ema + (1 - d) * (params - ema) with d = min(decay, (1 + step) / (10 + step)), so that the initial
   weights are soon forgotten. It is unbiased, because it starts at the parameters and not at zero
-  like `optax.ema`. In float32: a bfloat16 average at 0.9999 never moves, because its steps round to
-  0.
+  like `optax.ema`. In float32: the steps of a bfloat16 average at 0.9999 round to 0.
   """
   step = jnp.asarray(step, jnp.float32)
   d = jnp.minimum(decay, (1. + step) / (10. + step))

@@ -137,8 +137,7 @@ def gradients(model, params, batch, loss: Loss, key, microbatches: int, **frozen
 
   Sums are divided only at the end, so k x B/k rows weigh each token as 1 x B rows do. Microbatch i
   takes every k-th row, so rows that are sharded over devices stay where they are. Next-sentence
-  losses are scaled by tokens / labels of the whole batch: the division by its tokens then gives
-  their mean.
+  losses are scaled by tokens / labels of the batch: divided by its tokens, they give their mean.
   """
   if has_next := _has_next(model, batch):
     next_scale = _total(batch['encoder_loss_weights']) / _total(batch['encoder_next_weights'])
