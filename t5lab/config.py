@@ -217,20 +217,18 @@ def files(c: ConfigDict) -> own_files.OwnFiles | None:
 
 def override(c: ConfigDict, key: str, text: str) -> None:
   """Sets the key 'optim.lr' from text, which is parsed as the type of the present value."""
-  *sections, leaf = key.split('.')
-  node, path = c, []
-  for name in [*sections, leaf]:
-    if not isinstance(node, ConfigDict) or name not in node:
-      known = list(node) if isinstance(node, ConfigDict) else []
-      section = f" (in {'.'.join(path)!r})" if path else ''
-      raise UsageError(f'unknown config key {key!r}.{did_you_mean(name, known)}{section}')
+  present, path = c, []
+  for name in key.split('.'):
+    section = present
+    if not isinstance(section, ConfigDict) or name not in section:
+      known = list(section) if isinstance(section, ConfigDict) else []
+      where = f" (in {'.'.join(path)!r})" if path else ''
+      raise UsageError(f'unknown config key {key!r}.{did_you_mean(name, known)}{where}')
     path.append(name)
-    if len(path) <= len(sections):
-      node = node[name]
-  present = node[leaf]
+    present = section[name]
   if isinstance(present, ConfigDict):
     raise UsageError(f'{key!r} is a section; set one of its keys: {", ".join(present)}')
-  node[leaf] = _parse(key, text, present)
+  section[name] = _parse(key, text, present)
 
 
 def _parse(key, text, present):

@@ -160,10 +160,20 @@ def _sizes(family: str, start: str, sizes, **changes) -> dict:
 
 _GATED = dict(acts=('gelu', 'linear'), tied=False, scale_logits=False)
 _T5_1_1 = ('small', 'base', 'large', 'xl', 'xxl')
+_POST = dict(norm='layer', post_norm=True, bias=True, scale_attn=True, scale_logits=False,
+             final_dropout=False)
+_BERT = dict(**_POST, norm_eps=1e-12, embed_norm=True, types=2, positions='learned',
+             max_length=512, dec_layers=0, acts=('gelu_erf',), logit_bias=True, mlm_head=True,
+             pooler=True, nsp=True, init_std=0.02, vocab_size=30522, d_head=64, eos_id=102)
+# Layers, D, N, H [Brown et al. 2020 (2005.14165), table 2.1]. Its XL has 24 heads of 128, which are
+# neither its D of 2048 nor its 1.3B parameters: 16 are.
+_GPT3 = {'small': (12, 768, 12, 64), 'medium': (24, 1024, 16, 64), 'large': (24, 1536, 16, 96),
+         'xl': (24, 2048, 16, 128), '2.7b': (32, 2560, 32, 80), '6.7b': (32, 4096, 32, 128),
+         '13b': (40, 5140, 40, 128), '175b': (96, 12288, 96, 128)}
 
-# Raffel et al. 2020 (arXiv 1910.10683), table in section 3.7 and the released gin files; 1.1 is
-# described in the T5 repository's released_checkpoints.md.
-_T5 = {
+ROWS = {
+    # Raffel et al. 2020 (arXiv 1910.10683), table in section 3.7 and the released gin files; 1.1 is
+    # described in the T5 repository's released_checkpoints.md.
     't5_1_0/small': ('', {}),
     't5_1_0/base': ('', dict(d_model=768, d_ff=3072, n_heads=12, enc_layers=12, dec_layers=12)),
     't5_1_0/large': ('', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=24, dec_layers=24)),
@@ -213,15 +223,6 @@ _T5 = {
                                d_head=256, enc_layers=26, dec_layers=26, acts=('gelu', 'linear'),
                                positions='rope', scale_attn=True, embed_scale=True,
                                scale_logits=False, final_dropout=False)),
-}
-
-_POST = dict(norm='layer', post_norm=True, bias=True, scale_attn=True, scale_logits=False,
-             final_dropout=False)
-_BERT = dict(**_POST, norm_eps=1e-12, embed_norm=True, types=2, positions='learned',
-             max_length=512, dec_layers=0, acts=('gelu_erf',), logit_bias=True, mlm_head=True,
-             pooler=True, nsp=True, init_std=0.02, vocab_size=30522, d_head=64, eos_id=102)
-
-_OTHERS = {
     # Vaswani et al. 2017 (1706.03762, table 3), with the shared 37k pieces of English-German.
     'transformer_2017/base': ('', dict(**_POST, vocab_size=37000, embed_scale=True,
                                        positions='sinusoid', dropout=0.1)),
@@ -280,19 +281,8 @@ _OTHERS = {
     # For a CPU and minutes: the quickstart's model is chosen in configs/quickstart.py.
     'tiny': ('', dict(vocab_size=384, d_model=32, d_ff=64, n_heads=2, d_head=16,
                       enc_layers=2, dec_layers=2, **_GATED)),
+    # GPT-3 with dense attention in every layer, where the paper alternates it with a banded one.
+    **{f'gpt3/{name}': ('gpt2/small', dict(dec_layers=layers, d_model=d, d_ff=4 * d, n_heads=n,
+                                           d_head=h, max_length=2048))
+       for name, (layers, d, n, h) in _GPT3.items()},
 }
-
-
-def _gpt3() -> dict:
-  """Brown et al. 2020 (2005.14165, table 2.1): layers, D, N, H. Dense attention in every layer,
-  where the paper alternates it with a banded one. Its XL has 24 heads of 128, which are neither its
-  D of 2048 nor its 1.3B parameters: 16 are."""
-  sizes = {'small': (12, 768, 12, 64), 'medium': (24, 1024, 16, 64), 'large': (24, 1536, 16, 96),
-           'xl': (24, 2048, 16, 128), '2.7b': (32, 2560, 32, 80), '6.7b': (32, 4096, 32, 128),
-           '13b': (40, 5140, 40, 128), '175b': (96, 12288, 96, 128)}
-  return {f'gpt3/{name}': ('gpt2/small', dict(dec_layers=layers, d_model=d, d_ff=4 * d, n_heads=n,
-                                              d_head=h, max_length=2048))
-          for name, (layers, d, n, h) in sizes.items()}
-
-
-ROWS = {**_T5, **_OTHERS, **_gpt3()}

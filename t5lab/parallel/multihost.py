@@ -42,7 +42,7 @@ def initialize(seconds: float = SECONDS) -> None:
   T5LAB_HEARTBEAT: seconds without a sign of life after which a process counts as dead and the
   others end (default 100). UsageError if the coordinator cannot be reached.
   """
-  if _joined():
+  if _store():
     return
   address = rendezvous.find_address(seconds)
   if address.count == 1:
@@ -64,20 +64,16 @@ def initialize(seconds: float = SECONDS) -> None:
 
 
 def index() -> int:
-  return distributed.global_state.process_id if _joined() else 0
+  return distributed.global_state.process_id if _store() else 0
 
 
 def count() -> int:
-  return distributed.global_state.num_processes if _joined() else 1
+  return distributed.global_state.num_processes if _store() else 1
 
 
 def is_main() -> bool:
   """Returns True in process 0, which alone writes the files of the run."""
   return index() == 0
-
-
-def _joined() -> bool:
-  return _store() is not None
 
 
 def _store():
@@ -290,20 +286,16 @@ def _end_with(failed: int, cause: dict) -> None:
 
 
 def _exit(code: int) -> None:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    _leave()
-  os._exit(code)
-
-
-def _leave() -> None:
   """Announces that this process ends, and waits until all have: 3 s at most, or 5 in process 0,
   which hosts the service. Otherwise a closed socket would reach the others before the reason."""
-  _store().key_value_set(f't5lab/left/{index()}', '', allow_overwrite=True)
+  sys.stdout.flush()
+  sys.stderr.flush()
   end = time.monotonic() + (5 if is_main() else 3)
-  while time.monotonic() < end:
-    if len(_store().key_value_dir_get('t5lab/left/')) == count():
-      time.sleep(0.2)                     # the other processes get the answer to their last call
-      return
-    time.sleep(0.1)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    _store().key_value_set(f't5lab/left/{index()}', '', allow_overwrite=True)
+    while time.monotonic() < end:
+      if len(_store().key_value_dir_get('t5lab/left/')) == count():
+        time.sleep(0.2)                   # the other processes get the answer to their last call
+        break
+      time.sleep(0.1)
+  os._exit(code)

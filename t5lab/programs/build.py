@@ -200,10 +200,7 @@ def _check_batch(c, mesh):
   for name, size in (('data.batch_size', c.data.batch_size),
                      ('data.batch_size / optim.microbatches', microbatch)):
     if size % devices:
+      low = size // devices * devices
+      nearest = f'{low} and {low + devices}' if low else devices
       raise UsageError(f'{name} = {size} is not a multiple of the {devices} devices that share the '
-                       f'batch; the nearest that are: {_nearest_multiples(size, devices)}')
-
-
-def _nearest_multiples(size, divisor) -> str:
-  low = size // divisor * divisor
-  return f'{low} and {low + divisor}' if low else str(divisor)
+                       f'batch; the nearest that are: {nearest}')

@@ -33,15 +33,20 @@ def open_stream(c, rows=None) -> Stream:
   """
   from t5lab.data import vocab
   from t5lab.data.batches import pipeline
-  from t5lab.data.tasks import registry
+  from t5lab.data.tasks import paper_mixtures, registry
   from t5lab.data.tasks.record_sources import FileSource
   vocabulary = vocab.load(settle_vocabulary(c))
   vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
 
+  mixing = None           # a Mixture brings its own rates
+  temperature, limit = c.data.mixing.temperature, c.data.mixing.limit
+  if ',' in c.data.mixture or temperature != 1 or limit:
+    mixing = lambda size: paper_mixtures.rate(size, limit or None, temperature)
+
   lengths = c.data.lengths.to_dict()
   components = registry.open_components(
       c.data.mixture, c.data.split, lengths, c.data.vocab, files=config.files(c),
-      modules=tuple(c.data.modules), cached=c.data.cache, mixing=_mixing(c))
+      modules=tuple(c.data.modules), cached=c.data.cache, mixing=mixing)
   for task, _ in registry.select(c.eval.mixture or c.data.mixture, c.eval.split):
     if isinstance(task.source, FileSource):
       task.source.read_through(c.eval.split)
@@ -64,12 +69,3 @@ def open_evaluation(c):
       lengths=c.data.lengths.to_dict(), examples=c.eval.examples, batch_size=c.eval.batch_size,
       kind=config.model_config(c).kind, start_id=c.model.start_id, files=config.files(c),
       modules=tuple(c.data.modules))
-
-
-def _mixing(c):
-  """The rate of a task by its size; None if a Mixture brings its own rates."""
-  from t5lab.data.tasks import paper_mixtures
-  mixing = c.data.mixing
-  if ',' in c.data.mixture or mixing.temperature != 1 or mixing.limit:
-    return lambda size: paper_mixtures.rate(size, mixing.limit or None, mixing.temperature)
-  return None

@@ -133,8 +133,8 @@ class Sentry:
 
     # The same in one line.
     line = f'step {step}: {_describe_numbers(kind, numbers)}; {cause}'
-    if finding.rows:
-      line += f' (rows {_listed(finding.rows)})'
+    if rows := finding.rows:
+      line += f' (rows {", ".join(map(str, rows[:4]))}{", …" * (len(rows) > 4)})'
     line += (f'; the batch held {len(examples)} examples ({", ".join((blamed or examples)[:4])}, …;'
              f' all of them in {self._path})')
     if texts:
@@ -176,10 +176,6 @@ def _describe_numbers(kind, numbers) -> str:
   if math.isfinite(numbers['loss']) and math.isfinite(numbers['grad_norm']):
     return text + f', norm of the new parameters {numbers["param_norm"]:g}'
   return text
-
-
-def _listed(rows) -> str:
-  return ', '.join(map(str, rows[:4])) + (', …' if len(rows) > 4 else '')
 
 
 def read_anomalies(workdir) -> list[dict]:

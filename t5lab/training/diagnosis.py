@@ -54,8 +54,9 @@ class Diagnosis:
     for tree in (state.params, base):
       for path, bad in jax.device_get(self._bad_layers(tree)).items():
         if bad.any():
-          name = _first_bad_layer(path, bad)
-          return Finding(f'the weights are not finite in {name}', name, [])
+          if bad.ndim:
+            path += f', layer {np.flatnonzero(bad)[0]} of {len(bad)}'
+          return Finding(f'the weights are not finite in {path}', path, [])
 
     # The forward pass, microbatch by microbatch. Microbatch i has every k-th row.
     outputs = []
@@ -212,10 +213,6 @@ def _bad_layers(params):
 
 def _axes_of_a_layer(path, ndim):
   return tuple(range(min(adafactor.stacked_axes(path), 1), ndim))
-
-
-def _first_bad_layer(path, bad):
-  return f'{path}, layer {np.flatnonzero(bad)[0]} of {len(bad)}' if bad.ndim else path
 
 
 def _numbered(path, layer, n_layers):
