@@ -203,8 +203,7 @@ ROWS = {
     'byt5/large': ('byt5/base', dict(d_ff=3840, n_heads=16, enc_layers=36, dec_layers=12)),
     'byt5/xl': ('byt5/large', dict(d_model=2560, d_ff=6720, n_heads=32)),
     'byt5/xxl': ('byt5/large', dict(d_model=4672, d_ff=12352, n_heads=64)),
-    # Tay et al. 2022 (2205.05131), the 20B release; gated silu and the untied softmax matrix are
-    # those of its Hugging Face config.
+    # Tay et al. 2022 (2205.05131), 20B; gated silu, untied softmax as in Hugging Face's config.
     'ul2/20b': ('t5_1_1/xxl', dict(d_ff=16384, n_heads=16, d_head=256, enc_layers=32,
                                    dec_layers=32, acts=('silu', 'linear'))),
     # Guo et al. 2022 (2112.07916): T5 1.1 with a sparse encoder.

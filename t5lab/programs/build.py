@@ -181,8 +181,7 @@ def parameter_rows(c) -> list[dict]:
 def abstract_state(c, tx, mesh) -> steps.TrainState:
   """The TrainState as ShapeDtypeStructs with shardings.
 
-  The optimizer state and the average are sharded like the parameters, or further where the rules
-  allow it (sharding.like_params).
+  The optimizer state and the average are sharded as sharding.like_params says.
   """
   boxed = jax.eval_shape(functools.partial(init_params, c))
   abstract = jax.eval_shape(lambda p: steps.new_state(p, tx, c.optim.ema), nn.unbox(boxed))

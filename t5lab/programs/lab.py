@@ -177,8 +177,7 @@ class Lab:
   def score(self, inputs: Texts, targets: Texts, *, eos: bool | None = None) -> np.ndarray:
     """float32[n], log p(target | input) in nats, summed over the target's tokens.
 
-    eos: whether the target includes the end of the text. None: it does for encoder-decoders, and
-    does not for decoder-only models.
+    eos: whether the target includes the end of the text. None: only for encoder-decoders.
     """
     inputs, targets = _strings(inputs, 'score'), _strings(targets, 'score')
     if len(inputs) != len(targets):

@@ -63,8 +63,7 @@ def stored_vocabulary(path, spec: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """params: arrays on their devices. step, weights ('ema' or 'raw') and sha256, the digest of the
-  checkpoint's manifest, identify them."""
+  """params: arrays on their devices. weights: 'ema' or 'raw'. sha256: of the step's manifest."""
   params: dict
   step: int
   weights: str

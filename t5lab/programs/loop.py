@@ -20,7 +20,7 @@ from t5lab.errors import DataError, NumericalError, Preempted, UsageError
 from t5lab.parallel import multihost, sharding
 from t5lab.programs import build, loading, scoring, streams
 from t5lab.programs.run import Run
-from t5lab.runs import injected_faults, rundir
+from t5lab.runs import rundir
 from t5lab.runs.lock import RunLock
 from t5lab.runs.profiler import Profiler
 from t5lab.runs.report import NoReport, Report
@@ -74,7 +74,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
 
   # -- State --------------------------------------------------------------------------------------
   # The newest checkpoint that verifies, or else the weights of init.path or of the seed.
-  run = Run(c, program, stream.batches, workdir)
+  run = Run(c, program, stream.batches, workdir, rows)
   restored = checkpoints.restore(program.abstract, quarantine=True)
   if restored:
     run.resume(restored, check_data=not allow_data_change)
@@ -90,7 +90,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   if multihost.is_main():
     report = Report(workdir, resume_step=run.step, total_steps=c.total_steps)
   watchdog = Watchdog(c.guard.watchdog, workdir, process=multihost.index(), leave=_abort)
-  loop = _Loop(c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop)
+  loop = _Loop(c, workdir, program, run, stream, checkpoints, report, watchdog, stop)
   with report, contextlib.ExitStack() as stack, watchdog, loop.profiler:
     stack.callback(checkpoints.wait)      # whatever ends the run, a save in progress is committed
     while True:
@@ -106,14 +106,12 @@ def _train(c, workdir, stop, resume, allow_data_change):
 class _Loop:
   """The steps of a run, and what happens between them: logs, checkpoints, evaluations, stops."""
 
-  def __init__(self, c, workdir, program, run, stream, rows, checkpoints, report, watchdog, stop):
+  def __init__(self, c, workdir, program, run, stream, checkpoints, report, watchdog, stop):
     self.c, self.workdir, self.program = c, workdir, program
     self.run, self.data = run, stream.batches
-    self.rows, self.checkpoints, self.report = rows, checkpoints, report
-    self.watchdog, self.stop = watchdog, stop
+    self.checkpoints, self.report, self.watchdog, self.stop = checkpoints, report, watchdog, stop
     self.saved = run.step                 # the step of the newest checkpoint
     self.evaluated = multihost.broadcast(lambda: sorted(report.evaluated))
-    self.fault = injected_faults.requested()
     self.profiler = Profiler(workdir, c.log.profile if multihost.is_main() else 0)
 
     # Seconds that a save, an evaluation or a diagnosis may take, as each may have to compile.
@@ -150,7 +148,8 @@ class _Loop:
 
       # The step. The host does not wait for it.
       self.watchdog.beat(f'step {step}')
-      batch = self.put(self.steps.next_batch(batches), step + run.offset)
+      batch = self.steps.next_batch(batches)
+      batch = run.put(run.inject(batch, step + run.offset))
       self.profiler.before(step)
       metrics = run.advance(batch)
       self.profiler.after(step, metrics)
@@ -167,12 +166,6 @@ class _Loop:
       if evaluates:
         result = self.evaluate()
     return result
-
-  def put(self, batch, number: int):
-    """This process's rows of batch `number` of the stream, from 1 -> global arrays."""
-    if self.fault:
-      batch = self.fault.inject(batch, number, rows=self.rows, process=multihost.index())
-    return sharding.put(batch, self.program.mesh, self.rows, size=self.c.data.batch_size)
 
   def save(self) -> None:
     """Saves the step of the run, unless it is saved already."""
@@ -215,8 +208,8 @@ class _Loop:
   def explain(self, state, number: int):
     """The Finding for batch `number` of the stream, which spoiled a step."""
     with self.watchdog.paused('the diagnosis of a bad step', self.patience):
-      batch = self.put(self.data.batch(number - 1), number)
-      return self.diagnosis.explain(state, batch, self.run.base)
+      batch = self.run.inject(self.data.batch(number - 1), number)
+      return self.diagnosis.explain(state, self.run.put(batch), self.run.base)
 
   def newest_checkpoint(self) -> int | None:
     self.checkpoints.wait()

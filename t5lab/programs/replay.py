@@ -17,7 +17,7 @@ from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
 from t5lab.programs import build, loading, streams
 from t5lab.programs.run import Run
-from t5lab.runs import injected_faults, jsonl, rundir, sentry
+from t5lab.runs import jsonl, rundir, sentry
 
 PARTS = ('params', 'opt_state', 'ema', 'step')      # of a TrainState
 
@@ -60,7 +60,6 @@ class Replay(Run):
     super().__init__(c, program, data, Path(workdir))
     for step in self.checkpoints.steps()[-1:]:
       data.check_position(self.checkpoints.manifest(step).meta['data'])
-    self._fault = injected_faults.requested()
     self._rewinds = _read_rewinds(workdir)
 
   def free_state(self) -> None:
@@ -89,8 +88,7 @@ class Replay(Run):
   def next_batch(self) -> tuple[int, dict[str, np.ndarray]]:
     """(number in the stream, features) of the batch that the next step reads."""
     number = self.step + 1 + self.offset
-    batch = self.data.batch(number - 1)
-    return number, self._fault.inject(batch, number) if self._fault else batch
+    return number, self.inject(self.data.batch(number - 1), number)
 
   def next_step(self) -> ReplayedStep:
     number, batch = self.next_batch()
@@ -102,9 +100,6 @@ class Replay(Run):
     row = {'step': self.step, **{name: float(x) for name, x in metrics.items()},
            'lr': learning_rate, 'data': self.digest}
     return ReplayedStep(self.step, number, batch, row, halted)
-
-  def put(self, batch):
-    return sharding.put(batch, self.program.mesh)
 
   def using_mesh(self):
     return sharding.use(self.program.mesh, self.config.rules)

@@ -5,7 +5,9 @@ The training loop and `t5lab replay` take their steps through `Run`, and so comp
 
 import dataclasses
 
+from t5lab.parallel import multihost, sharding
 from t5lab.programs import loading
+from t5lab.runs import injected_faults
 from t5lab.training import digests, guards
 
 
@@ -20,8 +22,10 @@ class Run:
   digest, updates: the digest of all batches and the number of updates up to the last `account`.
   """
 
-  def __init__(self, c, program, data, workdir):
+  def __init__(self, c, program, data, workdir, rows=None):
+    """rows: those of each batch that this process holds; None: all."""
     self.config, self.program, self.data, self.workdir = c, program, data, workdir
+    self.rows, self.fault = rows, injected_faults.requested()
     self.state = self.guard = self.base = self.initial = None
     self.step = self.offset = self.updates = 0
     self.digest = ''
@@ -59,6 +63,16 @@ class Run:
     self.offset, self.digest = data.get('offset', 0), data.get('digest', '')
     self.guard = self.program.make_guard(guard)
     self.updates = int(state.step)  # skipped steps made none
+
+  def inject(self, batch, number: int):
+    """Batch `number` of the stream, from 1, with the fault that a test asked for."""
+    if not self.fault:
+      return batch
+    return self.fault.inject(batch, number, rows=self.rows, process=multihost.index())
+
+  def put(self, batch):
+    """This process's rows of a batch -> global arrays."""
+    return sharding.put(batch, self.program.mesh, self.rows, size=self.config.data.batch_size)
 
   def advance(self, batch) -> dict:
     """Dispatches the next step on a global batch and returns its metrics, still on the devices."""

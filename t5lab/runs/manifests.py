@@ -102,8 +102,7 @@ def _dump(body: dict) -> str:
 def read(directory) -> Manifest:
   """Reads the manifest of a step.
 
-  Errors: Invalid if it is missing, damaged, or names files outside the step; CheckpointError for
-  another format.
+  Errors: Invalid if it is missing, damaged or names files outside; CheckpointError: other format.
   """
   path = Path(directory) / NAME
   if not stat.S_ISDIR(_lstat(directory).st_mode):

@@ -80,8 +80,7 @@ class Sentry:
   def record_rewind(self, step: int, to: int) -> int:
     """Records that the bad step `step` sent the run back to checkpoint `to`.
 
-    Returns the new offset. Errors: NumericalError after more than `patience` rewinds to the same
-    checkpoint.
+    Returns the new offset. Errors: NumericalError after `patience` rewinds to one checkpoint.
     """
     self._rewinds = self._rewinds + 1 if to <= self._rewound_to else 1
     self._rewound_to = to
