@@ -171,10 +171,10 @@ def parameter_rows(c) -> list[dict]:
   rules = sharding.rule_set(c.rules)
   rows = []
   for path, box in sharding.boxes(jax.eval_shape(functools.partial(init_params, c))).items():
-    x = box.value
-    spec = sharding.spec(box.names, rules)
-    rows.append(dict(path=path, shape=list(x.shape), dtype=str(x.dtype), axes=list(box.names),
-                     count=x.size, mesh_axes=[list(sharding.mesh_axes(entry)) for entry in spec]))
+    x, axes = box.value, list(box.names)
+    mesh_axes = [list(sharding.mesh_axes(entry)) for entry in sharding.spec(box.names, rules)]
+    rows.append(dict(path=path, shape=list(x.shape), dtype=str(x.dtype), axes=axes, count=x.size,
+                     mesh_axes=mesh_axes))
   return rows
 
 

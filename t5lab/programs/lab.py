@@ -67,7 +67,8 @@ class Lab:
     for name in changes:
       if name not in known:
         raise UsageError(f'decoding has no option {name!r}.{did_you_mean(name, known)}')
-    settings = Decoding(**{**fields, **{k: v for k, v in changes.items() if v is not None}})
+    fields.update({name: value for name, value in changes.items() if value is not None})
+    settings = Decoding(**fields)
     if self.model.kind == 'encoder':
       raise UsageError(f'{self.config.family} is encoder-only and generates no text; use embed, '
                        'fill_mask or classify')
@@ -312,8 +313,10 @@ def _stack_padded(*xs: np.ndarray) -> np.ndarray:
   """Stacks arrays whose first axes differ, padded with zeros to the longest."""
   if not xs[0].ndim:
     return np.stack(xs)
-  longest = max(x.shape[0] for x in xs)
-  return np.stack([np.pad(x, [(0, longest - x.shape[0])] + [(0, 0)] * (x.ndim - 1)) for x in xs])
+  stacked = np.zeros((len(xs), max(map(len, xs)), *xs[0].shape[1:]), xs[0].dtype)
+  for row, x in zip(stacked, xs):
+    row[:len(x)] = x
+  return stacked
 
 
 def _as_list(texts, use: str) -> list:

@@ -176,8 +176,7 @@ def load_base(c, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   # The step to read.
   checkpoints = open_checkpoints(source, path)
   step = choose_step(checkpoints, c.init.step)
-  if step is None:
-    step = checkpoints.newest()
+  step = checkpoints.newest() if step is None else step
   if step is None:
     raise CheckpointError(f'init.path={c.init.path} has no checkpoint')
 
@@ -197,7 +196,8 @@ def load_base(c, boxed, mesh, fresh: Callable | None = None) -> Loaded:
   abstract = {p: leaf for p, leaf in ours.items() if p not in new}
   abstract.update({p: jax.ShapeDtypeStruct(saved[p], 'float32') for p in dropped})
   state, manifest = checkpoints.restore({part: trees.unflatten(abstract)}, step, only=(part,))
-  params = {p: x for p, x in trees.flatten(state[part]).items() if p in ours and p not in new}
+  read = trees.flatten(state[part])
+  params = {p: read[p] for p in ours if p not in new}
   if new:
     params.update(fresh(new))
   return Loaded(trees.unflatten(params, like=nn.unbox(boxed)), manifest.step, weights,

@@ -72,13 +72,10 @@ class Evaluator:
     """Scores the weights of each Lab: loss and accuracy of the split, then each task's metrics."""
     scores, predictions, failed = {}, {}, {}
     for weights, lab in labs.items():
-      for metric, value in self._loss(lab).items():
-        scores[f'{self.evaluation.name}/{weights}/{metric}'] = value
-
+      losses, reasons = self._loss(lab), {}
       generate = functools.partial(lab.generate_tokens, tick=self._tick)
-      reasons = {}
       by_task, predictions[weights] = self.evaluation.decode(generate, lab.step, reasons)
-      for task, metrics in by_task.items():
+      for task, metrics in ((self.evaluation.name, losses), *by_task.items()):
         scores.update({f'{task}/{weights}/{metric}': value for metric, value in metrics.items()})
       failed.update({f'{task}/{weights}': reason for task, reason in reasons.items()})
     return EvalResult(scores, predictions, failed)
