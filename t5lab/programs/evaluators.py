@@ -133,12 +133,14 @@ class Evaluation:
     def predict(dataset):
       examples = [(int(i), example) for i, example in dataset.as_numpy_iterator()]
       # One array for all outputs: seqio stacks them, and numpy 2 refuses ragged lists.
-      outputs = generate([list(map(int, ex.get('inputs', ()))) for _, ex in examples])
-      decoded.update((i, self._vocab.decode(ids)) for (i, _), ids in zip(examples, outputs))
+      requests = [example.get('inputs', ()) for _, example in examples]
+      outputs = generate([list(map(int, request)) for request in requests])
+      numbered = [(i, ids) for (i, _), ids in zip(examples, outputs)]
+      decoded.update({i: self._vocab.decode(ids) for i, ids in numbered})
       if missing := [i for i, _ in examples if i not in decoded]:
         raise Failure(f'task {task!r}: {len(missing)} of {len(examples)} examples have no '
                       f'prediction, first {missing[0]}')
-      return [(i, ids) for (i, _), ids in zip(examples, outputs)]
+      return numbered
 
     with _without_warnings():
       # seqio computes metrics in a thread: their exceptions are raised by the future alone.
