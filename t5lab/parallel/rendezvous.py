@@ -81,13 +81,10 @@ class Rendezvous(contextlib.AbstractContextManager):
       else:
         self._connect(host.strip('[]'), int(port), seconds, end)
     except BaseException:
-      self.close()
+      self.__exit__()
       raise
 
   def __exit__(self, *_):
-    self.close()
-
-  def close(self):
     for peer in self._peers.values():
       peer.close()
     self._peers = {}

@@ -25,7 +25,7 @@ from t5lab.programs.replay import (
   differing_keys,
   read_rows,
 )
-from t5lab.runs import rundir
+from t5lab.runs import manifests, rundir
 from t5lab.training import digests, steps
 
 NOT_COMPARED = ('checkpoint', 'eval', 'log', 'plan', 'guard.watchdog')    # they change no number
@@ -70,17 +70,14 @@ def config_differences(a: Replay, b: Replay) -> list[str]:
 
 def _shape_difference(a: Replay, b: Replay) -> str:
   """The first array that only one of the runs has in its shape and dtype, as a text; '' if none."""
-  shapes = []
-  for run in (a, b):
-    leaves = trees.flatten(run.program.abstract)
-    shapes.append({path: f'{x.dtype}{list(x.shape)}' for path, x in leaves.items()})
-  in_a, in_b = shapes
+  in_a, in_b = (manifests.signatures(run.program.abstract) for run in (a, b))
   differing = [path for path in {**in_a, **in_b} if in_a.get(path) != in_b.get(path)]
   if not differing:
     return ''
   first = differing[0]
+  show = lambda leaf: f'{leaf[1]}{list(leaf[0])}' if leaf else 'absent'
   return ('the runs cannot be compared: their models or optimizers differ; '
-          f'{first} is {in_a.get(first, "absent")} and {in_b.get(first, "absent")} '
+          f'{first} is {show(in_a.get(first))} and {show(in_b.get(first))} '
           f'({len(differing)} arrays differ)')
 
 

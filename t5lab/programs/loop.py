@@ -172,7 +172,8 @@ class _Loop:
     step = self.run.step
     if step > self.saved:
       with self.watchdog.paused(f'the checkpoint of step {step}', self.patience):
-        self.checkpoints.save(step, self.run.state, meta={**self.meta, **self.run.meta()})
+        meta = {**self.meta, **self.run.meta()}
+        self.checkpoints.save(step, self.run.state, meta=meta)
       self.saved = step
 
   def evaluate(self):

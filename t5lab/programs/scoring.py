@@ -76,7 +76,8 @@ class Evaluator:
       generate = functools.partial(lab.generate_tokens, tick=self._tick)
       by_task, predictions[weights] = self.evaluation.decode(generate, lab.step, reasons)
       for task, metrics in ((self.evaluation.name, losses), *by_task.items()):
-        scores.update({f'{task}/{weights}/{metric}': value for metric, value in metrics.items()})
+        for metric, value in metrics.items():
+          scores[f'{task}/{weights}/{metric}'] = value
       failed.update({f'{task}/{weights}': reason for task, reason in reasons.items()})
     return EvalResult(scores, predictions, failed)
 

@@ -102,14 +102,11 @@ class Report(contextlib.AbstractContextManager):
     else:
       print(text, file=self._file, flush=True)
 
-  def close(self) -> None:
+  def __exit__(self, *_):
     if self._bar:
       self._bar.stop()
     self._entries.close()
     self._board.close()
-
-  def __exit__(self, *_):
-    self.close()
 
   def _open_entries(self, step):
     """Opens metrics.jsonl to append after `step`."""
