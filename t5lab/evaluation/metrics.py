@@ -26,11 +26,6 @@ def _percent(values) -> float:
   return 100 * float(np.mean(values))
 
 
-def _fraction_equal(targets, predictions) -> float:
-  _check(targets, predictions)
-  return _percent([t == p for t, p in zip(targets, predictions)])
-
-
 def _references(targets) -> list[list[str]]:
   """Reference streams for sacrebleu: streams[i][n] is reference i of example n."""
   if isinstance(targets[0], str):
@@ -142,7 +137,8 @@ def record(targets, predictions) -> dict[str, float]:
 
 def accuracy(targets, predictions) -> dict[str, float]:
   """The fraction of predictions that equal their target, of any type."""
-  return {'accuracy': _fraction_equal(targets, predictions)}
+  _check(targets, predictions)
+  return {'accuracy': _percent([t == p for t, p in zip(targets, predictions)])}
 
 
 def matthews_corrcoef(targets, predictions) -> dict[str, float]:
@@ -229,7 +225,7 @@ def spearman_corrcoef(targets, predictions) -> dict[str, float]:
 
 def exact_match(targets, predictions) -> dict[str, float]:
   """The fraction of predictions that equal their target."""
-  return {'exact_match': _fraction_equal(targets, predictions)}
+  return {'exact_match': accuracy(targets, predictions)['accuracy']}
 
 
 def _edits(target: str, prediction: str) -> int:
