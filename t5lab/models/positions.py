@@ -16,7 +16,8 @@ from t5lab.parallel.sharding import constrain
 def relative_bucket(relative, *, bidirectional: bool, buckets: int = 32, max_distance: int = 128):
   """The bucket of relative = key position - query position, an int array of any shape.
 
-  Half of them hold one distance each; the others grow logarithmically. [Raffel et al. 2020, 2.1]
+  Half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
+  [Raffel et al. 2020, 2.1]
   """
   offset = 0
   if bidirectional:

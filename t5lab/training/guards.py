@@ -7,7 +7,8 @@ gradient norm is a spike: `spike` deviations above its running mean. A bad step 
   stop, rewind   The first bad step halts the run: later steps change nothing either, so the host,
                  which looks only every log.every steps, still finds the state before the bad step.
   skip           The run continues as if the batch had not been there; `patience` bad steps in a row
-                 halt it. Unlike optax.apply_if_finite, it never accepts a bad step.
+                 halt it. Unlike optax.apply_if_finite, which accepts the update after some errors
+                 in a row, the guard never accepts a bad step.
 
 'rewind' follows PaLM, which restarted from a checkpoint about 100 steps before a spike and left out
 200-500 batches [Chowdhery et al. 2022, 5.1].
