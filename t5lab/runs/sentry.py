@@ -157,10 +157,12 @@ class Sentry:
       tokens = tokens[i] if segments is None else tokens[i][segments[i] == segment]
       return self._vocabulary.decode([int(t) for t in tokens])[:CHARACTERS]
 
-    return [{'id': name, 'inputs': decode('encoder', 'input', i, segment),
-             'targets': decode(targets_side, 'target', i, segment)}
-            for i, row in enumerate(rows)
-            for segment, name in enumerate(ids[row], start=1)][:SHOWN]
+    texts = []
+    for i, row in enumerate(rows):
+      for segment, name in enumerate(ids[row], start=1):
+        texts.append({'id': name, 'inputs': decode('encoder', 'input', i, segment),
+                      'targets': decode(targets_side, 'target', i, segment)})
+    return texts[:SHOWN]
 
   def _append(self, entry):
     if self._write:

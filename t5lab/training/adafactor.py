@@ -47,7 +47,7 @@ def scale_by_adafactor(*, min_factored: int = 128) -> optax.GradientTransformati
       state = factored_rms.init(param)
       return state.v_row, state.v_col, state.v
     moments = trees.map_paths(lambda path, p: by_layer(init_one, path)(p), params)
-    v_row, v_col, v = _unzip(moments, params, 3)
+    v_row, v_col, v = jax.tree.transpose(jax.tree.structure(params), None, moments)
     return AdafactorState(jnp.zeros((), jnp.int32), v_row, v_col, v)
 
   def update(grads, state, params=None):
@@ -62,12 +62,7 @@ def scale_by_adafactor(*, min_factored: int = 128) -> optax.GradientTransformati
 
     out = trees.map_paths(lambda path, *leaves: by_layer(update_one, path)(*leaves),
                           grads, state.v_row, state.v_col, state.v, params)
-    u, v_row, v_col, v = _unzip(out, grads, 4)
+    u, v_row, v_col, v = jax.tree.transpose(jax.tree.structure(grads), None, out)
     return u, AdafactorState(optax.safe_increment(state.count), v_row, v_col, v)
 
   return optax.GradientTransformation(init, update)
-
-
-def _unzip(tree: PyTree, like: PyTree, n: int) -> list[PyTree]:
-  """A tree of n-tuples -> n trees. like: a tree that has an array where `tree` has a tuple."""
-  return [jax.tree.map(lambda _, leaf, i=i: leaf[i], like, tree) for i in range(n)]
