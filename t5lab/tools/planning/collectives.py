@@ -50,136 +50,11 @@ class Collective:
     return '+'.join(self.axes) or 'one device'
 
 
-class Axes:
-  """Maps groups of partition numbers to mesh axes. Partition i is the mesh's i-th device."""
-
-  def __init__(self, names: tuple[str, ...], shape: tuple[int, ...],
-               slices: dict[str, int] | None = None):
-    """slices: {axis: number of slices that it crosses}."""
-    self.names, self.shape = names, shape
-    self.slices = {axis: n for axis, n in (slices or {}).items() if n > 1}
-
-  def spanned(self, groups: np.ndarray) -> tuple[str, ...]:
-    """The axes along which the members of a group differ; groups: int[groups, members]."""
-    positions = np.stack(np.unravel_index(groups.reshape(-1), self.shape), -1)
-    positions = positions.reshape(*groups.shape, len(self.shape))
-    differs = (positions != positions[:, :1]).any((0, 1))
-    return tuple(name for name, spans in zip(self.names, differs) if spans)
-
-  def groups(self, op: hlo.Op) -> np.ndarray:
-    """replica_groups or source_target_pairs as int[groups, members]."""
-    text = op.attribute('source_target_pairs') or op.attribute('replica_groups')
-    all_devices = np.arange(math.prod(self.shape))[None]
-
-    # {{0,1},{2,3}}
-    if not text or text == '{}':
-      return all_devices
-    if text.startswith('{'):
-      groups = [_ints(members) for members in re.findall(r'\{([\d,]+)\}', text)]
-      same_size = len(set(map(len, groups))) == 1
-      return np.array(groups) if same_size else all_devices
-
-    # [2,8]<=[4,4]T(1,0): reshape, transpose, reshape
-    match = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-    if not match:
-      return all_devices
-    shape, source, transposed = match.groups()
-    devices = np.arange(math.prod(_ints(source))).reshape(_ints(source))
-    if transposed:
-      devices = devices.transpose(_ints(transposed))
-    return devices.reshape(_ints(shape))
-
-
-def _ints(text: str) -> list[int]:
-  return [int(n) for n in text.split(',')]
-
-
-# --- in the program ----------------------------------------------------------------------------
-
-
-def op_collectives(module: hlo.Module, op: hlo.Op, axes: Axes) -> list[Collective]:
-  """The collectives that a scheduled operation starts, ends or runs; [] for most operations."""
-  # a collective by itself
-  kind, _, suffix = op.kind.rpartition('-')
-  if suffix in ('start', 'done') and kind in KINDS:
-    key = op.operands[0] if suffix == 'done' else op.name
-    return [_collective(op, kind, axes, suffix, key)]
-  if op.kind in KINDS:
-    return [_collective(op, op.kind, axes, 'sync', op.name)]
-  if op.kind in ('recv', 'recv-done'):
-    return _between_slices(op, axes)
-  if op.kind in ('async-start', 'async-done'):
-    phase = op.kind.removeprefix('async-')
-    key = op.operands[0] if phase == 'done' else op.name
-    return [_collective(inner, inner.kind, axes, phase, key) for called in module.called(op)
-            for inner in called.ops if inner.kind in KINDS]
-
-  # inside a fusion
-  fused = [inner for computation in _nested(module, module.inside(op)) for inner in computation.ops]
-  targets = {inner.attribute('custom_call_target').strip('"')
-             for inner in fused if inner.kind == 'custom-call'}
-  collectives = []
-  for inner in fused:
-    if inner.kind not in KINDS:
-      continue
-    chain = re.search(r'chain_id="(\w+)"', inner.attribute('frontend_attributes'))
-    if not chain:
-      scatter = 'all-reduce-scatter' in op.calls[0]
-      kind = 'reduce-scatter' if scatter else inner.kind
-      collectives.append(_collective(inner, kind, axes, 'sync', op.name))
-    elif 'AsyncCollectiveStart' in targets:
-      collectives.append(_collective(inner, inner.kind, axes, 'start', chain.group(1)))
-    elif 'AsyncCollectiveDone' in targets:
-      collectives.append(_collective(inner, inner.kind, axes, 'done', chain.group(1)))
-  return collectives
-
-
-def _between_slices(op: hlo.Op, axes: Axes) -> list[Collective]:
-  attributes = op.attribute('frontend_attributes')
-  if 'xla_megascale_runtime' not in attributes:
-    return []
-  match = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
-  kind = match.group(1).lower().replace('_', '-') if match else ''
-  done = op.kind == 'recv-done'
-  return [Collective(
-      kind if kind in KINDS else 'collective-permute', tuple(axes.slices),
-      group=max(2, math.prod(axes.slices.values())), size=op.shapes[0].bytes,
-      phase='done' if done else 'start', key=op.operands[0] if done else op.name)]
-
-
-def _nested(module: hlo.Module, computation: hlo.Computation | None) -> Iterator[hlo.Computation]:
-  """Yields the computation of a fusion and those of the fusions inside it."""
-  if computation is None:
-    return
-  yield computation
-  for op in computation.ops:
-    yield from _nested(module, module.inside(op))
-
-
-def _collective(op: hlo.Op, kind: str, axes: Axes, phase: str, key: str) -> Collective:
-  groups = axes.groups(op)
-  if kind == 'collective-permute':         # its groups are pairs of source and target
-    moving = groups[groups[:, 0] != groups[:, 1]]
-    names, group = (axes.spanned(moving) if len(moving) else ()), 2
-  else:
-    names, group = axes.spanned(groups), groups.shape[1]
-
-  sizes = [shape.bytes for shape in op.shapes]
-  if op.kind.endswith('-start') and kind != 'all-reduce':
-    # (operands, results[, contexts]): the results
-    arrays = [shape.bytes for shape in op.shapes if shape.dims]
-    sizes = arrays[len(arrays) // 2:]
-  size = sum(sizes)
-  if kind == 'reduce-scatter' and op.kind.startswith('reduce-scatter'):
-    size *= group                          # the result is one shard
-  return Collective(kind, names, max(group, 1), size, phase, key)
-
-
 # --- on the network ----------------------------------------------------------------------------
 
 
 class Network:
-  """Estimates the seconds of a collective.
+  """The devices of a mesh and what joins them. Partition i of a program is its i-th device.
 
   A group over mesh axes uses all their physical axes at once, with `ici` bytes/s each, or half of
   that if the group's line is not closed to a ring. Between slices a chip has its share of its
@@ -192,27 +67,45 @@ class Network:
     """physical: {mesh axis: its physical axes}; None: one each, the largest mesh axis as many as it
     needs. slices: {mesh axis: number of slices that it crosses}."""
     self.topology, self.shape = topology, mesh_shape
-    self.slices = slices if slices is not None else {
-        axis: n for axis, n in mesh_shape.items() if axis.startswith('dcn_')}
+    if slices is None:
+      slices = {axis: n for axis, n in mesh_shape.items() if axis.startswith('dcn_')}
+    self.slices = {axis: n for axis, n in slices.items() if n > 1}
     self.physical = physical or _physical_axes(topology, {
         axis: n for axis, n in mesh_shape.items() if not axis.startswith('dcn_')})
+
+  def groups(self, op: hlo.Op) -> np.ndarray:
+    """replica_groups or source_target_pairs as int[groups, members]."""
+    text = op.attribute('source_target_pairs') or op.attribute('replica_groups')
+
+    # {{0,1},{2,3}}
+    groups = [hlo.ints(members) for members in re.findall(r'\{([\d,]+)\}', text)]
+    if len(set(map(len, groups))) == 1:
+      return np.array(groups)
+
+    # [2,8]<=[4,4]T(1,0): reshape, transpose, reshape
+    if match := re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+      shape, source, transposed = (hlo.ints(part or '') for part in match.groups())
+      devices = np.arange(math.prod(source)).reshape(source)
+      return devices.transpose(transposed or range(len(source))).reshape(shape)
+    return np.arange(math.prod(self.shape.values()))[None]        # all devices
+
+  def spanned(self, groups: np.ndarray) -> tuple[str, ...]:
+    """The axes along which the members of a group differ; groups: int[groups, members]."""
+    positions = np.stack(np.unravel_index(groups, tuple(self.shape.values())), -1)
+    differs = (positions != positions[:, :1]).any((0, 1))
+    return tuple(axis for axis, spans in zip(self.shape, differs) if spans)
 
   def bandwidth(self, axes: tuple[str, ...]) -> float:
     """Bytes/s out of a chip over ICI for groups over these axes."""
     used = {p for axis in axes for p in self.physical.get(axis, ())}
     in_slice = math.prod(self.shape[axis] // self.slices.get(axis, 1)
                          for axis in axes if axis in self.shape)
-    total = 0.
-    for p in used or {0}:
-      ring = self.topology.is_ring(p) and in_slice >= self.topology.shape[p]
-      total += self.topology.chip.ici * (1. if ring else .5)
-    return total
+    rings = [self.topology.is_ring(p) and in_slice >= self.topology.shape[p] for p in used or {0}]
+    return sum(self.topology.chip.ici * (1. if ring else .5) for ring in rings)
 
   def seconds(self, c: Collective) -> float:
     slices = math.prod(self.slices.get(axis, 1) for axis in c.axes)
     in_slice = max(1, c.group // slices)
-    if in_slice == slices == 1:
-      return HOP
     total = 0.
     if in_slice > 1:
       local = dataclasses.replace(c, group=in_slice)
@@ -220,10 +113,10 @@ class Network:
     if slices > 1:
       shard = dataclasses.replace(c, group=slices, size=c.size / in_slice)
       total += shard.wire / self.topology.chip.dcn + 20 * HOP
-    return total
+    return total or HOP                    # a group of one device
 
   def crosses_slices(self, c: Collective) -> bool:
-    return any(self.slices.get(axis, 1) > 1 for axis in c.axes)
+    return any(axis in self.slices for axis in c.axes)
 
 
 def _physical_axes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -260,3 +153,72 @@ def mesh_layout(mesh) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     physical[axis] = tuple(int(p) for p in np.flatnonzero(differs[:-1]))
     slices[axis] = len(set(positions[:, -1].tolist()))
   return physical, slices
+
+
+# --- in the program ----------------------------------------------------------------------------
+
+
+def op_collectives(module: hlo.Module, op: hlo.Op, network: Network) -> list[Collective]:
+  """The collectives that a scheduled operation starts, ends or runs; [] for most operations."""
+  # a collective by itself
+  kind = op.kind.removesuffix('-start').removesuffix('-done')
+  phase = op.kind[len(kind) + 1:] or 'sync'
+  key = op.operands[0] if phase == 'done' else op.name
+  if kind in KINDS:
+    return [_collective(op, kind, network, phase, key)]
+  if kind == 'recv':
+    return _between_slices(op, network, key)
+  if kind == 'async':
+    return [_collective(inner, inner.kind, network, phase, key) for called in module.called(op)
+            for inner in called.ops if inner.kind in KINDS]
+
+  # inside a fusion
+  fused = list(_fused(module, op))
+  targets = [inner.attribute('custom_call_target') for inner in fused]
+  phases = [phase for phase in ('start', 'done')
+            if f'"AsyncCollective{phase.title()}"' in targets]
+  collectives = []
+  for inner in fused:
+    if inner.kind not in KINDS:
+      continue
+    chain = hlo.find(r'chain_id="(\w+)"', inner.attribute('frontend_attributes'))
+    if not chain:
+      kind = 'reduce-scatter' if 'all-reduce-scatter' in op.calls else inner.kind
+      collectives.append(_collective(inner, kind, network, 'sync', op.name))
+    elif phases:
+      collectives.append(_collective(inner, inner.kind, network, phases[0], chain))
+  return collectives
+
+
+def _between_slices(op: hlo.Op, network: Network, key: str) -> list[Collective]:
+  attributes = op.attribute('frontend_attributes')
+  if 'xla_megascale_runtime' not in attributes:
+    return []
+  kind = hlo.find(r'_xla_megascale_transfer_type="(\w+)"', attributes).lower().replace('_', '-')
+  return [Collective(
+      kind if kind in KINDS else 'collective-permute', tuple(network.slices),
+      group=max(2, math.prod(network.slices.values())), size=op.shapes[0].bytes,
+      phase='done' if op.kind == 'recv-done' else 'start', key=key)]
+
+
+def _fused(module: hlo.Module, op: hlo.Op) -> Iterator[hlo.Op]:
+  """Yields the operations in a fusion and in the fusions inside it."""
+  if (computation := module.inside(op)) is not None:
+    yield from computation.ops
+    for inner in computation.ops:
+      yield from _fused(module, inner)
+
+
+def _collective(op: hlo.Op, kind: str, network: Network, phase: str, key: str) -> Collective:
+  groups = network.groups(op)
+  group = groups.shape[1]
+  if kind == 'collective-permute':         # its groups are pairs of source and target
+    groups = groups[groups[:, 0] != groups[:, 1]]
+    group = 2
+  size = op.bytes
+  if op.kind.endswith('-start') and kind != 'all-reduce':
+    arrays = [shape.bytes for shape in op.shapes if shape.dims]
+    size = sum(arrays[len(arrays) // 2:])  # of (operands, results[, contexts]) the results
+  if kind == 'reduce-scatter' and op.kind.startswith('reduce-scatter'):
+    size *= group                          # the result is one shard
+  return Collective(kind, network.spanned(groups), group, size, phase, key)

@@ -9,7 +9,7 @@ import dataclasses
 from t5lab import config
 from t5lab.tools.planning import chips, collectives, compiling, formula, hlo, memory
 from t5lab.tools.planning.planned_step import PlannedStep
-from t5lab.tools.planning.timeline import Simulator, Timeline
+from t5lab.tools.planning.timeline import Timeline, simulate
 
 
 def plan(step: PlannedStep, prices: dict, use_cache: bool = True) -> tuple[dict, str]:
@@ -27,17 +27,24 @@ def plan(step: PlannedStep, prices: dict, use_cache: bool = True) -> tuple[dict,
     result |= {'source': 'compiler', 'compile_seconds': compiled.seconds,
                'lower_seconds': compiled.lower_seconds, 'cached': compiled.cached,
                'spmd_warnings': compiled.warnings}
-    if compiled.unfit:
-      result |= _unfit(step, compiled)
-      return result, ''
-    result |= _compiled(step, compiled)
+    result |= _unfit(step, compiled) if compiled.unfit else _compiled(step, compiled)
     text = compiled.text
   else:
-    result |= {'source': 'formula', 'spmd_warnings': None}
-    result |= formula.estimate(step)
-  result['fits'] = result['hbm']['total'] <= step.topology.chip.usable
-  if step.steps:
-    result['run'] = _cost(step, result['step_seconds'], prices)
+    result |= {'source': 'formula', 'spmd_warnings': None, **formula.estimate(step)}
+
+  chip = step.topology.chip
+  hbm = result['hbm'] = {'capacity': chip.hbm, 'usable': chip.usable, **result['hbm']}
+  hbm['headroom'] = hbm['usable'] - hbm['total']
+  if 'step_seconds' in result:             # it fits, according to the compiler
+    seconds = result['step_seconds']
+    result |= {
+        'fits': hbm['total'] <= chip.usable,
+        'mfu': step.chip_flops / (seconds * chip.peak),
+        'tokens_per_second_chip': step.tokens / step.topology.chips / seconds,
+        'collective_bytes': sum(row['wire'] for row in result['collectives']),
+        'fsdp_minimum': formula.fsdp_minimum(step)}
+    if step.steps:
+      result['run'] = _cost(step, seconds, prices)
   return result, text
 
 
@@ -74,18 +81,13 @@ def _cost(step: PlannedStep, step_seconds: float, prices: dict) -> dict:
 
 def _compiled(step: PlannedStep, compiled: compiling.Compiled) -> dict:
   module = hlo.parse(compiled.text)
-  mesh = step.mesh
-  physical, slices = collectives.mesh_layout(mesh)
-  network = collectives.Network(step.topology, dict(mesh.shape), physical, slices)
-  axes = collectives.Axes(tuple(mesh.axis_names), tuple(mesh.shape.values()), slices)
-  timeline = Simulator(module, step.topology.chip, axes, network).run()
+  network = collectives.Network(step.topology, dict(step.mesh.shape),
+                                *collectives.mesh_layout(step.mesh))
   return {
       'hbm': _hbm(step, compiled, module),
       'not_aliased': memory.not_aliased(module),
-      'largest_buffers': [dict(bytes=size, shape=shape, where=where)
-                          for size, shape, where in memory.largest_buffers(module)],
-      **_times(step, timeline),
-      'fsdp_minimum': formula.fsdp_minimum(step),
+      'largest_buffers': memory.largest_buffers(module),
+      **_times(step, simulate(module, network)),
       'assumptions': _assumptions(step, network),
   }
 
@@ -95,10 +97,8 @@ def _hbm(step: PlannedStep, compiled: compiling.Compiled, module: hlo.Module) ->
   kinds = memory.bytes_by_kind(step.tensors)
   total = m['argument'] + m['output'] + m['temp'] - m['alias'] + m['generated_code']
   stacked = {} if step.decodes else memory.stacked_buffers(module)
-  usable = step.topology.chip.usable
   return {
-      'capacity': step.topology.chip.hbm, 'usable': usable, 'total': total,
-      'headroom': usable - total,
+      'total': total,
       'kinds': {**kinds, 'padding of layouts': max(0, m['argument'] - sum(kinds.values())),
                 'outputs not in place': m['output'] - m['alias'],
                 'temporaries and activations': m['temp'], 'program code': m['generated_code']},
@@ -116,8 +116,7 @@ def _unfit(step: PlannedStep, compiled: compiling.Compiled) -> dict:
   kinds['temporaries and activations'] = max(0., needed - sum(kinds.values()))
   return {
       'fits': False, 'unfit': compiled.unfit,
-      'hbm': {'capacity': step.topology.chip.hbm, 'usable': available, 'total': needed,
-              'headroom': available - needed, 'kinds': kinds, 'of_temporaries': {}},
+      'hbm': {'usable': available, 'total': needed, 'kinds': kinds, 'of_temporaries': {}},
       'largest_buffers': [dict(bytes=size, shape=shape, where='')
                           for size, shape in compiled.largest],
   }
@@ -142,10 +141,7 @@ def _times(step: PlannedStep, t: Timeline) -> dict:
       'exposed_seconds': t.exposed, 'wait_seconds': t.waits,
       'hlo_flops': t.flops, 'flops_ratio': t.flops / step.chip_flops,
       'flops_by_type': t.flops_by_type, 'hbm_bytes': t.hbm_bytes,
-      'mfu': step.chip_flops / (t.seconds * chip.peak),
-      'tokens_per_second_chip': step.tokens / step.topology.chips / t.seconds,
       'collectives': [dataclasses.asdict(row) for row in traffic],
-      'collective_bytes': sum(row.wire for row in traffic),
       'collective_seconds': network_seconds,
       'async_share': (sum(row.asynchronous for row in traffic) / network_seconds
                       if network_seconds else 1.),
@@ -155,7 +151,8 @@ def _times(step: PlannedStep, t: Timeline) -> dict:
       'unpriced_count': sum(n for _, (n, _) in unpriced),
       'unpriced_floor_seconds': unpriced_bytes / chip.hbm_bandwidth,
       'unknown_loops': [where for where, trips in t.loops if trips is None],
-      'hottest': [dict(seconds=seconds, op=name, kind=kind) for seconds, name, kind in t.hottest],
+      'hottest': [dict(seconds=seconds, op=name, kind=kind)
+                  for (name, kind), seconds in t.op_seconds.most_common(12)],
   }
 
 
@@ -163,20 +160,17 @@ def _assumptions(step: PlannedStep, network: collectives.Network) -> list[str]:
   topology, chip = step.topology, step.topology.chip
   rings = ', '.join(f'{"xyz"[i]} of {n} is {"a ring" if topology.is_ring(i) else "a line"}'
                     for i, n in enumerate(topology.shape))
-  lines = [
+  axes = [f'mesh axis {axis}={n}: {" and ".join(_location(axis, network))}'
+          for axis, n in step.mesh.shape.items() if n > 1]
+  slices = [f'between slices: {chip.dcn / 1e9:.2f} GB/s per chip, its share of the host']
+  return [
       f"compute: the compiler's estimated_cycles of each fusion, loops by their trip counts, at "
       f'{chip.clock / 1e9:.3f} GHz; bf16 peak {chip.peak / 1e12:.0f} TFLOP/s',
       f'collectives: ring formulas, {chip.ici / 1e9:.0f} GB/s per physical axis in both '
       f'directions together, half of it on a line; {topology.name}: {rings}; at least '
       f'{chips.HOP * 1e6:.0f} us for two steps of a ring',
-  ]
-  for axis, n in step.mesh.shape.items():
-    if n > 1:
-      lines.append(f'mesh axis {axis}={n}: {" and ".join(_location(axis, network))}')
-  if topology.slices > 1:
-    lines.append(f'between slices: {chip.dcn / 1e9:.2f} GB/s per chip, its share of the host')
-  return [
-      *lines,
+      *axes,
+      *(slices if topology.slices > 1 else []),
       'an asynchronous collective or copy costs the time that its end waits; a network runs one '
       'collective at a time',
       f'copies between HBM and VMEM at {chip.hbm_bandwidth / 1e9:.0f} GB/s; input pipeline, '

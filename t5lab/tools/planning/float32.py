@@ -27,52 +27,45 @@ def unexpected_products(text: str, allowed: tuple[str, ...] = ()) -> list[Produc
 
   Leaves out op names that match EXPECTED or a pattern of `allowed`.
   """
-  module, frames = hlo.parse(text), _parse_frames(text)
   products = {}                            # as an ordered set
-  for computation in module.computations.values():
+  frames = _parse_frames(text)
+  for computation in hlo.parse(text).computations.values():
     for op in computation.ops:
       if op.kind not in ('dot', 'convolution'):
         continue
       shapes = [computation.by_name[name].shapes[0] for name in op.operands[:2]]
-      if any(shape.dtype != 'f32' for shape in shapes):
+      expected = any(re.search(pattern, op.op_name) for pattern in (*EXPECTED, *allowed))
+      if expected or any(shape.dtype != 'f32' for shape in shapes):
         continue
-      if any(re.search(pattern, op.op_name) for pattern in (*EXPECTED, *allowed)):
-        continue
-      frame = re.search(r'stack_frame_id=(\d+)', op.attributes)
-      where = _source_line(frames, int(frame.group(1)) if frame else 0)
+      where = _source_line(frames, hlo.find(r'stack_frame_id=(\d+)', op.attributes))
       products[Product(op.op_name, tuple(map(str, shapes)), where)] = True
   return list(products)
 
 
-def _parse_frames(text: str) -> dict[int, tuple[str, int, int]]:
+def _parse_frames(text: str) -> dict[str, tuple[str, str, str]]:
   """{stack frame: (file, line, parent frame)} from the tables at the start of the text."""
-  def table(name: str) -> dict[str, str]:
-    match = re.search(rf'^{name}\n((?:\d+ .*\n)*)', text, re.M)
-    return dict(re.findall(r'^(\d+) (.*)$', match.group(1), re.M)) if match else {}
+  def table(name: str) -> list[tuple[str, str]]:
+    return re.findall(r'^(\d+) (.*)$', hlo.find(rf'(?m)^{name}\n((?:\d+ .*\n)*)', text), re.M)
 
-  def field(entry: str, name: str) -> int:
-    match = re.search(rf'{name}=(\d+)', entry)
-    return int(match.group(1)) if match else 0
-
-  files, locations = table('FileNames'), table('FileLocations')
-  frames = {}
-  for number, frame in table('StackFrames').items():
-    location = locations.get(str(field(frame, 'file_location_id')), '')
-    file = files.get(str(field(location, 'file_name_id')), '').strip('"')
-    frames[int(number)] = (file, field(location, 'line'), field(frame, 'parent_frame_id'))
-  return frames
+  files = dict(table('FileNames'))
+  locations = {number: (files.get(hlo.find(r'file_name_id=(\d+)', location), '').strip('"'),
+                        hlo.find(r'line=(\d+)', location))
+               for number, location in table('FileLocations')}
+  return {number: (*locations.get(hlo.find(r'file_location_id=(\d+)', frame), ('', '')),
+                   hlo.find(r'parent_frame_id=(\d+)', frame))
+          for number, frame in table('StackFrames')}
 
 
-def _source_line(frames, number: int) -> str:
+def _source_line(frames, number: str) -> str:
   """The innermost frame in this package outside the sharding helpers, as 'file:line'."""
   innermost = ''
   for _ in range(100):
-    file, line, parent = frames.get(number, ('', 0, 0))
+    file, line, parent = frames.get(number, ('', '', ''))
     if '/t5lab/' in file:
       innermost = f'{file.rpartition("/t5lab/")[2]}:{line}'
       if not innermost.startswith('parallel/sharding.py'):
         return innermost
-    if not file or parent == number or not parent:
+    if not file or parent == number:
       break
     number = parent
   return innermost

@@ -1,7 +1,6 @@
 """The analytic estimate of memory and time, for machines without a TPU compiler."""
 
 import dataclasses
-import math
 
 from t5lab.parallel import sharding
 from t5lab.tools.planning import collectives, flops, memory
@@ -22,34 +21,24 @@ HIDING = 0.8
 def estimate(step: PlannedStep) -> dict:
   """The fields of a plan that the compiler would provide."""
   chip = step.topology.chip
-  rules, mesh = sharding.rule_set(step.config.rules), step.mesh.shape
-  shards = memory.Shards(batch=sharding.batch_devices(step.mesh),
-                         length=sharding.num_shards(mesh, rules.get('length')),
-                         model=sharding.num_shards(mesh, rules.get('act_heads')))
+  shards = memory.Shards(sharding.batch_devices(step.mesh), step.shards('length'),
+                         step.shards('act_heads'))
   kinds = memory.bytes_by_kind(step.tensors)
+  state = sum(kinds.values())
   if step.decodes:
     logits = step.rows / shards.batch * step.model.vocab_size / shards.model * 8
     temporaries = {'logits': logits}
-    seconds = max(sum(kinds.values()) / chip.hbm_bandwidth, step.chip_flops / chip.peak)
+    seconds = max(state / chip.hbm_bandwidth, step.chip_flops / chip.peak)
     times = {'step_seconds': seconds, 'compute_seconds': seconds, 'exposed_seconds': 0.,
-             'limiting': 'HBM bandwidth'}
-    traffic = []
+             'limiting': 'HBM bandwidth', 'collectives': []}
   else:
     temporaries = _temporaries(step, shards)
-    times, traffic = _times(step, shards)
-    seconds = times['step_seconds']
-  total = sum(kinds.values()) + sum(temporaries.values())
+    times = _times(step, shards)
+  temporary = sum(temporaries.values())
   return {
-      'hbm': {'capacity': chip.hbm, 'usable': chip.usable, 'total': total,
-              'headroom': chip.usable - total,
-              'kinds': {**kinds, 'temporaries and activations': sum(temporaries.values())},
-              'of_temporaries': temporaries},
+      'hbm': {'total': state + temporary, 'of_temporaries': temporaries,
+              'kinds': {**kinds, 'temporaries and activations': temporary}},
       **times,
-      'mfu': step.chip_flops / (seconds * chip.peak),
-      'tokens_per_second_chip': step.tokens / step.topology.chips / seconds,
-      'collectives': [dataclasses.asdict(t) for t in traffic],
-      'collective_bytes': sum(t.wire for t in traffic),
-      'fsdp_minimum': fsdp_minimum(step),
       'assumptions': _assumptions(step),
   }
 
@@ -62,11 +51,9 @@ def fsdp_minimum(step: PlannedStep) -> float:
   """
   if step.decodes:
     return 0.
-  rules, mesh = sharding.rule_set(step.config.rules), step.mesh.shape
-  shards = sharding.num_shards(mesh, rules.get('embed'))
-  model_shards = sharding.num_shards(mesh, rules.get('mlp'))
+  shards = step.shards('embed')
   sent = 6. * memory.elements(step.tensors, 'params') * step.config.optim.microbatches
-  return sent * (shards - 1) / shards / model_shards
+  return sent * (shards - 1) / shards / step.shards('mlp')
 
 
 def _temporaries(step: PlannedStep, shards: memory.Shards) -> dict[str, float]:
@@ -80,7 +67,7 @@ def _temporaries(step: PlannedStep, shards: memory.Shards) -> dict[str, float]:
           'gradients': params * (2 if micro > 1 else 1)}
 
 
-def _times(step: PlannedStep, shards: memory.Shards) -> tuple[dict, list[Traffic]]:
+def _times(step: PlannedStep, shards: memory.Shards) -> dict:
   """Seconds of a train step, and its collectives."""
   chip, c, m = step.topology.chip, step.config, step.model
   micro = c.optim.microbatches
@@ -95,40 +82,37 @@ def _times(step: PlannedStep, shards: memory.Shards) -> tuple[dict, list[Traffic
   compute = executed / (EFFICIENCY * chip.peak) + scores * SCORE_BYTES[m.remat] / chip.hbm_bandwidth
 
   # collectives: parameters, gradients, activations
-  mesh = step.mesh.shape
+  mesh, rules = step.mesh.shape, sharding.rule_set(c.rules)
   network = collectives.Network(step.topology, dict(mesh))
   traffic = []
 
-  def seconds(kind: str, axes, size: float, times: int) -> float:
-    axes = tuple(axis for axis in axes if mesh[axis] > 1)
+  def seconds(kind: str, target, size: float, times: int) -> float:
+    axes = tuple(axis for axis in sharding.mesh_axes(target) if mesh[axis] > 1)
     if not axes or not size:
       return 0.
-    c = collectives.Collective(kind, axes, math.prod(mesh[axis] for axis in axes), size)
+    c = collectives.Collective(kind, axes, sharding.num_shards(mesh, axes), size)
     total = network.seconds(c) * times
     traffic.append(Traffic(kind, c.where, count=times, size=size * times, wire=c.wire * times,
                            seconds=total, between_slices=network.crosses_slices(c)))
     return total
 
-  rules = sharding.rule_set(c.rules)
   item = 2 if m.dtype == 'bfloat16' else 4
   params, frozen = (memory.elements(step.tensors, tree) for tree in ('params', 'base'))
   fsdp = sharding.mesh_axes(rules.get('embed'))   # sharded at rest, gathered for use
-  batch = [axis for axis in sharding.BATCH_AXES if axis not in fsdp]
+  batch = tuple(axis for axis in sharding.BATCH_AXES if axis not in fsdp)
   gathers = seconds('all-gather', fsdp, (params + frozen) / shards.model * item, 2 * micro)
   sums = seconds('reduce-scatter', fsdp, params / shards.model * item, micro)
-  sums += seconds('all-reduce', batch,
-                  params / shards.model * 4 / sharding.num_shards(mesh, fsdp), 1)
+  sums += seconds('all-reduce', batch, params / shards.model * 4 / step.shards('embed'), 1)
 
   positions = m.enc_layers * step.enc + m.dec_layers * step.dec      # in all layers
   tokens = step.rows / micro / shards.batch / shards.length * positions
   passes = (4 if m.remat != 'full' else 6) * micro
-  activations = seconds('all-reduce', sharding.mesh_axes(rules.get('act_heads')),
-                        tokens * m.d_model * item, passes)
-  activations += seconds('all-gather', sharding.mesh_axes(rules.get('length')),
+  activations = seconds('all-reduce', rules.get('act_heads'), tokens * m.d_model * item, passes)
+  activations += seconds('all-gather', rules.get('length'),
                          tokens * 2 * m.kv_heads * m.d_head * item, passes)
   if m.experts:
     routed = tokens / m.moe_every * m.d_model * item * m.capacity_factor * m.expert_top_k
-    activations += seconds('all-to-all', sharding.mesh_axes(rules.get('expert')), routed, passes)
+    activations += seconds('all-to-all', rules.get('expert'), routed, passes)
 
   exposed = max(0., gathers - HIDING * compute) + sums + activations
   parts = {'matrix unit': executed / chip.peak, 'ICI': exposed,
@@ -136,7 +120,8 @@ def _times(step: PlannedStep, shards: memory.Shards) -> tuple[dict, list[Traffic
   return {'step_seconds': compute + exposed, 'compute_seconds': compute,
           'exposed_seconds': exposed, 'hlo_flops': executed,
           'flops_ratio': executed / step.chip_flops, 'parts': parts,
-          'limiting': max(parts, key=parts.get)}, traffic
+          'limiting': max(parts, key=parts.get),
+          'collectives': [dataclasses.asdict(row) for row in traffic]}
 
 
 def _assumptions(step: PlannedStep) -> list[str]:

@@ -56,25 +56,22 @@ class Op:
   @functools.cached_property
   def cycles(self) -> int | None:
     """The compiler's estimate, or None."""
-    match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-    return int(match.group(1)) if match else None
+    cycles = find(r'"estimated_cycles":"(\d+)"', self.attributes)
+    return int(cycles) if cycles else None
 
   @functools.cached_property
   def op_name(self) -> str:
     """The origin of the operation, e.g. jit(train_step)/…/mlp/wi_0/dot_general."""
-    match = re.search(r'op_name="([^"]*)"', self.attributes)
-    return match.group(1) if match else ''
+    return find(r'op_name="([^"]*)"', self.attributes)
 
   @functools.cached_property
-  def calls(self) -> tuple[str, ...]:
-    """Names of the computations that a fusion, call or async operation runs once."""
-    match = re.search(r'(?:calls|to_apply)=%?([\w.-]+)', self.attributes)
-    return (match.group(1),) if match else ()
+  def calls(self) -> str:
+    """The name of the computation that a fusion, call or async operation runs once, or ''."""
+    return find(r'(?:calls|to_apply)=%?([\w.-]+)', self.attributes)
 
   def attribute(self, name: str) -> str:
     """The text of `name=…`, braces included; '' if the operation does not have it."""
-    match = re.search(rf'[ ,]{name}=({_VALUE})', self.attributes)
-    return match.group(1) if match else ''
+    return find(rf'[ ,]{name}=({_VALUE})', self.attributes)
 
   @property
   def bytes(self) -> float:
@@ -118,17 +115,21 @@ class Computation:
   def source(self, name: str, through=_SAME_VALUE) -> Op | None:
     """The operation that computes a value, skipping the kinds in `through` and tuple elements."""
     op = self.by_name.get(name)
-    while op is not None:
-      if op.kind in through:
-        op = self.by_name.get(op.operands[0])
-      elif op.kind == 'get-tuple-element':
-        source = self.source(op.operands[0])
-        if source is None or source.kind != 'tuple':
+    while op is not None and op.kind in (*through, 'get-tuple-element'):
+      name = op.operands[0]
+      if op.kind == 'get-tuple-element':
+        name = self.element(name, op)
+        if name is None:
           return op
-        op = self.by_name.get(source.operands[int(op.attribute('index'))])
-      else:
-        return op
-    return None
+      op = self.by_name.get(name)
+    return op
+
+  def element(self, name: str, get: Op) -> str | None:
+    """The element of the tuple `name` that a get-tuple-element takes; None if it is not known."""
+    source = self.source(name)
+    if source is None or source.kind != 'tuple':
+      return None
+    return source.operands[int(get.attribute('index'))]
 
 
 @dataclasses.dataclass
@@ -139,7 +140,12 @@ class Module:
   aliases: dict[int, int]
 
   def called(self, op: Op) -> list[Computation]:
-    return [self.computations[name] for name in op.calls if name in self.computations]
+    """The computation of a fusion, call or async operation, or the branches of a conditional."""
+    names = [op.calls]
+    if op.kind == 'conditional':
+      names = _NAME.findall(op.attribute('branch_computations')) or [
+          op.attribute(f'{side}_computation').lstrip('%') for side in ('true', 'false')]
+    return [self.computations[name] for name in names if name in self.computations]
 
   def inside(self, op: Op) -> Computation | None:
     """The computation of a fusion; None for any other operation."""
@@ -150,13 +156,6 @@ class Module:
     body = self.computations[op.attribute('body').lstrip('%')]
     condition = self.computations[op.attribute('condition').lstrip('%')]
     return body, _trip_count(self, condition, op, parent)
-
-  def branches(self, op: Op) -> list[Computation]:
-    """The computations of a conditional."""
-    names = _NAME.findall(op.attribute('branch_computations'))
-    if not names:
-      names = [op.attribute(f'{side}_computation').lstrip('%') for side in ('true', 'false')]
-    return [self.computations[name] for name in names if name in self.computations]
 
   def executed(self) -> Iterator[tuple[Computation, int, tuple[Op, ...]]]:
     """Yields (computation, runs in a step, enclosing loops) for each scheduled computation.
@@ -169,18 +168,15 @@ class Module:
         if op.kind == 'while':
           body, trips = self.loop(op, computation)
           yield from visit(body, times * (trips or 1), (*loops, op))
-        elif op.kind == 'call':
+        elif op.kind in ('call', 'conditional'):   # only one branch runs: an upper bound
           for called in self.called(op):
             yield from visit(called, times, loops)
-        elif op.kind == 'conditional':
-          for branch in self.branches(op):         # only one of them runs: an upper bound
-            yield from visit(branch, times, loops)
     yield from visit(self.entry, 1, ())
 
 
 # --- parsing -----------------------------------------------------------------------------------
 
-_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) (?:.*)\{\s*$')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) .*\{\s*$', re.M)
 _OP = re.compile(r'\s+(ROOT )?%?([\w.-]+) = (.*)$')
 _NAME = re.compile(r'%([\w.-]+)')
 _SHAPE = re.compile(r'(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?')
@@ -190,21 +186,19 @@ _VALUE = r'\{(?:[^{}]|\{[^{}]*\})*\}|\[[\d,]+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?
 
 def parse(text: str) -> Module:
   """HLO text -> Module. ValueError if it has no entry computation."""
-  computations, ops, name, entry = {}, None, None, None
-  header = text[:text.find('\n')]
-  for line in text.split('\n'):
-    if ops is None:                        # between computations
-      if match := _COMPUTATION.match(line):
-        name, ops = match.group(2), []
-        entry = name if match.group(1) else entry
-    elif line.startswith('}'):
-      computations[name] = Computation(name, ops)
-      ops = None
-    elif op := _parse_op(line):
-      ops.append(op)
+  computations, entry = {}, None
+  for block in text.split('\n}'):
+    if match := _COMPUTATION.search(block):
+      is_entry, name = match.groups()
+      ops = map(_parse_op, block[match.end():].split('\n'))
+      computations[name] = Computation(name, [op for op in ops if op])
+      entry = computations[name] if is_entry else entry
   if entry is None:
     raise ValueError('HLO text without an ENTRY computation')
-  return Module(computations, computations[entry], _parse_aliases(header))
+  aliases = re.findall(r'\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)',
+                       text.partition('\n')[0])
+  return Module(computations, entry, {int(output.split(',')[0] or 0): int(parameter)
+                                      for output, parameter in aliases})
 
 
 def _parse_op(line: str) -> Op | None:
@@ -219,16 +213,11 @@ def _parse_op(line: str) -> Op | None:
   if kind in ('parameter', 'constant'):    # the argument is a number or a value
     return Op(name, kind, shapes, (), arguments, bool(root))
   close = _closing('(' + arguments) - 1
-  operands = _parse_operands(arguments[:close])
-  return Op(name, kind, shapes, operands, arguments[close + 1:], bool(root))
-
-
-def _parse_operands(text: str) -> tuple[str, ...]:
-  if '%' in text:
-    return tuple(_NAME.findall(text))
-  # Before the compiler's passes names have no %.
-  bare = re.sub(r'\{[^}]*\}|/\*.*?\*/', '', text)
-  return tuple(re.findall(r'([\w.-]+)(?:,|$)', bare))
+  inside = arguments[:close]
+  operands = _NAME.findall(inside)
+  if '%' not in inside:                    # before the compiler's passes names have no %
+    operands = re.findall(r'([\w.-]+)(?:,|$)', re.sub(r'\{[^}]*\}|/\*.*?\*/', '', inside))
+  return Op(name, kind, shapes, tuple(operands), arguments[close + 1:], bool(root))
 
 
 def _closing(text: str) -> int:
@@ -248,20 +237,20 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     if dtype not in BYTES and dtype not in ('token', 'opaque', 'tuple'):
       continue
     order, _, rest = layout.partition(':')
-    tile = re.match(r'T\(([\d,]+)\)', rest)
-    space = re.search(r'S\((\d+)\)', rest)
-    shapes.append(Shape(
-        dtype,
-        dims=tuple(int(n.lstrip('<=')) for n in dims.split(',') if n),
-        order=tuple(int(n) for n in order.split(',') if n.strip().isdigit()),
-        tile=tuple(int(n) for n in tile.group(1).split(',')) if tile else (),
-        space=int(space.group(1)) if space else 0))
+    tile, space = find(r'^T\(([\d,]+)\)', rest), find(r'S\((\d+)\)', rest)
+    shapes.append(Shape(dtype, ints(dims), ints(order), ints(tile), int(space or 0)))
   return tuple(shapes)
 
 
-def _parse_aliases(header: str) -> dict[int, int]:
-  pairs = re.findall(r'\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)', header)
-  return {int(output.split(',')[0] or 0): int(parameter) for output, parameter in pairs}
+def find(pattern: str, text: str) -> str:
+  """The first group of the first match of a regex; '' without a match."""
+  match = re.search(pattern, text)
+  return match.group(1) if match else ''
+
+
+def ints(text: str) -> tuple[int, ...]:
+  """'8,128' -> (8, 128)."""
+  return tuple(map(int, re.findall(r'\d+', text)))
 
 
 # --- trip counts -------------------------------------------------------------------------------
@@ -273,27 +262,23 @@ def _trip_count(module: Module, condition: Computation, op: Op, parent: Computat
   Recognizes `i < N`, with i counted up by 1 from its initial value, which is what lax.scan and
   fori_loop generate. Text of compilers other than the TPU's may have known_trip_count.
   """
-  if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
-    return int(match.group(1))
+  if trips := find(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
+    return int(trips)
 
   # The comparison may be fused; its parameters are then operands of the fusion.
   compare, inner = condition.root, condition
   arguments = {}
-  if compare.kind == 'fusion' and module.called(compare):
-    inner = module.called(compare)[0]
+  if fused := module.inside(compare):
+    inner = fused
     arguments = {parameter.name: condition.source(compare.operands[i])
                  for i, parameter in inner.parameters.items()}
     compare = inner.root
   if compare.kind != 'compare':
     return None
 
-  bounds = []
-  for name in compare.operands:
-    value = inner.source(name)
-    if value is not None:
-      value = arguments.get(value.name, value)
-    bounds.append(_initial_value(value, op, parent))
-  start, limit = bounds
+  values = [inner.source(name) for name in compare.operands]
+  start, limit = (_initial_value(value and arguments.get(value.name, value), op, parent)
+                  for value in values)
   direction = compare.attribute('direction')
   if limit is None or direction not in ('LT', 'LE', 'GT', 'GE', 'NE'):
     return None
@@ -306,11 +291,6 @@ def _trip_count(module: Module, condition: Computation, op: Op, parent: Computat
 def _initial_value(value: Op | None, loop: Op, parent: Computation) -> int | None:
   """The integer of a constant, or of an element of the loop's initial state."""
   if value is not None and value.kind == 'get-tuple-element':
-    state = parent.source(loop.operands[0])
-    if state is None or state.kind != 'tuple':
-      return None
-    value = parent.source(state.operands[int(value.attribute('index'))])
-  if value is None or value.kind != 'constant':
-    return None
-  match = re.match(r'(-?\d+)\)', value.attributes)
-  return int(match.group(1)) if match else None
+    value = parent.source(parent.element(loop.operands[0], value) or '')
+  number = find(r'^(-?\d+)\)', value.attributes) if value and value.kind == 'constant' else ''
+  return int(number) if number else None

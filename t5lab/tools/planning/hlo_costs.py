@@ -5,7 +5,9 @@ import functools
 import math
 import re
 
-from t5lab.tools.planning.hlo import Computation, Module, Op
+import numpy as np
+
+from t5lab.tools.planning.hlo import Computation, Module, Op, ints
 
 # Operations that move no data themselves.
 FREE = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional',
@@ -15,17 +17,14 @@ FREE = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while
 # --- FLOPs -------------------------------------------------------------------------------------
 
 
-def matrix_products(module: Module, computation: Computation) -> Iterator[tuple[Op, Computation]]:
-  """Yields (product, its computation) for each matrix product in one run of a computation.
-
-  The insides of its fusions are included, loops and calls are not.
-  """
-  for op in computation.ops:
-    if op.kind in ('convolution', 'dot'):
-      yield op, computation
-    elif op.kind in ('fusion', 'async-start'):
-      for called in module.called(op):
-        yield from matrix_products(module, called)
+def matrix_products(module: Module, op: Op,
+                    computation: Computation) -> Iterator[tuple[Op, Computation]]:
+  """Yields (product, its computation): an operation, or the matrix products inside a fusion."""
+  if op.kind in ('convolution', 'dot'):
+    yield op, computation
+  elif (fused := module.inside(op)) is not None:
+    for inner in fused.ops:
+      yield from matrix_products(module, inner, fused)
 
 
 def product_flops(op: Op, computation: Computation) -> float:
@@ -36,7 +35,7 @@ def product_flops(op: Op, computation: Computation) -> float:
   left, right = (computation.by_name[name].shapes[0] for name in op.operands[:2])
   out = op.shapes[0]
   if op.kind == 'dot':
-    contracted = [int(n) for n in re.findall(r'\d+', op.attribute('lhs_contracting_dims'))]
+    contracted = ints(op.attribute('lhs_contracting_dims'))
     return 2. * math.prod(out.dims) * math.prod(left.dims[i] for i in contracted)
 
   # dim_labels such as b01f_01io->b01f name the axes: batch, features in and out, 0, 1 are spatial.
@@ -68,15 +67,9 @@ def _window(text: str, rank: int) -> dict[str, list[int]]:
 def _valid_positions(size: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate: int,
                      rhs_dilate: int) -> int:
   """Counts the pairs of output position and kernel element that read a real input element."""
-  if size == kernel == out == 1:
-    return 1
-  last = (size - 1) * lhs_dilate
-  count = 0
-  for k in range(kernel):
-    for position in range(out):
-      read = position * stride + k * rhs_dilate - pad
-      count += 0 <= read <= last and read % lhs_dilate == 0
-  return count
+  read = np.arange(out) * stride + np.arange(kernel)[:, None] * rhs_dilate - pad
+  valid = (0 <= read) & (read <= (size - 1) * lhs_dilate) & (read % lhs_dilate == 0)
+  return int(valid.sum())
 
 
 # --- bytes -------------------------------------------------------------------------------------
@@ -95,23 +88,17 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
     return min(shape.bytes for shape in ends) * sum(shape.space == 0 for shape in ends)
 
   # reads
-  inner = module.inside(op)
-  total = 0.
-  for i, name in enumerate(op.operands):
-    operand = computation.by_name.get(name)
-    if operand is not None:
-      total += _bytes_read(module, inner, i, operand.hbm_bytes)
+  inner, values = module.inside(op), computation.by_name
+  total = sum((_bytes_read(module, inner, i, values[name].hbm_bytes)
+               for i, name in enumerate(op.operands) if name in values), 0.)
 
   # writes
-  if op.kind == 'dynamic-update-slice':
-    update = computation.by_name.get(op.operands[1])
-    return total + (update.bytes if update is not None and op.hbm_bytes else 0.)
-  if inner is None or not op.hbm_bytes or len(inner.results) != len(op.shapes):
+  if op.kind == 'dynamic-update-slice' and op.hbm_bytes:
+    return total + values[op.operands[1]].bytes
+  if inner is None or len(inner.results) != len(op.shapes):
     return total + op.hbm_bytes
-  for result, shape in zip(inner.results, op.shapes):
-    if shape.space == 0:
-      total += _bytes_written(module, inner, result, shape.bytes)
-  return total
+  return total + sum(_bytes_written(module, inner, result, shape.bytes)
+                     for result, shape in zip(inner.results, op.shapes) if shape.space == 0)
 
 
 def _bytes_read(module: Module, inner: Computation | None, number: int, size: float) -> float:
@@ -125,12 +112,12 @@ def _bytes_read(module: Module, inner: Computation | None, number: int, size: fl
   def read_by_users(name) -> float:
     total = 0.
     for user in inner.users.get(name, []):
+      in_place = user.kind == 'dynamic-update-slice' and user.operands[0] == name
+      returned = user.kind == 'tuple' and user.root
+      if in_place or returned:                      # nothing is read
+        continue
       if user.kind in ('dynamic-slice', 'slice', 'gather'):
         total += user.bytes
-      elif user.kind == 'dynamic-update-slice' and user.operands[0] == name:
-        continue                                    # in place: only the update is written
-      elif user.kind == 'tuple' and user.root:
-        continue                                    # returned unchanged
       elif user.kind == 'bitcast':
         total += read_by_users(user.name)
       elif (nested := module.inside(user)) is not None:
@@ -151,8 +138,7 @@ def _bytes_written(module: Module, inner: Computation, name: str, size: float) -
   if source.kind == 'parameter':
     return 0.                                       # returned unchanged
   if source.kind == 'dynamic-update-slice':
-    update = inner.by_name.get(source.operands[1])
-    return update.bytes if update is not None else size
+    return inner.by_name[source.operands[1]].bytes
   nested = module.inside(source)
   if nested is None or nested.root.kind == 'tuple':
     return size

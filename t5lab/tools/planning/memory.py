@@ -4,7 +4,6 @@ The bytes of the state are exact: they come from shapes and shardings. Temporari
 compiler (memory_analysis), or, without it, from a formula that is an estimate.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -51,13 +50,6 @@ def tensors(**named_trees) -> list[Tensor]:
   return leaves
 
 
-def step_tensors(program) -> list[Tensor]:
-  """The arguments of a train step."""
-  state = program.abstract
-  return tensors(params=state.params, opt_state=state.opt_state, ema=state.ema, base=program.base,
-                 batch=program.batch)
-
-
 def bytes_by_kind(leaves: list[Tensor]) -> dict[str, int]:
   """{'parameters': bytes, …} of the kinds that occur."""
   total = {}
@@ -99,59 +91,37 @@ def stacked_buffers(module: hlo.Module) -> dict[str, float]:
   """
   saved, gradients = 'saved for the backward pass', 'gradients of stacked layers'
   total = {saved: 0., gradients: 0.}
-  seen = set()
-  for computation, _, _ in module.executed():
-    for op in computation.ops:
-      if op.kind != 'while' or op.name in seen:
-        continue
-      seen.add(op.name)
-      body, _ = module.loop(op, computation)
-      purpose = gradients if 'transpose(' in op.op_name else saved
-      for number in _filled_elements(module, body):
-        shape = op.shapes[number] if number < len(op.shapes) else None
-        if shape is not None and shape.space == 0 and len(shape.dims) > 1:
-          total[purpose] += shape.padded
+  loops = {op.name: (op, computation) for computation, _, _ in module.executed()
+           for op in computation.ops if op.kind == 'while'}
+  for op, computation in loops.values():
+    body, _ = module.loop(op, computation)
+    elements = body.root.operands if body.root.kind == 'tuple' else ()
+    for shape, element in zip(op.shapes, elements):
+      if shape.space == 0 and len(shape.dims) > 1 and _is_filled(module, body.source(element)):
+        total[gradients if 'transpose(' in op.op_name else saved] += shape.padded
   return total
 
 
-def _filled_elements(module: hlo.Module, body: hlo.Computation) -> Iterator[int]:
-  """Yields the elements of a loop's state that its body writes with dynamic-update-slice."""
-  if body.root.kind != 'tuple':
-    return
-  for i, name in enumerate(body.root.operands):
-    source = body.source(name)
-    if source is not None and _is_update(module, source):
-      yield i
-
-
-def _is_update(module: hlo.Module, op: hlo.Op) -> bool:
-  if op.kind == 'dynamic-update-slice':
-    return True
-  inner = module.inside(op)
-  if inner is None:
-    return False
-  results = [inner.root]
-  if inner.root.kind == 'tuple':
+def _is_filled(module: hlo.Module, op: hlo.Op | None) -> bool:
+  """True for a dynamic-update-slice, alone or as a result of a fusion."""
+  inner = module.inside(op) if op is not None else None
+  results = [op if inner is None else inner.root]
+  if inner is not None and inner.root.kind == 'tuple':
     results = [inner.source(name) for name in inner.root.operands]
   return any(op is not None and op.kind == 'dynamic-update-slice' for op in results)
 
 
-def largest_buffers(module: hlo.Module, count: int = 8) -> list[tuple[float, str, str]]:
-  """(bytes with padding, shape, origin) of the largest buffers in HBM that the program allocates.
+def largest_buffers(module: hlo.Module) -> list[dict]:
+  """{bytes (with padding), shape, where} of the 8 largest buffers in HBM that a program allocates.
 
   Each pair of shape and origin appears once.
   """
   not_allocated = ('parameter', 'get-tuple-element', 'tuple', 'while', 'bitcast', 'constant')
-  sizes = {}
-  for computation, _, _ in module.executed():
-    for op in computation.ops:
-      if op.kind in not_allocated:
-        continue
-      for shape in op.shapes:
-        if shape.space == 0:
-          sizes[str(shape), op.op_name or op.name] = shape.padded
-  buffers = [(size, shape, where) for (shape, where), size in sizes.items()]
-  return sorted(buffers, reverse=True)[:count]
+  sizes = {(str(shape), op.op_name or op.name): shape.padded
+           for computation, _, _ in module.executed() for op in computation.ops
+           for shape in op.shapes if op.kind not in not_allocated and shape.space == 0}
+  largest = sorted(((size, *origin) for origin, size in sizes.items()), reverse=True)[:8]
+  return [dict(zip(('bytes', 'shape', 'where'), row)) for row in largest]
 
 
 # --- by formula --------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """A train or decode step on described devices, before it is compiled."""
 
 import dataclasses
+import functools
 
 import jax
 
 from t5lab import config
+from t5lab.models.families import TransformerConfig
+from t5lab.parallel import sharding
 from t5lab.programs import build
 from t5lab.tools.planning import chips, decode, flops, memory
 
@@ -20,20 +23,24 @@ class PlannedStep:
   topology: chips.Topology
   program: build.Program | decode.DecodeStep
   tensors: list[memory.Tensor]   # the arguments of the step
-  model: object
   rows: int
   enc: int
   dec: int
   steps: int
   flops: float                   # model FLOPs of one step, all chips
 
+  @functools.cached_property
+  def model(self) -> TransformerConfig:
+    return config.model_config(self.config)
+
   @property
   def mesh(self):
     return self.program.mesh
 
-  def with_config(self, c) -> 'PlannedStep':
-    """The same shapes under a config that differs only in remat and microbatches."""
-    return dataclasses.replace(self, config=c, model=config.model_config(c))
+  def shards(self, logical_axis: str) -> int:
+    """The number of shards of a logical axis under the config's rules."""
+    rules = sharding.rule_set(self.config.rules)
+    return sharding.num_shards(self.mesh.shape, rules.get(logical_axis))
 
   @property
   def decodes(self) -> bool:
@@ -51,22 +58,22 @@ class PlannedStep:
 
 def describe(c, topology: chips.Topology, decodes: bool = False) -> PlannedStep:
   """The step of config c. UsageError if something does not divide."""
-  m = config.model_config(c)
-  devices = _devices(topology)
+  m, devices = config.model_config(c), _devices(topology)
   if decodes:
     step = decode.build(c, devices)
     tensors = memory.tensors(params=step.params, cache=step.cache)
     work = flops.decode_step_flops(m, step.rows, step.memory, step.length)
-    return PlannedStep(c, topology, step, tensors, m, step.rows, step.memory, 1, 0, work)
+    return PlannedStep(c, topology, step, tensors, step.rows, step.memory, 1, 0, work)
 
   program = build.program(c, devices)
-  lengths = {feature: x.shape[1] for feature, x in program.batch.items() if len(x.shape) > 1}
-  enc = lengths.get('encoder_input_tokens', 0)
-  dec = lengths.get('decoder_input_tokens', 0)
+  state, batch, rows = program.abstract, program.batch, c.data.batch_size
+  tensors = memory.tensors(params=state.params, opt_state=state.opt_state, ema=state.ema,
+                           base=program.base, batch=batch)
+  enc, dec = (batch[feature].shape[1] if feature in batch else 0
+              for feature in ('encoder_input_tokens', 'decoder_input_tokens'))
   passes = 2. if c.lora.rank else 3.       # frozen weights have no gradients
-  work = passes * flops.row_flops(m, enc, dec).forward * c.data.batch_size
-  return PlannedStep(c, topology, program, memory.step_tensors(program), m, c.data.batch_size, enc,
-                     dec, c.total_steps, work)
+  work = passes * flops.row_flops(m, enc, dec).forward * rows
+  return PlannedStep(c, topology, program, tensors, rows, enc, dec, c.total_steps, work)
 
 
 def _devices(topology: chips.Topology) -> list:

@@ -5,6 +5,7 @@ and each of its results corrects the formula for the next.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import itertools
 import math
 import statistics
@@ -22,6 +23,7 @@ MICROBATCHES = (1, 2, 4, 8, 16)
 MOST_AXES = 2                  # mesh axes that are varied at a time, besides data
 LARGEST_AXIS = 16              # of sequence and model
 OPTIMISM = 0.05                # the fraction of its time that an untried choice may save
+SETTINGS = ('mesh', 'rules', 'remat', 'microbatches')
 
 
 class Candidate(NamedTuple):
@@ -60,16 +62,12 @@ def search(c, topology: chips.Topology, prices: dict, finalists: int = 6,
     step = planned_step.describe(chosen.config, topology)
     plan, _ = estimate.plan(step, prices, use_cache)
     results.append((chosen, plan.get('step_seconds')))
-    rows.append(dict(mesh=chosen.mesh, rules=chosen.rules, remat=chosen.remat,
-                     microbatches=chosen.microbatches, formula_seconds=chosen.seconds,
-                     own=chosen is own, plan=plan))
+    rows.append({name: getattr(chosen, name) for name in SETTINGS} | dict(
+        formula_seconds=chosen.seconds, own=chosen is own, plan=plan))
     remaining = (time.monotonic() - started) / i * (count - i)
     log(_progress(chosen, plan, i, count, remaining))
   rows = ranked(rows)
-  best = next((row for row in rows if row['plan']['fits']), None)
-  if best:
-    choices = {name: best[name] for name in ('mesh', 'rules', 'remat', 'microbatches')}
-    best = {**choices, **_as_settings(best, c)}
+  best = next((_as_settings(row, c) for row in rows if row['plan']['fits']), None)
   return dict(family=c.family, topology=topology.name, tried=tried, fitting=len(candidates),
               source='compiler' if compiles else 'formula', estimate=True, finalists=rows,
               best=best)
@@ -95,8 +93,6 @@ def factorizations(n: int, factors: int) -> list[tuple[int, ...]]:
   """All ways to write n as a product of this many ordered factors."""
   if factors == 0:
     return [()] if n == 1 else []
-  if factors == 1:
-    return [(n,)]
   return [(first, *rest) for first in range(1, n + 1) if n % first == 0
           for rest in factorizations(n // first, factors - 1)]
 
@@ -113,13 +109,9 @@ def meshes(c, topology: chips.Topology) -> Iterator[tuple[str, dict[str, int]]]:
       continue
     for sizes in factorizations(topology.slice_chips, 1 + len(axes)):
       mesh = dict(zip(('data', *axes), sizes))
-      if any(mesh[axis] == 1 for axis in axes):
-        continue
-      if mesh.get('model', 1) > min(LARGEST_AXIS, heads):
-        continue
-      if mesh.get('sequence', 1) > LARGEST_AXIS:
-        continue
-      yield rules, {'dcn_data': topology.slices, **mesh}
+      if (1 not in sizes[1:] and mesh.get('model', 1) <= min(LARGEST_AXIS, heads)
+          and mesh.get('sequence', 1) <= LARGEST_AXIS):
+        yield rules, {'dcn_data': topology.slices, **mesh}
 
 
 def _with_choices(c, rules: str, mesh: dict[str, int], remat: str, microbatches: int):
@@ -148,7 +140,7 @@ def _try_all(c, topology: chips.Topology, log: Callable) -> tuple[int, list[Cand
       if c.data.batch_size % (microbatches * sharding.batch_devices(base.mesh)):
         continue
       changed = _with_choices(c, rules, mesh, remat, microbatches)
-      plan = formula.estimate(base.with_config(changed))
+      plan = formula.estimate(dataclasses.replace(base, config=changed))
       if plan['hbm']['total'] <= MARGIN * topology.chip.usable:
         candidates.append(
             Candidate(plan['step_seconds'], rules, mesh, remat, microbatches, changed))
@@ -165,12 +157,9 @@ def _own_candidate(candidates: list[Candidate], c, topology: chips.Topology) -> 
     sizes = sharding.mesh_sizes(c.mesh.to_dict(), topology.chips)
   except UsageError:
     return None
-  for row in candidates:
-    same_mesh = all(row.mesh.get(axis, 1) == n for axis, n in sizes.items())
-    choices = row.rules, row.remat, row.microbatches
-    if same_mesh and choices == (c.rules, c.model.remat, c.optim.microbatches):
-      return row
-  return None
+  choices = c.rules, c.model.remat, c.optim.microbatches
+  return next((row for row in candidates if (row.rules, row.remat, row.microbatches) == choices
+               and all(row.mesh.get(axis, 1) == n for axis, n in sizes.items())), None)
 
 
 def _next_candidate(candidates: list[Candidate], results: list) -> Candidate:
@@ -181,20 +170,19 @@ def _next_candidate(candidates: list[Candidate], results: list) -> Candidate:
   similar errors. So each choice's time is corrected by the results of candidates with it, and an
   untried choice is assumed to be faster than average.
   """
-  errors = [(row.choices, math.log((seconds or 2 * row.seconds) / row.seconds))
-            for row, seconds in results]
-  tried = {choices for choices, _ in errors}
+  errors = {row.choices: math.log((seconds or 2 * row.seconds) / row.seconds)
+            for row, seconds in results}
 
   def corrected(row: Candidate) -> float:
     total = math.log(row.seconds)
     if errors:
-      overall = statistics.fmean(error for _, error in errors)
+      overall = statistics.fmean(errors.values())
       total += overall
       for i, choice in enumerate(row.choices):
-        shared = [error for choices, error in errors if choices[i] == choice]
+        shared = [error for choices, error in errors.items() if choices[i] == choice]
         total += statistics.fmean(shared) - overall if shared else -OPTIMISM
     return total
-  return min((row for row in candidates if row.choices not in tried), key=corrected)
+  return min((row for row in candidates if row.choices not in errors), key=corrected)
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -208,12 +196,13 @@ def ranked(rows: list[dict]) -> list[dict]:
 
 
 def _as_settings(row: dict, c) -> dict:
-  """Lines of a config and overrides that change c to this row."""
+  """The settings of this row, and lines of a config and overrides that change c to them."""
   values = {f'mesh.{axis}': row['mesh'].get(axis, 1) for axis in sharding.MESH_AXES
             if row['mesh'].get(axis, 1) > 1 or c.mesh[axis] != 1}
   values |= {'rules': row['rules'], 'model.remat': row['remat'],
              'optim.microbatches': row['microbatches']}
-  return {'lines': [f'c.{key} = {value!r}' for key, value in values.items()],
+  return {**{name: row[name] for name in SETTINGS},
+          'lines': [f'c.{key} = {value!r}' for key, value in values.items()],
           'overrides': [f'--config.{key}={value}' for key, value in values.items()]}
 
 

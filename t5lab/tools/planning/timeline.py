@@ -8,8 +8,7 @@ import collections
 import dataclasses
 
 from t5lab.tools.planning import hlo, hlo_costs
-from t5lab.tools.planning.chips import Chip
-from t5lab.tools.planning.collectives import KINDS, Axes, Collective, Network, op_collectives
+from t5lab.tools.planning.collectives import KINDS, Collective, Network, op_collectives
 
 # Operations that have no estimated cycles and need none: bookkeeping, and those simulated below.
 UNPRICED = (*hlo_costs.FREE, 'copy-start', 'copy-done', 'slice-start', 'slice-done', 'custom-call',
@@ -44,115 +43,107 @@ class Timeline:
   unpriced: dict = dataclasses.field(default_factory=dict)   # name -> [count, bytes]
   flops_by_type: dict = dataclasses.field(default_factory=dict)
   loops: list = dataclasses.field(default_factory=list)      # (where, trips or None)
-  hottest: list = dataclasses.field(default_factory=list)    # (seconds, op_name, kind)
+  op_seconds: collections.Counter = dataclasses.field(       # of (op_name, kind)
+      default_factory=collections.Counter)
 
 
-class Simulator:
-  """Runs a module once; `timeline` collects the times."""
+def simulate(module: hlo.Module, network: Network) -> Timeline:
+  """Runs the program once."""
+  timeline = Timeline()
+  timeline.seconds = _Run(module, network, timeline).run(module.entry)
+  return timeline
 
-  def __init__(self, module: hlo.Module, chip: Chip, axes: Axes, network: Network):
-    self.module, self.chip, self.axes, self.network = module, chip, axes, network
-    self.timeline = Timeline()
-    self._op_seconds = collections.Counter()
 
-  def run(self) -> Timeline:
-    self.timeline.seconds = self._run(self.module.entry, 1)
-    self.timeline.hottest = [(seconds, *op) for op, seconds in self._op_seconds.most_common(12)]
-    return self.timeline
+@dataclasses.dataclass
+class _Run:
+  """One run of a computation that a step runs `times` times."""
+  module: hlo.Module
+  network: Network
+  timeline: Timeline
+  times: int = 1
+  now: float = 0.
+  free_at: dict = dataclasses.field(                # when ici, dcn and hbm are free again
+      default_factory=lambda: collections.defaultdict(float))
+  pending: dict = dataclasses.field(default_factory=dict)    # key of a start -> arguments of _wait
 
-  def _run(self, computation: hlo.Computation, times: int) -> float:
-    """Seconds of one run of a computation that a step runs `times` times."""
-    timeline, now = self.timeline, 0.
-    free_at = {'ici': 0., 'dcn': 0., 'hbm': 0.}     # when each network is free again
-    pending = {}                                    # key of a start -> (end, its Traffic or None)
+  def run(self, computation: hlo.Computation) -> float:
+    """-> the seconds of one run."""
     for op in computation.ops:
-      # control flow
       if op.kind == 'while':
         body, trips = self.module.loop(op, computation)
-        timeline.loops.append((op.op_name or op.name, trips))
-        now += (trips or 1) * self._run(body, times * (trips or 1))
-        continue
-      if op.kind in ('call', 'conditional'):
-        called = self.module.called(op) if op.kind == 'call' else self.module.branches(op)
-        now += max((self._run(c, times) for c in called), default=0.)
-        continue
+        self.timeline.loops.append((op.op_name or op.name, trips))
+        self.now += (trips or 1) * self._inner_run(body, trips or 1)
+      elif op.kind in ('call', 'conditional'):
+        self.now += max((self._inner_run(c) for c in self.module.called(op)), default=0.)
+      else:
+        self._run_op(op, computation)
+    return self.now
 
-      # data movement, then compute
-      running = op_collectives(self.module, op, self.axes)
-      for c in running:
-        now = self._communicate(c, now, free_at, pending, times)
-      now = self._copy(op, computation, now, free_at, pending, times)
-      seconds = (op.cycles or 0) / self.chip.clock
-      now += seconds
-      timeline.cycles += (op.cycles or 0) * times
-      if seconds:
-        self._op_seconds[op.op_name or op.name, op.kind] += op.cycles * times / self.chip.clock
-      self._count_flops(op, computation, times)
-      self._count_bytes(op, computation, times, communicates=bool(running))
-    return now
+  def _inner_run(self, computation: hlo.Computation, trips: int = 1) -> float:
+    return _Run(self.module, self.network, self.timeline, self.times * trips).run(computation)
 
-  def _communicate(self, c: Collective, now, free_at, pending, times) -> float:
-    timeline = self.timeline
-    if c.phase == 'done':
-      end, traffic = pending.pop(c.key, (now, None))
-      if traffic is not None and end > now:
-        traffic.exposed += (end - now) * times
-        timeline.exposed += (end - now) * times
-      return max(now, end)
+  def _run_op(self, op: hlo.Op, computation: hlo.Computation) -> None:
+    timeline, chip = self.timeline, self.network.topology.chip
 
-    seconds = self.network.seconds(c)
-    net = 'dcn' if self.network.crosses_slices(c) else 'ici'
-    traffic = timeline.traffic.setdefault((c.kind, c.where), Traffic(c.kind, c.where))
-    traffic.count += times
-    traffic.size += c.size * times
-    traffic.wire += c.wire * times
-    traffic.seconds += seconds * times
-    traffic.between_slices = net == 'dcn'
-
-    free_at[net] = max(now, free_at[net]) + seconds
-    if c.phase == 'start':
-      traffic.asynchronous += seconds * times
-      pending[c.key] = (free_at[net], traffic)
-      return now
-    wait = free_at[net] - now
-    traffic.exposed += wait * times
-    timeline.exposed += wait * times
-    return free_at[net]
-
-  def _copy(self, op: hlo.Op, computation, now, free_at, pending, times) -> float:
-    """Asynchronous copies between HBM and VMEM share HBM's bandwidth.
-
-    The reads and writes of fusions do not compete with them here: their cycles include them.
-    """
-    if op.kind in ('copy-start', 'slice-start'):
-      moved = hlo_costs.hbm_bytes(self.module, op, computation)
-      free_at['hbm'] = max(now, free_at['hbm']) + moved / self.chip.hbm_bandwidth
-      pending[op.name] = (free_at['hbm'], None)
-    elif op.kind in ('copy-done', 'slice-done') and op.operands[0] in pending:
-      end, _ = pending.pop(op.operands[0])
-      if end > now:
-        self.timeline.waits += (end - now) * times
-        return end
-    return now
-
-  def _count_flops(self, op: hlo.Op, computation, times) -> None:
-    products = []
-    if op.kind in ('convolution', 'dot'):
-      products = [(op, computation)]
-    elif (fused := self.module.inside(op)) is not None:
-      products = hlo_costs.matrix_products(self.module, fused)
-    for product, parent in products:
-      flops = hlo_costs.product_flops(product, parent) * times
-      dtype = parent.by_name[product.operands[0]].shapes[0].dtype
-      self.timeline.flops += flops
-      by_type = self.timeline.flops_by_type
-      by_type[dtype] = by_type.get(dtype, 0.) + flops
-
-  def _count_bytes(self, op: hlo.Op, computation, times, communicates: bool) -> None:
-    """Counts HBM bytes, and lists the operation if the compiler has no cycles for it."""
+    # collectives and copies, then compute
+    collectives = op_collectives(self.module, op, self.network)
+    for c in collectives:
+      self._communicate(c)
     moved = hlo_costs.hbm_bytes(self.module, op, computation)
-    self.timeline.hbm_bytes += moved * times
-    size = max(op.bytes, moved)
+    if op.kind in ('copy-start', 'slice-start'):
+      # The reads and writes of fusions do not compete with it here: their cycles include them.
+      self.pending[op.name] = (self._occupy('hbm', moved / chip.hbm_bandwidth),)
+    elif op.kind in ('copy-done', 'slice-done'):
+      self._wait(*self.pending.pop(op.operands[0], (self.now,)))
+    if op.cycles:
+      self.now += op.cycles / chip.clock
+      timeline.cycles += op.cycles * self.times
+      timeline.op_seconds[op.op_name or op.name, op.kind] += op.cycles * self.times / chip.clock
+
+    # what it costs
+    for product, parent in hlo_costs.matrix_products(self.module, op, computation):
+      flops = hlo_costs.product_flops(product, parent) * self.times
+      dtype = parent.by_name[product.operands[0]].shapes[0].dtype
+      timeline.flops += flops
+      timeline.flops_by_type[dtype] = timeline.flops_by_type.get(dtype, 0.) + flops
+    timeline.hbm_bytes += moved * self.times
+    self._list_unpriced(op, max(op.bytes, moved), communicates=bool(collectives))
+
+  def _communicate(self, c: Collective) -> None:
+    if c.phase == 'done':
+      self._wait(*self.pending.pop(c.key, (self.now,)))
+      return
+    seconds, between_slices = self.network.seconds(c), self.network.crosses_slices(c)
+    traffic = self.timeline.traffic.setdefault((c.kind, c.where), Traffic(c.kind, c.where))
+    traffic.count += self.times
+    traffic.size += c.size * self.times
+    traffic.wire += c.wire * self.times
+    traffic.seconds += seconds * self.times
+    traffic.between_slices = between_slices
+    end = self._occupy('dcn' if between_slices else 'ici', seconds)
+    if c.phase == 'start':
+      traffic.asynchronous += seconds * self.times
+      self.pending[c.key] = end, traffic
+    else:
+      self._wait(end, traffic)
+
+  def _occupy(self, network: str, seconds: float) -> float:
+    """Uses a network as soon as it is free -> the time at the end."""
+    self.free_at[network] = max(self.now, self.free_at[network]) + seconds
+    return self.free_at[network]
+
+  def _wait(self, end: float, traffic: Traffic | None = None) -> None:
+    """Compute waits until `end`, for a collective or, without traffic, for a copy."""
+    waited = max(0., end - self.now) * self.times
+    self.now = max(self.now, end)
+    if traffic is None:
+      self.timeline.waits += waited
+    else:
+      traffic.exposed += waited
+      self.timeline.exposed += waited
+
+  def _list_unpriced(self, op: hlo.Op, size: float, communicates: bool) -> None:
+    """Lists an operation of `size` bytes if the compiler has no cycles for it."""
     if op.cycles is not None or op.kind in UNPRICED or size <= SMALL:
       return
     kind = op.kind.removesuffix('-start').removesuffix('-done')
@@ -160,5 +151,5 @@ class Simulator:
       return
     name = f'{op.kind} {op.op_name.rpartition("jit(train_step)/")[2] or op.name}'
     entry = self.timeline.unpriced.setdefault(name, [0, 0.])
-    entry[0] += times
-    entry[1] += size * times
+    entry[0] += self.times
+    entry[1] += size * self.times

@@ -29,14 +29,12 @@ def module(name):
 
 
 def simulate(m, topology=SLICE, **mesh):
-  network = collectives.Network(topology, mesh)
-  axes = collectives.Axes(tuple(mesh), tuple(mesh.values()), network.slices)
-  return timeline.Simulator(m, CHIP, axes, network).run()
+  return timeline.simulate(m, collectives.Network(topology, mesh))
 
 
 def flops(m, computation):
-  return sum(hlo_costs.product_flops(op, parent)
-             for op, parent in hlo_costs.matrix_products(m, computation))
+  return sum(hlo_costs.product_flops(product, parent) for op in computation.ops
+             for product, parent in hlo_costs.matrix_products(m, op, computation))
 
 
 def test_a_loop_is_multiplied_by_its_trips():
@@ -79,7 +77,7 @@ def test_an_asynchronous_gather_is_counted_once_and_hides_behind_its_product():
   assert traffic.seconds == pytest.approx(2 * each)
   assert traffic.asynchronous == pytest.approx(each)
   product = next(op for op in module('async_gather').entry.ops
-                 if op.calls and op.calls[0].startswith('async_collective_fusion'))
+                 if op.calls.startswith('async_collective_fusion'))
   hidden = product.cycles / CHIP.clock + result.waits
   assert traffic.exposed == pytest.approx(2 * each - hidden, rel=0.1)
   assert traffic.exposed < 2 * each - product.cycles / CHIP.clock + 1e-12
@@ -278,7 +276,7 @@ def test_the_text_of_the_cpu_compiler():
     ('replica_groups={}', ('data', 'fsdp', 'model'), 1),
     ('source_target_pairs={{0,4},{4,0},{1,1}}', ('data',), 3)])
 def test_groups_are_named_by_mesh_axes(text, axes, groups):
-  mesh = collectives.Axes(('data', 'fsdp', 'model'), (2, 2, 2))
+  mesh = collectives.Network(SLICE, {'data': 2, 'fsdp': 2, 'model': 2})
   op = hlo.Op('x', 'all-reduce', (), (), f'), channel_id=1, {text}, use_global_device_ids=true',
               False)
   members = mesh.groups(op)
@@ -322,7 +320,7 @@ def test_collectives_between_slices_use_the_hosts_network():
 
 
 def test_a_permutation_onto_itself_spans_no_axis():
-  assert collectives.Axes(('a',), (4,)).spanned(np.array([[1, 1], [2, 2]])) == ()
+  assert collectives.Network(SLICE, {'a': 4}).spanned(np.array([[1, 1], [2, 2]])) == ()
 
 
 def test_text_without_a_program():

@@ -36,7 +36,8 @@ d = chips.devices(chips.parse('{where}'))[:1]
 s = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(d), ('a',)), jax.sharding.PartitionSpec())
 x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=s)
 m = hlo.parse(jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text())
-flops = sum(hlo_costs.product_flops(*p) for p in hlo_costs.matrix_products(m, m.entry))
+flops = sum(hlo_costs.product_flops(*p) for op in m.entry.ops
+            for p in hlo_costs.matrix_products(m, op, m.entry))
 print(json.dumps([sum(op.cycles or 0 for op in m.entry.ops), flops]))
 """
 
