@@ -51,8 +51,9 @@ class Compiled:
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 't5lab' / 'plan'
+def _cache_path(key: str) -> Path:
+  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+  return folder / 't5lab' / 'plan' / f'{key}.json.gz'
 
 
 def cache_key(config: dict, topology: chips.Topology, step: str) -> str:
@@ -65,10 +66,8 @@ def cache_key(config: dict, topology: chips.Topology, step: str) -> str:
 
 @functools.cache
 def code_digest(modules: tuple[str, ...] = PROGRAMS, package: Path = PACKAGE) -> str:
-  digest = hashlib.sha256()
-  for path in source_files(modules, package):
-    digest.update(path.read_bytes())
-  return digest.hexdigest()
+  code = b''.join(path.read_bytes() for path in source_files(modules, package))
+  return hashlib.sha256(code).hexdigest()
 
 
 def source_files(modules: tuple[str, ...], package: Path = PACKAGE) -> list[Path]:
@@ -80,7 +79,7 @@ def source_files(modules: tuple[str, ...], package: Path = PACKAGE) -> list[Path
   paths, queue = {}, list(modules)
   while queue:
     name = queue.pop()
-    if name in paths or name == package.name or name.split('.')[0] != package.name:
+    if name in paths or not name.startswith(f'{package.name}.'):
       continue
     paths[name] = _module_file(name, package)
     if paths[name] is None:
@@ -102,9 +101,8 @@ def _module_file(name: str, package: Path) -> Path | None:
 
 def read_cache(key: str) -> Compiled | None:
   """The cached result; None if there is none or the file is damaged."""
-  path = cache_folder() / f'{key}.json.gz'
   try:
-    with gzip.open(path, 'rt') as f:
+    with gzip.open(_cache_path(key), 'rt') as f:
       return Compiled(**{**json.load(f), 'cached': True})
   except (OSError, ValueError, TypeError, EOFError):
     return None
@@ -114,8 +112,9 @@ def write_cache(key: str, compiled: Compiled) -> None:
   """Writes a result. If the folder is not writable, the next run compiles again."""
   data = gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 5)
   with contextlib.suppress(OSError):
-    cache_folder().mkdir(parents=True, mode=0o700, exist_ok=True)
-    with files.replacing(cache_folder() / f'{key}.json.gz', suffix=str(os.getpid())) as f:
+    path = _cache_path(key)
+    path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    with files.replacing(path, suffix=str(os.getpid())) as f:
       f.write(data)
 
 
