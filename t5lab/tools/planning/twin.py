@@ -60,16 +60,16 @@ def shrink(size: int, shards: int, small_shards: int, least: int) -> int:
   return next(n for n in range(least, 3 * least + small_shards) if n % small_shards)
 
 
-def shrink_mesh(sizes: dict[str, int], devices: int = DEVICES) -> dict[str, int]:
-  """A mesh of `devices` devices in which axes over 1 stay over 1.
+def shrink_mesh(sizes: dict[str, int]) -> dict[str, int]:
+  """A mesh of DEVICES devices in which axes over 1 stay over 1.
 
   Each such axis becomes 2 and the largest takes the remaining devices. If many axes are over 1, the
-  mesh has more than `devices` devices.
+  mesh has more devices.
   """
   small = {axis: min(n, 2) for axis, n in sizes.items()}
   largest = max(sizes, key=sizes.get)
   if sizes[largest] > 1:
-    small[largest] *= max(1, devices // math.prod(small.values()))
+    small[largest] *= max(1, DEVICES // math.prod(small.values()))
   return small
 
 
@@ -90,7 +90,7 @@ def derive(c, sizes: dict[str, int]) -> Twin:
   t.loss.chunks = min(2, c.loss.chunks)
   t.checkpoint.best = ''
   t.eval.examples, t.eval.max_length, t.eval.beams = 8, 8, 1
-  t.eval.batch_size = _batch_shards(small)
+  t.eval.batch_size = sharding.num_shards(small, sharding.BATCH_AXES)
   t.lock()
   devices = math.prod(small.values())
   return Twin(t, devices, PROCESSES if devices >= PROCESSES else 1,
@@ -127,11 +127,8 @@ def _shrink_model(t, c, sizes, small) -> None:
     m.experts, m.moe_every = size('expert', model.experts, 4), min(2, model.moe_every)
   for stack in ('enc_layers', 'dec_layers'):
     layers = getattr(model, stack)
-    if model.experts:
-      partial_group = layers % model.moe_every > 0
-      m[stack] = min(layers, max(2, m.moe_every)) + partial_group
-    else:
-      m[stack] = min(layers, 2)
+    partial_group = model.experts > 0 and layers % model.moe_every > 0
+    m[stack] = min(layers, 2) + partial_group
 
   for feature, length in c.data.lengths.items():
     if length > 1:
@@ -140,14 +137,11 @@ def _shrink_model(t, c, sizes, small) -> None:
     m.max_length = max(64, sum(t.data.lengths.values()))
 
 
-def _batch_shards(mesh: dict[str, int]) -> int:
-  return math.prod(mesh[axis] for axis in sharding.BATCH_AXES)
-
-
 def _shrink_batch(t, c, sizes, small) -> None:
   """Sets batch size and microbatches, which divide over devices exactly where those of c do."""
   t.optim.microbatches = micro = min(2, c.optim.microbatches)
-  rows, shards, small_shards = c.data.batch_size, _batch_shards(sizes), _batch_shards(small)
+  rows = c.data.batch_size
+  shards, small_shards = (sharding.num_shards(mesh, sharding.BATCH_AXES) for mesh in (sizes, small))
   if rows % shards:
     t.data.batch_size = shrink(rows, shards, small_shards, small_shards * micro) * micro
   elif rows // c.optim.microbatches % shards:
@@ -190,10 +184,9 @@ def _objective(c) -> str:
   """The objective of the data of config c; '' if it is supervised."""
   if c.data.objective:
     return c.data.objective
-  tasks = c.data.mixture.split(',')
-  objectives = [names.OBJECTIVE_OF[task] for task in tasks if task in names.OBJECTIVE_OF]
-  if objectives:
-    return objectives[0]
+  for task in c.data.mixture.split(','):
+    if task in names.OBJECTIVE_OF:
+      return names.OBJECTIVE_OF[task]
   # The user's own tasks are not in the table, but may be named after their objective.
   named = [objective for objective in table.TABLE if objective in c.data.mixture]
   return max(named, key=len, default='')
@@ -239,7 +232,10 @@ def run(twin: Twin, timeout: float = 900., log: Callable = lambda text: None) ->
     if any(codes):
       late = f'still running after {timeout:.0f} s; ' if seconds >= timeout else ''
       return Outcome(late + _cause(output, codes), seconds)
-    return _outcome(folder / 'run/metrics.jsonl', output, seconds)
+    rows = map(json.loads, (folder / 'run/metrics.jsonl').read_text().splitlines())
+    losses = [row['loss'] for row in rows if 'loss' in row and 'step' in row]
+  compilations = max(len(re.findall(r'Compiling (?:jit\()?train_step', text)) for text in output)
+  return Outcome('', seconds, len(losses), compilations, losses[0], losses[-1])
 
 
 def _environments(twin: Twin) -> list[dict[str, str]]:
@@ -257,24 +253,15 @@ def _environments(twin: Twin) -> list[dict[str, str]]:
       given={'JAX_LOG_COMPILES': '1', 'T5LAB_HEARTBEAT': '30'}) for i in range(twin.processes)]
 
 
-def _outcome(metrics: Path, output: list[str], seconds: float) -> Outcome:
-  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-  losses = [row['loss'] for row in rows if 'loss' in row and 'step' in row]
-  compilations = max(len(re.findall(r'Compiling (?:jit\()?train_step', text)) for text in output)
-  return Outcome('', seconds, len(losses), compilations, losses[0], losses[-1])
-
-
 def _cause(output: list[str], codes: list[int]) -> str:
   """The line that names the cause: a process's own error rather than another's report of it."""
   errors = []
   for i, (text, code) in enumerate(zip(output, codes)):
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()] or ['no output']
     own = [line for line in lines if line.startswith('t5lab:')]
-    if code and own:
-      errors.append(own[-1].removeprefix('t5lab: '))
-    elif code:
-      last = lines[-1][:300] if lines else 'no output'
-      errors.append(f'process {i} exited with {code}: {last}')
-  report = re.compile(r'process \d+ (?:exited|ended|gave up|of)')
-  causes = [line for line in errors if not report.search(line)]
+    if code:
+      errors.append(own[-1].removeprefix('t5lab: ') if own else
+                    f'process {i} exited with {code}: {lines[-1][:300]}')
+  causes = [line for line in errors
+            if not re.search(r'process \d+ (?:exited|ended|gave up|of)', line)]
   return (causes or errors)[0]
