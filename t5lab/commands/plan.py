@@ -46,31 +46,24 @@ def main(argv: list[str]) -> int:
   prices = read_prices(args.prices)
   prepare_jax(topology)
   log = progress_log(args.json)
+  if args.search and args.decode:
+    raise UsageError('--search plans the train step; remove --decode')
+
+  from t5lab.tools.planning import estimate, planned_step, report, search
   if args.search:
-    if args.decode:
-      raise UsageError('--search plans the train step; remove --decode')
-    return _search(c, topology, prices, args, log)
-  return _plan(c, topology, prices, args, log)
-
-
-def _search(c, topology, prices, args, log) -> int:
-  from t5lab.tools.planning import report, search
-  result = search.search(c, topology, prices, finalists=args.finalists, log=log,
-                         use_cache=not args.no_cache)
-  print(json.dumps(result)) if args.json else report.show_search(result)
-  return 0
-
-
-def _plan(c, topology, prices, args, log) -> int:
-  from t5lab.tools.planning import estimate, planned_step, report
-  step = planned_step.describe(c, topology, args.decode)
-  if chips.has_compiler():
-    log(f'compiling the {"decode" if args.decode else "train"} step of {c.family} for '
-        f'{topology.name} (minutes for a large model; the result is cached) …')
-  plan, text = estimate.plan(step, prices, use_cache=not args.no_cache)
-  if args.hlo:
-    Path(args.hlo).write_text(text)
-  print(json.dumps(plan)) if args.json else report.show(plan)
+    show = report.show_search
+    result = search.search(c, topology, prices, finalists=args.finalists, log=log,
+                           use_cache=not args.no_cache)
+  else:
+    show = report.show
+    step = planned_step.describe(c, topology, args.decode)
+    if chips.has_compiler():
+      log(f'compiling the {"decode" if args.decode else "train"} step of {c.family} for '
+          f'{topology.name} (minutes for a large model; the result is cached) …')
+    result, text = estimate.plan(step, prices, use_cache=not args.no_cache)
+    if args.hlo:
+      Path(args.hlo).write_text(text)
+  print(json.dumps(result)) if args.json else show(result)
   return 0
 
 
