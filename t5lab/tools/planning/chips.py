@@ -4,6 +4,7 @@
 machine does not have.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -67,19 +68,15 @@ class Topology(topologies.Machine):
     return all(n % self.chip.ring == 0 for n in self.shape)
 
 
-def parse(text: str) -> Topology:
-  """Parses 'v5e:4x4', 'v5p:2x2x2' or 'v5e:16x16*2' (two slices)."""
-  return topologies.parse(text, Topology)
+parse = functools.partial(topologies.parse, cls=Topology)    # 'v5e:4x4', 'v5e:16x16*2' (two slices)
 
 
 def versions() -> dict[str, str]:
   """Versions of the packages that determine the compiled program; '' if libtpu is missing."""
-  versions = {}
-  for name in ('jax', 'jaxlib', 'flax', 'optax', 'libtpu'):
-    try:
+  versions = dict.fromkeys(('jax', 'jaxlib', 'flax', 'optax', 'libtpu'), '')
+  for name in versions:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = ''
   return versions
 
 
@@ -91,9 +88,9 @@ def has_compiler() -> bool:
 
 def environment(topology: Topology) -> dict[str, str]:
   """Environment variables that a planning process has to set before jax starts."""
+  flag = f'--xla_force_host_platform_device_count={topology.chips}'
   virtual = {} if has_compiler() else {
-      'XLA_FLAGS': ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_'
-                             f'device_count={topology.chips}']).strip()}
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()}
   return {
       **virtual,
       'JAX_PLATFORMS': 'cpu',

@@ -174,10 +174,8 @@ def spmd_warnings(text: str) -> list[str]:
   E.g. 'op_name: f32[8,64] reshape, from {devices=[4,1]<=[4]} to {…}'.
   """
   warnings = {}                            # as an ordered set
-  for line in text.split('\n'):
-    if REMATERIALIZED not in line:
-      continue
-    warning = line[line.index(REMATERIALIZED):][:300]
+  for line in re.findall(f'{REMATERIALIZED}.*', text):
+    warning = line[:300]
     if match := re.search(r'from sharding (.*?) to (.*?) efficiently for HLO operation '
                           r'%?[\w.-]+ = (\w+\[[\d,]*\])\S* ([\w-]+)', line):
       before, after, shape, kind = match.groups()

@@ -19,10 +19,8 @@ def plan(step: PlannedStep, prices: dict, use_cache: bool = True) -> tuple[dict,
   """
   result, text = _description(step), ''
   if chips.has_compiler():
-    key = ''
-    if use_cache:
-      kind = 'decode' if step.decodes else 'train'
-      key = compiling.cache_key(config.to_dict(step.config), step.topology, kind)
+    kind = 'decode' if step.decodes else 'train'
+    key = compiling.cache_key(config.to_dict(step.config), step.topology, kind) if use_cache else ''
     compiled = compiling.compile_step(step.program.lower, key)
     result |= {'source': 'compiler', 'compile_seconds': compiled.seconds,
                'lower_seconds': compiled.lower_seconds, 'cached': compiled.cached,

@@ -57,10 +57,9 @@ def fsdp_minimum(step: PlannedStep) -> float:
 
 
 def _temporaries(step: PlannedStep, shards: memory.Shards) -> dict[str, float]:
-  c = step.config
-  micro = c.optim.microbatches
+  micro = step.config.optim.microbatches
   activations = memory.activation_bytes(step.model, step.rows // micro, step.enc, step.dec, shards,
-                                        c.loss.chunks)
+                                        step.config.loss.chunks)
   params = sum(t.bytes for t in step.tensors if t.path.startswith('params/'))
   return {'saved for the backward pass': activations['saved'],
           'a layer or the logits': max(activations['layer'], activations['logits']),
@@ -126,11 +125,10 @@ def _times(step: PlannedStep, shards: memory.Shards) -> dict:
 
 def _assumptions(step: PlannedStep) -> list[str]:
   chip = step.topology.chip
-  lines = ['not compiled: memory of temporaries, FLOPs of recomputation and time are formulas']
-  if step.decodes:
-    lines.append('decoding reads its weights and cache once from HBM; collectives are not counted')
+  decoding = ['decoding reads its weights and cache once from HBM; collectives are not counted']
   return [
-      *lines,
+      'not compiled: memory of temporaries, FLOPs of recomputation and time are formulas',
+      *(decoding if step.decodes else []),
       f'matrix products at {EFFICIENCY:.0%} of {chip.peak / 1e12:.0f} TFLOP/s, plus '
       f'{SCORE_BYTES[step.model.remat]:.0f} bytes of HBM at {chip.hbm_bandwidth / 1e9:.0f} GB/s '
       'per element of attention scores, which covers everything but products',
