@@ -128,7 +128,7 @@ def _physical_axes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple
   physical = {}
   for axis, n in sorted(sizes.items(), key=lambda item: -item[1]):
     assigned = []
-    while n > 1 and free:
+    while n > 1:
       p = max(free, key=lambda p: (free[p] == n, math.gcd(free[p], n)))
       shared = math.gcd(free[p], n)
       if shared == 1:
@@ -136,8 +136,6 @@ def _physical_axes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple
       assigned.append(p)
       n //= shared
       free[p] //= shared
-      if free[p] == 1:
-        del free[p]
     physical[axis] = tuple(assigned)
   return physical
 

@@ -195,10 +195,10 @@ def parse(text: str) -> Module:
       entry = computations[name] if is_entry else entry
   if entry is None:
     raise ValueError('HLO text without an ENTRY computation')
-  aliases = re.findall(r'\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)',
-                       text.partition('\n')[0])
-  return Module(computations, entry, {int(output.split(',')[0] or 0): int(parameter)
-                                      for output, parameter in aliases})
+  header = text.partition('\n')[0]
+  pairs = re.findall(r'\{([\d, ]*)\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)', header)
+  aliases = {int(output.split(',')[0] or 0): int(parameter) for output, parameter in pairs}
+  return Module(computations, entry, aliases)
 
 
 def _parse_op(line: str) -> Op | None:
@@ -292,5 +292,7 @@ def _initial_value(value: Op | None, loop: Op, parent: Computation) -> int | Non
   """The integer of a constant, or of an element of the loop's initial state."""
   if value is not None and value.kind == 'get-tuple-element':
     value = parent.source(parent.element(loop.operands[0], value) or '')
-  number = find(r'^(-?\d+)\)', value.attributes) if value and value.kind == 'constant' else ''
+  if value is None or value.kind != 'constant':
+    return None
+  number = find(r'^(-?\d+)\)', value.attributes)
   return int(number) if number else None

@@ -95,10 +95,12 @@ def stacked_buffers(module: hlo.Module) -> dict[str, float]:
            for op in computation.ops if op.kind == 'while'}
   for op, computation in loops.values():
     body, _ = module.loop(op, computation)
+    purpose = gradients if 'transpose(' in op.op_name else saved
     elements = body.root.operands if body.root.kind == 'tuple' else ()
     for shape, element in zip(op.shapes, elements):
-      if shape.space == 0 and len(shape.dims) > 1 and _is_filled(module, body.source(element)):
-        total[gradients if 'transpose(' in op.op_name else saved] += shape.padded
+      in_hbm = shape.space == 0 and len(shape.dims) > 1
+      if in_hbm and _is_filled(module, body.source(element)):
+        total[purpose] += shape.padded
   return total
 
 
@@ -117,11 +119,14 @@ def largest_buffers(module: hlo.Module) -> list[dict]:
   Each pair of shape and origin appears once.
   """
   not_allocated = ('parameter', 'get-tuple-element', 'tuple', 'while', 'bitcast', 'constant')
-  sizes = {(str(shape), op.op_name or op.name): shape.padded
-           for computation, _, _ in module.executed() for op in computation.ops
-           for shape in op.shapes if op.kind not in not_allocated and shape.space == 0}
+  sizes = {}
+  for computation, _, _ in module.executed():
+    for op in computation.ops:
+      if op.kind not in not_allocated:
+        sizes |= {(str(shape), op.op_name or op.name): shape.padded
+                  for shape in op.shapes if shape.space == 0}
   largest = sorted(((size, *origin) for origin, size in sizes.items()), reverse=True)[:8]
-  return [dict(zip(('bytes', 'shape', 'where'), row)) for row in largest]
+  return [dict(bytes=size, shape=shape, where=where) for size, shape, where in largest]
 
 
 # --- by formula --------------------------------------------------------------------------------

@@ -157,9 +157,12 @@ def _own_candidate(candidates: list[Candidate], c, topology: chips.Topology) -> 
     sizes = sharding.mesh_sizes(c.mesh.to_dict(), topology.chips)
   except UsageError:
     return None
-  choices = c.rules, c.model.remat, c.optim.microbatches
-  return next((row for row in candidates if (row.rules, row.remat, row.microbatches) == choices
-               and all(row.mesh.get(axis, 1) == n for axis, n in sizes.items())), None)
+  for row in candidates:
+    same_mesh = all(row.mesh.get(axis, 1) == n for axis, n in sizes.items())
+    choices = row.rules, row.remat, row.microbatches
+    if same_mesh and choices == (c.rules, c.model.remat, c.optim.microbatches):
+      return row
+  return None
 
 
 def _next_candidate(candidates: list[Candidate], results: list) -> Candidate:
