@@ -32,7 +32,12 @@ def estimate(step: PlannedStep) -> dict:
     times = {'step_seconds': seconds, 'compute_seconds': seconds, 'exposed_seconds': 0.,
              'limiting': 'HBM bandwidth', 'collectives': []}
   else:
-    temporaries = _temporaries(step, shards)
+    micro = step.config.optim.microbatches
+    activations = memory.activation_bytes(step.model, step.rows // micro, step.enc, step.dec,
+                                          shards, step.config.loss.chunks)
+    temporaries = {'saved for the backward pass': activations['saved'],
+                   'a layer or the logits': max(activations['layer'], activations['logits']),
+                   'gradients': kinds['parameters'] * (2 if micro > 1 else 1)}
     times = _times(step, shards)
   temporary = sum(temporaries.values())
   return {
@@ -54,16 +59,6 @@ def fsdp_minimum(step: PlannedStep) -> float:
   shards = step.shards('embed')
   sent = 6. * memory.elements(step.tensors, 'params') * step.config.optim.microbatches
   return sent * (shards - 1) / shards / step.shards('mlp')
-
-
-def _temporaries(step: PlannedStep, shards: memory.Shards) -> dict[str, float]:
-  micro = step.config.optim.microbatches
-  activations = memory.activation_bytes(step.model, step.rows // micro, step.enc, step.dec, shards,
-                                        step.config.loss.chunks)
-  params = sum(t.bytes for t in step.tensors if t.path.startswith('params/'))
-  return {'saved for the backward pass': activations['saved'],
-          'a layer or the logits': max(activations['layer'], activations['logits']),
-          'gradients': params * (2 if micro > 1 else 1)}
 
 
 def _times(step: PlannedStep, shards: memory.Shards) -> dict:
