@@ -133,7 +133,6 @@ def _times(step: PlannedStep, t: Timeline) -> dict:
       'vector unit and overheads': t.cycles / chip.clock - max(product_seconds, hbm_seconds),
   }
   unpriced = sorted(t.unpriced.items(), key=lambda item: -item[1][1])
-  unpriced_bytes = sum(size for _, (_, size) in unpriced)
   return {
       'step_seconds': t.seconds, 'compute_seconds': t.cycles / chip.clock,
       'exposed_seconds': t.exposed, 'wait_seconds': t.waits,
@@ -147,7 +146,7 @@ def _times(step: PlannedStep, t: Timeline) -> dict:
       'limits': limits, 'limiting': max(limits, key=limits.get),
       'unpriced': [dict(op=name, count=n, bytes=size) for name, (n, size) in unpriced[:12]],
       'unpriced_count': sum(n for _, (n, _) in unpriced),
-      'unpriced_floor_seconds': unpriced_bytes / chip.hbm_bandwidth,
+      'unpriced_floor_seconds': sum(size for _, (_, size) in unpriced) / chip.hbm_bandwidth,
       'unknown_loops': [where for where, trips in t.loops if trips is None],
       'hottest': [dict(seconds=seconds, op=name, kind=kind)
                   for (name, kind), seconds in t.op_seconds.most_common(12)],

@@ -89,8 +89,10 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
 
   # reads
   inner, values = module.inside(op), computation.by_name
-  total = sum((_bytes_read(module, inner, i, values[name].hbm_bytes)
-               for i, name in enumerate(op.operands) if name in values), 0.)
+  total = 0.
+  for i, name in enumerate(op.operands):
+    if name in values:
+      total += _bytes_read(module, inner, i, values[name].hbm_bytes)
 
   # writes
   if op.kind == 'dynamic-update-slice' and op.hbm_bytes:

@@ -62,8 +62,8 @@ def search(c, topology: chips.Topology, prices: dict, finalists: int = 6,
     step = planned_step.describe(chosen.config, topology)
     plan, _ = estimate.plan(step, prices, use_cache)
     results.append((chosen, plan.get('step_seconds')))
-    rows.append({name: getattr(chosen, name) for name in SETTINGS} | dict(
-        formula_seconds=chosen.seconds, own=chosen is own, plan=plan))
+    settings = {name: getattr(chosen, name) for name in SETTINGS}
+    rows.append(dict(settings, formula_seconds=chosen.seconds, own=chosen is own, plan=plan))
     remaining = (time.monotonic() - started) / i * (count - i)
     log(_progress(chosen, plan, i, count, remaining))
   rows = ranked(rows)

@@ -259,9 +259,10 @@ def _cause(output: list[str], codes: list[int]) -> str:
   for i, (text, code) in enumerate(zip(output, codes)):
     lines = [line for line in text.splitlines() if line.strip()] or ['no output']
     own = [line for line in lines if line.startswith('t5lab:')]
-    if code:
-      errors.append(own[-1].removeprefix('t5lab: ') if own else
-                    f'process {i} exited with {code}: {lines[-1][:300]}')
+    if code and own:
+      errors.append(own[-1].removeprefix('t5lab: '))
+    elif code:
+      errors.append(f'process {i} exited with {code}: {lines[-1][:300]}')
   causes = [line for line in errors
             if not re.search(r'process \d+ (?:exited|ended|gave up|of)', line)]
   return (causes or errors)[0]
