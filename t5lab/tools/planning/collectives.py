@@ -120,10 +120,7 @@ class Network:
 
 
 def _physical_axes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-  """Assigns mesh axes to physical axes, the largest first.
-
-  Used where no devices are described; a library that assigns them by hand does the same.
-  """
+  """Assigns mesh axes to physical axes, the largest first, where no devices are described."""
   free = dict(enumerate(topology.shape))
   physical = {}
   for axis, n in sorted(sizes.items(), key=lambda item: -item[1]):

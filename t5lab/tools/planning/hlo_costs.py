@@ -104,10 +104,7 @@ def hbm_bytes(module: Module, op: Op, computation: Computation) -> float:
 
 
 def _bytes_read(module: Module, inner: Computation | None, number: int, size: float) -> float:
-  """Bytes that an operation reads of its operand `number`, which has `size` bytes.
-
-  inner: the computation of the operation if it is a fusion.
-  """
+  """Bytes read of operand `number`, which has `size` bytes; inner: the inside of a fusion."""
   if inner is None or number not in inner.parameters:
     return size
 
