@@ -276,9 +276,13 @@ def _trip_count(module: Module, condition: Computation, op: Op, parent: Computat
   if compare.kind != 'compare':
     return None
 
-  values = [inner.source(name) for name in compare.operands]
-  start, limit = (_initial_value(value and arguments.get(value.name, value), op, parent)
-                  for value in values)
+  bounds = []
+  for name in compare.operands:
+    value = inner.source(name)
+    if value is not None:
+      value = arguments.get(value.name, value)
+    bounds.append(_initial_value(value, op, parent))
+  start, limit = bounds
   direction = compare.attribute('direction')
   if limit is None or direction not in ('LT', 'LE', 'GT', 'GE', 'NE'):
     return None
