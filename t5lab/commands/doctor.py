@@ -43,14 +43,15 @@ def main(argv: list[str]) -> int:
   from t5lab.parallel import multihost
   from t5lab.tools.doctor import examine
   start = time.monotonic()
-  with examine.Deadline(args.seconds, _leave) as deadline:
+  with examine.deadline(args.seconds, _leave) as progress:
     examination = examine.examine(
         c, args.workdir, expect=args.expect_devices, free_gb=args.free_gb, arrive=args.arrive,
-        progress=deadline.progress)
+        progress=progress)
   if examination.index == 0:
     show(examination, time.monotonic() - start)
-  if examination.local_failure:
-    multihost.abort_all(examination.code, examination.local_failure)
+  # The other hosts do not know of this failure, and wait for this host.
+  if failure := examination.failure('save and restore'):
+    multihost.abort_all(examination.code, failure)
   return examination.code
 
 
@@ -70,7 +71,8 @@ def show(examination, seconds) -> None:
   print()
   for finding in examination.findings:
     verdict = {True: 'ok', False: 'FAIL', None: '-'}[finding.ok]
-    print(f'{verdict:>4}  {finding.check:17} {finding.seconds:6.1f} s  {finding.message}')
+    print(f'{verdict:>4}  {finding.check:17} {examination.seconds[finding.check]:6.1f} s  '
+          f'{finding.message}')
   failed = sum(finding.ok is False for finding in examination.findings)
   plural = 's' if failed > 1 else ''
   verdict = f'{failed} check{plural} failed' if failed else 'ready for the run'

@@ -8,6 +8,7 @@ leaf and sharding of the real one, scaled down.
 Every host draws the same conclusions from the same facts, so all end with the same exit code.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -37,31 +38,52 @@ CODES = {'coordinator': 2, 'versions': 2, 'clocks': 70, 'workdir': 4, 'data': 3,
 ORDER = (2, 3, 4, 70)   # of several failures the first of these is the exit code
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Finding:
   """The outcome of one check. ok: None if it was skipped. message: one sentence."""
   check: str
   ok: bool | None
   message: str
-  seconds: float = 0.
+
+
+class Examination:
+  """The findings, and the seconds that each check took.
+
+  hosts: {name, devices, ahead, free} of each. index: of this host. progress: as `examine` takes it.
+  """
+
+  def __init__(self, progress):
+    self.findings: list[Finding] = []
+    self.seconds: dict[str, float] = collections.defaultdict(float)
+    self.hosts, self.index = [], 0
+    self._progress = progress
+
+  @contextlib.contextmanager
+  def timed(self, check):
+    """Adds the time of the block to the check's; a check may have several blocks."""
+    self._progress(check)
+    before = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[check] += time.monotonic() - before
+
+  def add(self, check, failures, success, advice=''):
+    message = '; '.join(failures) + advice if failures else success
+    self.findings.append(Finding(check, not failures, ' '.join(message.split())))
+
+  def skip(self, reason, *checks):
+    self.findings += [Finding(check, None, f'skipped: {reason}') for check in checks]
+
+  def failure(self, check) -> str:
+    """Its message if the check failed, else ''."""
+    return next((finding.message for finding in self.findings
+                 if finding.check == check and finding.ok is False), '')
 
   @property
   def code(self) -> int:
-    return CODES[self.check]
-
-
-@dataclasses.dataclass
-class Examination:
-  """All findings.
-
-  hosts: {name, devices, ahead, free} of each. index: of this host. local_failure: '' or a message
-  that only this host knows; the others wait for this host and must be ended.
-  """
-  findings: list[Finding]
-  hosts: list[dict]
-  index: int = 0
-  code: int = 0
-  local_failure: str = ''
+    codes = [CODES[finding.check] for finding in self.findings if finding.ok is False]
+    return min(codes, key=ORDER.index, default=0)
 
 
 def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress) -> Examination:
@@ -71,11 +93,12 @@ def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress)
   that of the checkpoints of this config. arrive: seconds that the hosts have to connect.
   progress(check): called when a check starts.
   """
-  checks = _Checks(progress)
+  checks = Examination(progress)
   workdir = Path(workdir).absolute()
   with checks.timed('coordinator'):
     address = rendezvous.find_address(arrive)
     meeting = rendezvous.Rendezvous(address, arrive, clock=_clock)
+  checks.index = address.index
   token = f'doctor-{os.getpid()}-{time.time_ns():x}'
 
   # Three exchanges without JAX: each host sends facts about itself and gets those of all.
@@ -84,8 +107,7 @@ def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress)
         'host': socket.gethostname(), 'versions': facts.versions(c), 'token': token,
         'offsets': {str(i): offset for i, offset in meeting.offsets.items()}}, 10)
     token = first[0]['token']
-    checks.add('coordinator', True,
-               f'all {address.count} hosts connected to {address.coordinator}'
+    checks.add('coordinator', [], f'all {address.count} hosts connected to {address.coordinator}'
                if address.count > 1 else 'one process, no coordinator needed')
     with checks.timed('versions'):
       _compare_versions(checks, [host['versions'] for host in first])
@@ -108,53 +130,15 @@ def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress)
                       [host['visible'] for host in third])
   with checks.timed('data'):
     _compare_data(checks, [host['data'] for host in third])
-  hosts = [{'name': a['host'], 'ahead': first[0]['offsets'][str(i)][0], 'free': b['free'],
-            'devices': None} for i, (a, b) in enumerate(zip(first, third))]
+  checks.hosts = [{'name': a['host'], 'ahead': first[0]['offsets'][str(i)][0], 'free': b['free'],
+                   'devices': None} for i, (a, b) in enumerate(zip(first, third))]
 
-  if checks.failed('versions'):
+  if checks.failure('versions'):
     checks.skip('hosts with different versions cannot compute together', 'devices', 'disk',
                 'save and restore')
   else:
-    _check_with_jax(checks, c, workdir, token, hosts, expect, free_gb)
-  local_failure = next((finding.message for finding in checks.findings
-                        if finding.check == 'save and restore' and finding.ok is False), '')
-  return Examination(checks.findings, hosts, address.index, checks.exit_code(), local_failure)
-
-
-class _Checks:
-  """Collects findings and the time that each check takes."""
-
-  def __init__(self, progress):
-    self.findings: list[Finding] = []
-    self._seconds: dict[str, float] = {}
-    self._progress = progress
-
-  @contextlib.contextmanager
-  def timed(self, check):
-    """Adds the time of the block to the check's; a check may have several blocks."""
-    self._progress(check)
-    before = time.monotonic()
-    try:
-      yield
-    finally:
-      self._seconds[check] = self._seconds.get(check, 0) + time.monotonic() - before
-      for finding in self.findings:
-        finding.seconds = self._seconds.get(finding.check, 0)
-
-  def add(self, check, ok, message):
-    self.findings.append(
-        Finding(check, ok, ' '.join(str(message).split()), self._seconds.get(check, 0)))
-
-  def skip(self, reason, *checks):
-    for check in checks:
-      self.add(check, None, f'skipped: {reason}')
-
-  def failed(self, check) -> bool:
-    return any(finding.check == check and finding.ok is False for finding in self.findings)
-
-  def exit_code(self) -> int:
-    codes = [finding.code for finding in self.findings if finding.ok is False]
-    return min(codes, key=ORDER.index, default=0)
+    _check_with_jax(checks, c, workdir, token, expect, free_gb)
+  return checks
 
 
 def _clock() -> float:
@@ -166,17 +150,14 @@ def _clock() -> float:
 
 
 def _compare_versions(checks, hosts):
-  differences = []
-  for name in hosts[0]:
-    if difference := _difference([host.get(name, 'absent') for host in hosts]):
-      differences.append(f'{name} is {difference}')
-  if differences:
-    message = '; '.join(differences) + ': install the same versions everywhere'
-  else:
-    main = ('python', 'jax', 'libtpu', 't5lab')
-    shown = ', '.join(f'{name} {hosts[0][name]}' for name in main)
-    message = f'{shown}, and {len(hosts[0]) - len(main)} more are the same on all hosts'
-  checks.add('versions', not differences, message)
+  differences = [
+      f'{name} is {difference}' for name in hosts[0]
+      if (difference := _difference([host.get(name, 'absent') for host in hosts]))]
+  main = ('python', 'jax', 'libtpu', 't5lab')
+  shown = ', '.join(f'{name} {hosts[0].get(name)}' for name in main)
+  checks.add('versions', differences,
+             f'{shown}, and {len(hosts[0]) - len(main)} more are the same on all hosts',
+             advice=': install the same versions everywhere')
 
 
 def _difference(values) -> str:
@@ -195,15 +176,12 @@ def _hosts(indices) -> str:
 
 
 def _compare_clocks(checks, offsets):
-  wrong = []
-  for i, (ahead, uncertainty) in offsets.items():
-    if abs(ahead) - uncertainty > SKEW:
-      direction = 'ahead of' if ahead > 0 else 'behind'
-      wrong.append(f'the clock of host {i} is {abs(ahead):.1f} s {direction} that of host 0')
+  wrong = [f'the clock of host {i} is {abs(ahead):.1f} s {"ahead of" if ahead > 0 else "behind"} '
+           'that of host 0'
+           for i, (ahead, uncertainty) in offsets.items() if abs(ahead) - uncertainty > SKEW]
   largest = max(abs(ahead) for ahead, _ in offsets.values())
-  checks.add('clocks', not wrong,
-             '; '.join(wrong) + f', the limit is {SKEW:g} s: start NTP there' if wrong
-             else f'within {largest:.3f} s of each other')
+  checks.add('clocks', wrong, f'within {largest:.3f} s of each other',
+             advice=f', the limit is {SKEW:g} s: start NTP there')
 
 
 # --- workdir, data and vocabulary ----------------------------------------------------------------
@@ -216,13 +194,12 @@ def _compare_workdirs(checks, workdir, errors, visible):
     if missing := sorted(written - set(files)):
       failures.append(f'host {i} does not see the file in {workdir} that {_hosts(missing)} wrote: '
                       'it is not the same folder on all hosts')
-  checks.add('workdir', not failures, '; '.join(failures) or
+  checks.add('workdir', failures,
              f'{workdir}: files written, renamed and listed by all {len(errors)} hosts')
 
 
 def _compare_data(checks, hosts):
   """Two checks: a host without a vocabulary hash failed before it came to the data."""
-  errors = {i: host['error'][1] for i, host in enumerate(hosts) if host['error']}
   without_vocab = [i for i, host in enumerate(hosts) if not host['vocabulary']]
 
   failures = []
@@ -230,30 +207,31 @@ def _compare_data(checks, hosts):
     hashes = [host['tasks'].get(name, 'absent') for host in hosts if not host['error']]
     if hashes and (difference := _difference(hashes)):
       failures.append(f'{name}: {difference}')
-  failures += [f'host {i}: {error}' for i, error in errors.items() if i not in without_vocab]
-  examined = failures or len(without_vocab) < len(hosts)
-  checks.add('data', not failures if examined else None, '; '.join(failures) or
-             f'{len(hosts[0]["tasks"])} hashes are the same on all hosts')
+  failures += [f'host {i}: {host["error"]}' for i, host in enumerate(hosts)
+               if host['error'] and i not in without_vocab]
+  same = f'{len(hosts[0]["tasks"])} hashes are the same on all hosts'
+  if failures or len(without_vocab) < len(hosts):
+    checks.add('data', failures, same)
+  else:
+    checks.findings.append(Finding('data', None, same))
 
-  if without_vocab:
-    failure = '; '.join(f'host {i}: {errors[i]}' for i in without_vocab)
-  elif failure := _difference([host['vocabulary'] for host in hosts]):
-    failure = f'the vocabulary differs, its hash is {failure}'
-  checks.add('vocabulary', not failure,
-             failure or f'hash {hosts[0]["vocabulary"]} on all hosts')
+  failures = [f'host {i}: {hosts[i]["error"]}' for i in without_vocab]
+  if not failures and (difference := _difference([host['vocabulary'] for host in hosts])):
+    failures = [f'the vocabulary differs, its hash is {difference}']
+  checks.add('vocabulary', failures, f'hash {hosts[0]["vocabulary"]} on all hosts')
 
 
 # --- devices, disk, save and restore -------------------------------------------------------------
 
 
-def _check_with_jax(checks, c, workdir, token, hosts, expect, free_gb):
-  program = _check_devices(checks, c, hosts, expect)
+def _check_with_jax(checks, c, workdir, token, expect, free_gb):
+  program = _check_devices(checks, c, expect)
   if program is None:
     checks.skip('it needs the devices', 'disk', 'save and restore')
     return
   with checks.timed('disk'):
-    _check_disk(checks, c, program, workdir, hosts, free_gb)
-  if checks.failed('workdir'):
+    _check_disk(checks, c, program, workdir, free_gb)
+  if checks.failure('workdir'):
     checks.skip('the workdir is not usable', 'save and restore')
     return
   with checks.timed('save and restore'):
@@ -261,11 +239,11 @@ def _check_with_jax(checks, c, workdir, token, hosts, expect, free_gb):
     if not error:
       multihost.barrier(f'{token}_equal', 60.)
   leaves = len(jax.tree.leaves(program.abstract))
-  checks.add('save and restore', not error, f'host {multihost.index()}: {error}' if error else
+  checks.add('save and restore', [f'host {checks.index}: {error}'] if error else [],
              f'{leaves} arrays, scaled down, were saved, restored and compared')
 
 
-def _check_devices(checks, c, hosts, expect):
+def _check_devices(checks, c, expect):
   """Starts JAX on all hosts and builds the program; returns None if that fails."""
   program, counts = None, []
   with checks.timed('devices'):
@@ -283,21 +261,21 @@ def _check_devices(checks, c, hosts, expect):
       message = str(e)
     except Exception as e:             # an accelerator's runtime may raise anything at its start
       message = f'JAX does not start: {str(e)[:300]}'
-    for host, n in zip(hosts, counts):
+    for host, n in zip(checks.hosts, counts):
       host['devices'] = n
-  checks.add('devices', program is not None, message)
+  checks.add('devices', [message] if program is None else [], message)
   return program
 
 
-def _check_disk(checks, c, program, workdir, hosts, free_gb):
+def _check_disk(checks, c, program, workdir, free_gb):
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract))
   checkpoints = f'{c.checkpoint.keep + 1} checkpoints of {size / 1e9:.3g} GB'
   need = int(free_gb * 1e9) or size * (c.checkpoint.keep + 1)
   short = [f'host {i} has {host["free"] / 1e9:.3g} GB free in {workdir}'
-           for i, host in enumerate(hosts) if host['free'] is not None and host['free'] < need]
-  checks.add('disk', not short,
-             '; '.join(short) + f', the run needs {need / 1e9:.3g} GB ({checkpoints})' if short
-             else f'room for {checkpoints}')
+           for i, host in enumerate(checks.hosts)
+           if host['free'] is not None and host['free'] < need]
+  checks.add('disk', short, f'room for {checkpoints}',
+             advice=f', the run needs {need / 1e9:.3g} GB ({checkpoints})')
 
 
 def scaled_down(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -316,9 +294,8 @@ def save_and_restore(abstract, folder) -> str:
   """
   small = jax.tree.map(scaled_down, abstract)
   values = {path: _values(path, x) for path, x in trees.flatten(small).items()}
-  state = jax.tree.unflatten(jax.tree.structure(small), [
-      jax.make_array_from_callback(x.shape, x.sharding, lambda index, v=values[path]: v[index])
-      for path, x in trees.flatten(small).items()])
+  state = trees.map_paths(lambda path, x: jax.make_array_from_callback(
+      x.shape, x.sharding, values[path].__getitem__), small)
   try:
     checkpoints = checkpoint.Checkpoints(folder, log=lambda text: None)
     checkpoints.save(1, state, meta={'for': 'doctor'})
@@ -357,27 +334,27 @@ def _values(path, x) -> np.ndarray:
 # --- time ----------------------------------------------------------------------------------------
 
 
-class Deadline:
+@contextlib.contextmanager
+def deadline(seconds: float, leave):
   """Ends the process if the block takes over `seconds`, and names the check that hangs.
 
-  leave(code, message): called from a thread; prints the message and exits.
+  Yields progress(check), to be called when a check starts. leave(code, message): called from a
+  thread; prints the message and exits.
   """
+  current = 'coordinator'
 
-  def __init__(self, seconds: float, leave):
-    self._seconds, self._leave, self._check = seconds, leave, 'coordinator'
-    self._timer = threading.Timer(seconds, self._expired)
-    self._timer.daemon = True
+  def progress(check):
+    nonlocal current
+    current = check
 
-  def __enter__(self):
-    self._timer.start()
-    return self
+  def expired():
+    leave(CODES[current], f'the check of {current} has not ended within {seconds:g} s on '
+                          f'{socket.gethostname()}')
 
-  def __exit__(self, *_):
-    self._timer.cancel()
-
-  def progress(self, check: str) -> None:
-    self._check = check
-
-  def _expired(self):
-    self._leave(CODES[self._check], f'the check of {self._check} has not ended within '
-                f'{self._seconds:g} s on {socket.gethostname()}')
+  timer = threading.Timer(seconds, expired)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield progress
+  finally:
+    timer.cancel()

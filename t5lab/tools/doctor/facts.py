@@ -94,7 +94,7 @@ def free(workdir) -> int | None:
 
 
 def data_hashes(c) -> dict:
-  """{'vocabulary': hash, 'tasks': {name: hash}, 'error': [code, message] or None}, in seconds.
+  """{'vocabulary': hash, 'tasks': {name: hash}, 'error': '' or a message}, in seconds.
 
   For each task there is a hash of the code that makes its examples, and one of its data: the
   manifest of a cache; names, sizes and contents of files (of large ones three samples); the
@@ -102,7 +102,7 @@ def data_hashes(c) -> dict:
   """
   from t5lab.data import vocab
   from t5lab.data.tasks import identity, registry
-  report = {'vocabulary': '', 'tasks': {}, 'error': None}
+  report = {'vocabulary': '', 'tasks': {}, 'error': ''}
   try:
     spec = streams.settle_vocabulary(c)
     vocabulary = vocab.load(spec)
@@ -117,14 +117,14 @@ def data_hashes(c) -> dict:
         registry.check(task, vocabulary)
         code = {**identity.identity(task, split, lengths, spec), 'rate': rate}
         code.pop('vocabulary')
-        name = f'{task.name}, {split}'
-        report['tasks'][f'{name}: preprocessing'] = _hash(repr(sorted(code.items())))
-        report['tasks'] |= {f'{name}: {kind}': value
-                            for kind, value in _source_hashes(c, task, split).items()}
+        hashes = {'preprocessing': _hash(repr(sorted(code.items()))),
+                  **_source_hashes(c, task, split)}
+        for kind, value in hashes.items():
+          report['tasks'][f'{task.name}, {split}: {kind}'] = value
   except Failure as e:
-    report['error'] = [e.code, str(e)]
+    report['error'] = str(e)
   except OSError as e:
-    report['error'] = [3, f'cannot read {e.filename or "the data"}: {e.strerror or e}']
+    report['error'] = f'cannot read {e.filename or "the data"}: {e.strerror or e}'
   return report
 
 
@@ -155,18 +155,13 @@ def _describe_tfds(loader) -> str:
 
 def _hash_files(names: list[str]) -> str:
   from t5lab.data.sources import record_formats
-  digest, sizes, opens = hashlib.sha256(), {}, {}
-  for name in names:
-    fs, path = record_formats.filesystem(name) if '://' in name else (None, name)
-    sizes[name] = fs.size(path) if fs else os.path.getsize(path)
-    opens[name] = (lambda fs=fs, path=path: fs.open(path, 'rb') if fs else open(path, 'rb'))
-
-  whole = sum(sizes.values()) <= WHOLE
-  for name in names:
-    size = sizes[name]
-    digest.update(f'{Path(name).name} {size}\n'.encode())
+  places = [record_formats.filesystem(name) if '://' in name else (None, name) for name in names]
+  sizes = [fs.size(path) if fs else os.path.getsize(path) for fs, path in places]
+  whole, digest = sum(sizes) <= WHOLE, hashlib.sha256()
+  for (fs, path), size in zip(places, sizes):
+    digest.update(f'{Path(path).name} {size}\n'.encode())
     starts = (0,) if whole else sorted({0, size // 2, max(size - SAMPLE, 0)})
-    with opens[name]() as f:
+    with fs.open(path, 'rb') if fs else open(path, 'rb') as f:
       for start in starts:
         f.seek(start)
         remaining = size if whole else SAMPLE

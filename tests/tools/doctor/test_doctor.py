@@ -144,7 +144,7 @@ def test_the_hash_of_a_cache_is_that_of_its_manifest(tmp_path):
 # --- facts of several hosts ----------------------------------------------------------------------
 
 
-def data(vocabulary='v', error=None, **tasks):
+def data(vocabulary='v', error='', **tasks):
   return {'vocabulary': vocabulary, 'tasks': tasks, 'error': error}
 
 
@@ -159,19 +159,19 @@ def data(vocabulary='v', error=None, **tasks):
         'workdir': 'host 1: cannot write to /w: disk full; host 2 does not see the file in /w that '
                    'host 0 wrote: it is not the same folder on all hosts'}),
     ('data', ([data(a='1'), data(a='2')],), {'data': 'a: 1 on host 0, 2 on host 1'}),
-    ('data', ([data(a='1'), data(error=[3, 'no file'])],), {'data': 'host 1: no file'}),
+    ('data', ([data(a='1'), data(error='no file')],), {'data': 'host 1: no file'}),
     ('data', ([data('v', a='1'), data('w', a='1')],), {
         'vocabulary': 'the vocabulary differs, its hash is v on host 0, w on host 1'}),
-    ('data', ([data(a='1'), data('', [3, 'cannot read'])],), {
+    ('data', ([data(a='1'), data('', 'cannot read')],), {
         'vocabulary': 'host 1: cannot read'}),
     ('data', ([data(a='1'), data(a='1')],), {}),
 ])
 def test_differences_between_hosts_are_named(compare, arguments, expected):
-  checks = examine._Checks(lambda check: None)
+  checks = examine.Examination(lambda check: None)
   getattr(examine, f'_compare_{compare}')(checks, *arguments)
   failures = {finding.check: finding.message for finding in checks.findings if not finding.ok}
   assert failures == expected
-  assert checks.exit_code() == (examine.CODES[next(iter(expected))] if expected else 0)
+  assert checks.code == (examine.CODES[next(iter(expected))] if expected else 0)
 
 
 # --- two processes -------------------------------------------------------------------------------
