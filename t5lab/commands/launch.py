@@ -30,7 +30,6 @@ the config, a vocabulary or a file that is not in the checkout, TFDS data withou
 """
 
 import os
-from pathlib import Path
 import sys
 
 from t5lab import config
@@ -42,22 +41,20 @@ from t5lab.errors import UsageError
 from t5lab.tools.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
 from t5lab.tools.launching.job import PORT, LaunchJob
 
-PLATFORMS = ('tpu-vm', 'gke', 'slurm', 'local')
 FILES = './t5lab-launch'     # where the script of --dry-run keeps its files
 
 
 def main(argv: list[str]) -> int:
-  argv = list(argv)
   arguments = ()
   if '--' in argv:
     argv, arguments = argv[:argv.index('--')], tuple(argv[argv.index('--') + 1:])
   argv, overrides = split_overrides(argv)
-  args = _parser().parse_args(argv)
-  _check_flags(args)
+  args = _parse(argv)
+  args.overrides, args.arguments = overrides, arguments
   if args.platform == 'local':
-    return _run_locally(args, overrides, arguments)
+    return _run_locally(args)
 
-  root, job, plan = _plan(args, overrides, arguments)
+  root, job, plan = _plan(args)
   if not args.attach:
     _check_config(args.config, overrides, job, root if plan.bundle else None)
   if args.dry_run:
@@ -76,11 +73,10 @@ def main(argv: list[str]) -> int:
   return code
 
 
-def _plan(args, overrides, arguments):
+def _plan(args):
   """-> (root of the checkout or None, job, plan) for a platform other than local."""
   if args.platform == 'slurm':
-    job = _job(args, overrides, arguments, os.path.abspath(args.config),
-               devices=args.nodes * args.gpus_per_node)
+    job = _job(args, os.path.abspath(args.config), devices=args.nodes * args.gpus_per_node)
     plan = slurm.plan(
         job, nodes=args.nodes, gpus=args.gpus_per_node, root=os.getcwd(), python=sys.executable,
         time=args.time, partition=args.partition, account=args.account)
@@ -89,9 +85,8 @@ def _plan(args, overrides, arguments):
   if not args.topology:
     raise UsageError(f'--platform {args.platform} needs --topology, e.g. v5e:4x4')
   machine = topologies.parse(args.topology)
-  root = bundle.find_root(args.config)
-  job = _job(args, overrides, arguments, bundle.relative_config(args.config, root),
-             devices=machine.chips)
+  root, config_on_hosts = bundle.locate(args.config)
+  job = _job(args, config_on_hosts, devices=machine.chips)
   capacity = 'spot' if args.spot else 'reserved' if args.reserved else ''
   if args.platform == 'tpu-vm':
     plan = tpu_vm.plan(job, machine, zone=args.zone, project=args.project, queue=args.queue,
@@ -115,10 +110,9 @@ def _check_config(file, overrides, job, root) -> None:
     return
   paths = [(f'data.files.{split}', path) for split, patterns in c.data.files.items()
            for path in records.split_patterns(patterns) if '://' not in path]   # fsspec reads URLs
-  if c.data.vocab.endswith(vocab.KINDS):
-    paths.append(('data.vocab', c.data.vocab))
-  paths += [(key, path) for key, path in (('init.path', c.init.path), ('data.cache', c.data.cache))
-            if path]
+  vocab_file = c.data.vocab if c.data.vocab.endswith(vocab.KINDS) else ''
+  paths += [(key, path) for key, path in (('data.vocab', vocab_file), ('init.path', c.init.path),
+                                          ('data.cache', c.data.cache)) if path]
   bundle.check_paths(root, job, paths)
 
   from_tfds = sorted(name for name in config.mixtures(c)
@@ -128,9 +122,9 @@ def _check_config(file, overrides, job, root) -> None:
                      'with --env TFDS_DATA_DIR=gs://BUCKET/FOLDER')
 
 
-def _run_locally(args, overrides, arguments) -> int:
-  job = _job(args, overrides, arguments, args.config,
-             devices=args.processes * args.devices_per_process, default_restarts=0)
+def _run_locally(args) -> int:
+  job = _job(args, args.config, devices=args.processes * args.devices_per_process,
+             default_restarts=0)
   options = dict(processes=args.processes, devices=args.devices_per_process, device=args.device,
                  port=args.port)
   if args.dry_run:
@@ -139,52 +133,33 @@ def _run_locally(args, overrides, arguments) -> int:
   return local.run(job, **options, all_logs=args.all_logs, grace=args.grace)
 
 
-def _job(args, overrides, arguments, config_on_hosts, devices, default_restarts=100) -> LaunchJob:
+def _job(args, config_on_hosts, devices, default_restarts=100) -> LaunchJob:
   """The job; `devices` is the number of devices that `doctor` has to expect."""
-  file = args.config if os.path.isfile(args.config) else args.config.rpartition(':')[0]
-  if not Path(file).is_file():
-    raise UsageError(f'config file {args.config!r} does not exist')
+  bundle.split_config(args.config)     # it must exist
+  arguments = args.arguments
   if args.command == 'doctor' and not any(a.startswith('--expect-devices') for a in arguments):
     arguments = ('--expect-devices', str(devices), *arguments)
-  environment = {}
   for text in args.env:
-    key, equals, value = text.partition('=')
-    if not equals:
-      raise UsageError(f'--env must be KEY=VALUE, got {key}; values are never taken from your '
+    if '=' not in text:
+      raise UsageError(f'--env must be KEY=VALUE, got {text}; values are never taken from your '
                        'environment')
-    environment[key] = value
-  return LaunchJob(config_on_hosts, args.workdir, args.command, overrides, arguments, environment,
-                   args.name, default_restarts if args.restarts is None else args.restarts)
+  return LaunchJob(config_on_hosts, args.workdir, args.command, args.overrides, arguments,
+                   dict(text.split('=', 1) for text in args.env), args.name,
+                   default_restarts if args.restarts is None else args.restarts)
 
 
-# The platforms of a flag; flags that are not listed are for all platforms.
-FLAG_PLATFORMS = {
-    'topology': ('tpu-vm', 'gke'), 'zone': ('tpu-vm',), 'project': ('tpu-vm',),
-    'queue': ('tpu-vm',), 'runtime_version': ('tpu-vm',), 'spot': ('tpu-vm', 'gke'),
-    'reserved': ('tpu-vm',), 'allow_dirty': ('tpu-vm', 'gke'), 'keep': ('tpu-vm', 'gke'),
-    'attach': ('tpu-vm', 'gke'), 'image': ('gke',), 'build': ('gke',),
-    'namespace': ('gke',), 'service_account': ('gke',), 'nodes': ('slurm',),
-    'gpus_per_node': ('slurm',), 'partition': ('slurm',), 'account': ('slurm',),
-    'time': ('slurm',), 'processes': ('local',), 'devices_per_process': ('local',),
-    'device': ('local',), 'port': ('local',), 'all_logs': ('local',), 'grace': ('local',),
-}
-
-
-def _check_flags(args) -> None:
-  parser = _parser()
-  for name, value in vars(args).items():
-    platforms = FLAG_PLATFORMS.get(name, PLATFORMS)
-    if value != parser.get_default(name) and args.platform not in platforms:
-      raise UsageError(f'--{name.replace("_", "-")} is for --platform {" and ".join(platforms)}, '
-                       f'not for {args.platform}')
-  if args.spot and args.reserved:
-    raise UsageError('--spot and --reserved exclude each other')
-
-
-def _parser() -> Parser:
+def _parse(argv):
+  """Parses the flags. Those that are added by `flags_of` are for the named platforms only."""
   parser = Parser('t5lab launch', description=__doc__)
+  platforms_of = {}
+
+  def flags_of(group, *platforms):
+    def add(flag, **options):
+      platforms_of[group.add_argument(flag, **options).dest] = platforms
+    return add
+
   add = parser.add_argument
-  add('--platform', required=True, choices=PLATFORMS)
+  add('--platform', required=True, choices=('tpu-vm', 'gke', 'slurm', 'local'))
   add('--config', required=True, metavar='FILE[:ARG]', help='the config of `t5lab train`')
   add('--workdir', required=True, help='gs://BUCKET/FOLDER, or a folder that all hosts share')
   add('--command', choices=('train', 'doctor'), default='train', help='what every host runs')
@@ -197,40 +172,50 @@ def _parser() -> Parser:
            'LIBTPU_INIT_ARGS, TFDS_DATA_DIR')
   add('--dry-run', action='store_true', help='print everything, do nothing')
 
-  tpu = parser.add_argument_group('tpu-vm and gke').add_argument
+  group = parser.add_argument_group('tpu-vm and gke')
+  tpu, vm = flags_of(group, 'tpu-vm', 'gke'), flags_of(group, 'tpu-vm')
+  kubernetes = flags_of(group, 'gke')
   tpu('--topology', default='', help='e.g. v4:2x2x2, v5e:4x4, v5p:2x2x2; v6e:4x4*2 is two slices, '
                                      'joined by the data centre network')
   tpu('--spot', action='store_true', help='cheaper machines that may be preempted')
-  tpu('--reserved', action='store_true', help='machines of your reservation (tpu-vm)')
+  vm('--reserved', action='store_true', help='machines of your reservation (tpu-vm)')
   tpu('--allow-dirty', action='store_true', help='send uncommitted changes too')
   tpu('--keep', action='store_true', help='do not delete the machines at the end')
   tpu('--attach', action='store_true', help='follow a job that runs already')
-  tpu('--zone', default='', help='zone of Google Cloud')
-  tpu('--project', default='', help="project of Google Cloud (default: gcloud's)")
-  tpu('--queue', action='store_true', help='request a queued resource and wait for capacity')
-  tpu('--runtime-version', default='', help='version of the TPU image (default: the one for JAX)')
-  tpu('--image', default='', help='container image for gke')
-  tpu('--build', action='store_true',
-      help='build the image from this checkout and push it, with docker')
-  tpu('--namespace', default='', help='namespace of Kubernetes')
-  tpu('--service-account', default='',
-      help='service account of Kubernetes that may write to the bucket')
+  vm('--zone', default='', help='zone of Google Cloud')
+  vm('--project', default='', help="project of Google Cloud (default: gcloud's)")
+  vm('--queue', action='store_true', help='request a queued resource and wait for capacity')
+  vm('--runtime-version', default='', help='version of the TPU image (default: the one for JAX)')
+  kubernetes('--image', default='', help='container image for gke')
+  kubernetes('--build', action='store_true',
+             help='build the image from this checkout and push it, with docker')
+  kubernetes('--namespace', default='', help='namespace of Kubernetes')
+  kubernetes('--service-account', default='',
+             help='service account of Kubernetes that may write to the bucket')
 
-  gpu = parser.add_argument_group('slurm').add_argument
+  gpu = flags_of(parser.add_argument_group('slurm'), 'slurm')
   gpu('--nodes', type=int, default=1)
   gpu('--gpus-per-node', type=int, default=8)
   gpu('--partition', default='')
   gpu('--account', default='')
   gpu('--time', default='', help='time limit, e.g. 24:00:00')
 
-  this_machine = parser.add_argument_group('local').add_argument
-  this_machine('--processes', type=int, default=2)
-  this_machine('--devices-per-process', type=int, default=1)
-  this_machine('--device', choices=('cpu', 'gpu'), default='cpu',
-               help='virtual CPU devices, or the GPUs divided among the processes')
-  this_machine('--port', type=int, default=PORT, help='port of the coordinator')
-  this_machine('--all-logs', action='store_true',
-               help='print the output of all processes, not only of process 0')
-  this_machine('--grace', type=float, default=30.,
-               help='seconds that the other processes get after one has failed')
-  return parser
+  here = flags_of(parser.add_argument_group('local'), 'local')
+  here('--processes', type=int, default=2)
+  here('--devices-per-process', type=int, default=1)
+  here('--device', choices=('cpu', 'gpu'), default='cpu',
+       help='virtual CPU devices, or the GPUs divided among the processes')
+  here('--port', type=int, default=PORT, help='port of the coordinator')
+  here('--all-logs', action='store_true',
+       help='print the output of all processes, not only of process 0')
+  here('--grace', type=float, default=30.,
+       help='seconds that the other processes get after one has failed')
+
+  args = parser.parse_args(argv)
+  for name, platforms in platforms_of.items():
+    if getattr(args, name) != parser.get_default(name) and args.platform not in platforms:
+      raise UsageError(f'--{name.replace("_", "-")} is for --platform {" and ".join(platforms)}, '
+                       f'not for {args.platform}')
+  if args.spot and args.reserved:
+    raise UsageError('--spot and --reserved exclude each other')
+  return args

@@ -12,25 +12,26 @@ from t5lab.errors import UsageError
 from t5lab.tools.launching.job import MOUNT, LaunchJob
 
 
-def find_root(config: str) -> Path:
-  """The checkout of t5lab that contains the config file; UsageError if there is none."""
-  path = Path(config if os.path.isfile(config) else config.rpartition(':')[0])
-  if not path.is_file():
+def split_config(config: str) -> tuple[Path, str]:
+  """FILE[:ARG] -> (FILE, ARG); UsageError if there is no such file."""
+  file, arg = (config, '') if os.path.isfile(config) else config.rpartition(':')[::2]
+  if not os.path.isfile(file):
     raise UsageError(f'config file {config!r} does not exist')
-  top = _git(path.resolve().parent, 'rev-parse', '--show-toplevel')
+  return Path(file), arg
+
+
+def locate(config: str) -> tuple[Path, str]:
+  """-> (the checkout of t5lab with the config file, FILE[:ARG] relative to it), or UsageError."""
+  path, arg = split_config(config)
+  file = path.resolve()
+  top = _git(file.parent, 'rev-parse', '--show-toplevel')
   if top is None or not (Path(top) / 't5lab' / '__init__.py').is_file():
     raise UsageError(f'{path} is not in a git checkout of t5lab; the hosts install that checkout, '
                      'so the config must be in a clone of it')
-  if _git(top, 'ls-files', '--error-unmatch', '--', str(path.resolve())) is None:
+  if _git(top, 'ls-files', '--error-unmatch', '--', str(file)) is None:
     raise UsageError(f'{path} is not tracked by git, so the hosts would not have it; run '
                      f'git add {path}')
-  return Path(top)
-
-
-def relative_config(config: str, root: Path) -> str:
-  """FILE[:ARG] with FILE relative to the checkout."""
-  file, arg = (config, '') if os.path.isfile(config) else config.rpartition(':')[::2]
-  return str(Path(file).resolve().relative_to(root.resolve())) + (f':{arg}' if arg else '')
+  return Path(top), str(file.relative_to(Path(top).resolve())) + (f':{arg}' if arg else '')
 
 
 def check_clean(root: Path, dirty: bool) -> None:
@@ -51,12 +52,13 @@ def check_paths(root: Path, job: LaunchJob, paths: list[tuple[str, str]]) -> Non
 
   paths: (config key, a path or glob that the job reads). The checkout must contain relative paths.
   """
+  bucket = f'{MOUNT}/{job.bucket}/'
   shared = 'a folder that all hosts share'
   if job.on_bucket:
-    shared = f'{MOUNT}/{job.bucket}/…, in the bucket of the workdir'
+    shared = f'{bucket}…, in the bucket of the workdir'
   for key, path in paths:
     if os.path.isabs(path):
-      if job.on_bucket and not path.startswith(f'{MOUNT}/{job.bucket}/'):
+      if job.on_bucket and not path.startswith(bucket):
         raise UsageError(f'{key}={path}: the hosts have only the checkout and {shared}')
     elif not _git(root, 'ls-files', '--', path):
       raise UsageError(f'{key}={path} is not tracked by git in {root}, so the hosts would not have '

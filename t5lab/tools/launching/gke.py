@@ -79,8 +79,8 @@ def manifest(job: LaunchJob, machine: Machine, *, image: str, service_account: s
   }
 
 
-def plan(job: LaunchJob, machine: Machine, *, image: str, service_account: str = '',
-         namespace: str = '', capacity: str = '', build: bool = False) -> Plan:
+def plan(job: LaunchJob, machine: Machine, *, image: str, namespace: str = '', build: bool = False,
+         **options) -> Plan:
   check_remote(job)
   if not image:
     raise UsageError('--platform gke needs --image, a container image with t5lab (see --help)')
@@ -90,8 +90,7 @@ def plan(job: LaunchJob, machine: Machine, *, image: str, service_account: str =
   if machine.slices > 1 and machine.nodes == 1:
     raise UsageError(f'--topology: GKE joins only slices of several hosts, got {machine.slices} '
                      'slices of one host each')
-  jobset = manifest(job, machine, image=image, service_account=service_account,
-                    namespace=namespace, capacity=capacity)
+  jobset = manifest(job, machine, image=image, namespace=namespace, **options)
   kubectl = ('kubectl', *(f'--namespace={namespace}',) * bool(namespace))
   selector = f'jobset.sigs.k8s.io/jobset-name={job.name}'
   get = lambda *arguments: (*kubectl, 'get', *arguments)

@@ -4,6 +4,7 @@ The output of process 0 is printed; the others write to WORKDIR/launch/process_N
 passed on to all of them. If one fails, the others get `grace` seconds, then SIGTERM, then SIGKILL.
 """
 
+from collections.abc import Sequence
 import contextlib
 import errno
 import math
@@ -48,7 +49,7 @@ def environment(index: int, *, processes: int, devices: int, device: str, port: 
   return result | dict(given or {})
 
 
-def check(job: LaunchJob, *, processes: int, devices: int, device: str) -> None:
+def check(job: LaunchJob, *, processes: int, devices: int) -> None:
   """Raises UsageError for a job that cannot run on this machine."""
   if processes < 1 or devices < 1:
     raise UsageError('--processes and --devices-per-process must be 1 or more, got '
@@ -56,13 +57,11 @@ def check(job: LaunchJob, *, processes: int, devices: int, device: str) -> None:
   if '://' in job.workdir:
     raise UsageError('--workdir must be a folder on this machine for --platform local, got '
                      f'{job.workdir}')
-  if device not in ('cpu', 'gpu'):
-    raise UsageError(f"--device must be 'cpu' or 'gpu', got {device!r}")
 
 
 def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: int = PORT) -> str:
   """The same as `run`, as a script for --dry-run."""
-  check(job, processes=processes, devices=devices, device=device)
+  check(job, processes=processes, devices=devices)
   lines = ['#!/bin/bash',
            f'# {processes} processes with {devices} {device} devices each; the coordinator is '
            f'process 0, port {port}']
@@ -77,14 +76,14 @@ def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: in
 def run(job: LaunchJob, *, processes: int, devices: int, device: str = 'cpu', port: int = PORT,
         all_logs: bool = False, grace: float = 30., argv: list[str] | None = None) -> int:
   """Runs the job (or argv) to its end, with restarts -> its exit code, by job.worst."""
-  check(job, processes=processes, devices=devices, device=device)
+  check(job, processes=processes, devices=devices)
   argv = argv or job.argv(sys.executable)
-  logs = [] if all_logs or processes == 1 else _log_files(job.workdir, processes)
+  logs = _log_files(job.workdir, processes) if processes > 1 and not all_logs else []
   environments = [
       os.environ | environment(i, processes=processes, devices=devices, device=device, port=port,
                                flags=os.environ.get('XLA_FLAGS', ''), given=job.environment)
       for i in range(processes)]
-  with _Signals() as signals:
+  with _caught_signals() as signals:
     for restarts_left in range(job.restarts, -1, -1):
       if processes > 1:
         check_port(port)
@@ -93,7 +92,7 @@ def run(job: LaunchJob, *, processes: int, devices: int, device: str = 'cpu', po
         shown = ', '.join(f'{i}: {code}' for i, code in enumerate(codes))
         print(f't5lab: exit codes {shown}', file=sys.stderr, flush=True)
       code = worst(codes)
-      if not restarts_left or signals.count or not can_retry(code):
+      if not restarts_left or signals or not can_retry(code):
         return code
       print(f't5lab: ended with {code}, starting again ({restarts_left} restarts left)',
             file=sys.stderr, flush=True)
@@ -126,20 +125,17 @@ def _log_files(workdir, processes: int) -> list[Path | None]:
   return [None, *(folder / f'process_{i}.log' for i in range(1, processes))]
 
 
-class _Signals:
-  """Counts SIGTERM and SIGINT, which then do not end this process."""
-
-  def __enter__(self):
-    self.count = 0
-    self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def __exit__(self, *_):
-    for s, handler in self._handlers.items():
+@contextlib.contextmanager
+def _caught_signals():
+  """Yields a list to which SIGTERM and SIGINT are added, which then do not end this process."""
+  caught = []
+  handlers = {s: signal.signal(s, lambda number, _: caught.append(number))
+              for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield caught
+  finally:
+    for s, handler in handlers.items():
       signal.signal(s, handler)
-
-  def _handle(self, *_):
-    self.count += 1
 
 
 class Group:
@@ -150,29 +146,28 @@ class Group:
 
   def __init__(self, argv, environments, logs, grace: float):
     self._grace = grace
-    self._files, self._processes, self._readers = [], [], []
+    self._processes, self._readers = [], []
     for i, environ in enumerate(environments):
-      process = subprocess.Popen(
-          argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT, start_new_session=True)     # Ctrl-C reaches this process alone
-      log = None
-      if logs and logs[i]:
-        log = open(logs[i], 'ab')
-        self._files.append(log)
-      reader = threading.Thread(target=self._read, args=(i, process.stdout, log), daemon=True)
-      reader.start()
+      log = open(logs[i], 'ab') if logs and logs[i] else None
+      with log or contextlib.nullcontext():
+        process = subprocess.Popen(
+            argv, env=environ, stdin=subprocess.DEVNULL, stdout=log or subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True)   # Ctrl-C reaches this process alone
       self._processes.append(process)
-      self._readers.append(reader)
+      if not log:
+        reader = threading.Thread(target=_print_lines, args=(i, process.stdout), daemon=True)
+        reader.start()
+        self._readers.append(reader)
 
-  def wait(self, signals: _Signals | None = None, timeout: float = math.inf) -> list[int]:
+  def wait(self, signals: Sequence[int] = (), timeout: float = math.inf) -> list[int]:
     """Waits until all processes have ended, or kills them after `timeout` seconds -> exit codes."""
     signals_sent, term_at, kill_at = 0, None, None
     deadline = time.monotonic() + timeout
     try:
-      while self._any_running() and time.monotonic() < deadline:
+      while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
         # A signal is passed on at once.
-        if signals and signals.count > signals_sent:
-          signals_sent = signals.count
+        if len(signals) > signals_sent:
+          signals_sent = len(signals)
           self._send(signal.SIGTERM)
           kill_at = time.monotonic() + SAVING
         # If a process has failed, the others are ended after the grace period.
@@ -188,12 +183,7 @@ class Group:
       self._send(signal.SIGKILL)
       for reader in self._readers:
         reader.join(5)
-      for file in self._files:
-        file.close()
     return [p.wait() for p in self._processes]
-
-  def _any_running(self) -> bool:
-    return any(p.poll() is None for p in self._processes)
 
   def _send(self, number):
     for process in self._processes:
@@ -203,14 +193,10 @@ class Group:
             os.killpg(process.pid, number)
           process.send_signal(number)
 
-  @staticmethod
-  def _read(index, pipe, log):
-    for line in pipe:
-      if log:
-        log.write(line)
-        log.flush()
-      else:
-        # of a progress line that was redrawn only the last state
-        text = re.sub(r'[^\n\r]*\r(?=[^\n\r])', '', line.decode(errors='replace'))
-        sys.stdout.write(f'[{index}] {text}')
-        sys.stdout.flush()
+
+def _print_lines(index, pipe):
+  for line in pipe:
+    # of a progress line that was redrawn only the last state
+    text = re.sub(r'[^\n\r]*\r(?=[^\n\r])', '', line.decode(errors='replace'))
+    sys.stdout.write(f'[{index}] {text}')
+    sys.stdout.flush()

@@ -7,8 +7,9 @@ import shlex
 
 @dataclasses.dataclass(frozen=True)
 class LaunchStep:
-  """A command; {files} in argv stands for the folder of the plan's files.
+  """A command.
 
+  argv: {files} stands for the folder of the plan's files, in steps before `follow`.
   title: its purpose, in one line. until: the command is repeated every `every` seconds until it
   prints one of these. unless: if it prints one of these, the launch fails.
   """
@@ -18,8 +19,8 @@ class LaunchStep:
   unless: tuple[str, ...] = ()
   every: float = 10.
 
-  def shell(self, files: str) -> str:
-    command = shlex.join(fill(self.argv, files))
+  def shell(self) -> str:
+    command = shlex.join(self.argv)
     if not self.until:
       return f'# {self.title}\n{command}'
     success = '|'.join(map(shlex.quote, self.until))
@@ -57,26 +58,30 @@ class Plan:
   recreate: bool = False
   bundle: bool = False
 
+  def with_folder(self, files: str) -> 'Plan':
+    """The same plan with the folder of its files in place of {files}."""
+    def fill(steps):
+      return tuple(dataclasses.replace(step, argv=tuple(
+          argument.replace('{files}', files) for argument in step.argv)) for step in steps)
+    return dataclasses.replace(self, prepare=fill(self.prepare), create=fill(self.create),
+                               start=fill(self.start))
+
   def shell(self, files: str, archive: str = '', keep: bool = False) -> str:
     """The launch as a bash script with comments. archive: the command that makes the bundle."""
+    plan = self.with_folder(files)
     lines = ['#!/bin/bash', *(f'# {note}' for note in self.notes), f'mkdir -p {shlex.quote(files)}']
     if self.bundle:
       lines.append(archive)
     for name, text in self.files.items():
       lines.append(f"cat > {shlex.quote(f'{files}/{name}')} <<'T5LAB_END'\n{text}T5LAB_END")
-    lines += [step.shell(files) for step in (*self.prepare, *self.create, *self.start)]
+    lines += [step.shell() for step in (*plan.prepare, *plan.create, *plan.start)]
     if self.follow:
-      lines.append(self.follow.shell(files))
-      lines.append('# The launcher repeats the next two commands until all processes have ended, '
-                   'and shows the log meanwhile.')
-      lines += [step.shell(files) for step in (self.state, self.codes)]
+      lines += [self.follow.shell(),
+                '# The launcher repeats the next two commands until all processes have ended, and '
+                'shows the log meanwhile.', self.state.shell(), self.codes.shell()]
       if self.recreate:
         gone = ', '.join(state for state, meaning in self.states.items() if meaning == 'gone')
         lines.append(f'# If the state is {gone}: preempted; delete the machines and start over.')
     if not keep:
-      lines += [step.shell(files) for step in self.delete]
+      lines += [step.shell() for step in self.delete]
     return '\n'.join(lines) + '\n'
-
-
-def fill(argv, files: str) -> list[str]:
-  return [argument.replace('{files}', files) for argument in argv]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import shlex
 
-from t5lab.tools.launching.job import RETRY
+from t5lab.tools.launching.job import MOUNT, RETRY
 
 # (option of the gcsfuse command, option of GKE's driver). All hosts share one folder, so no host
 # may cache metadata of the others' files, which GKE's driver would cache for ever. A checkpoint is
@@ -22,8 +22,9 @@ def exports(environment: Mapping[str, str]) -> str:
   return ''.join(f'export {k}={shlex.quote(v)}\n' for k, v in environment.items())
 
 
-def mount(bucket: str, folder: str) -> str:
-  """Shell that mounts gs://bucket at folder and installs Cloud Storage FUSE if it is missing."""
+def mount(bucket: str) -> str:
+  """Shell that mounts gs://bucket below MOUNT and installs Cloud Storage FUSE if it is missing."""
+  folder = f'{MOUNT}/{bucket}'
   options = ' '.join(option for option, _ in MOUNT_OPTIONS)
   return f"""if ! command -v gcsfuse > /dev/null; then
   key=/usr/share/keyrings/cloud.google.asc

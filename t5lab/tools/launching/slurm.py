@@ -22,13 +22,11 @@ GPU = {'JAX_OPTIMIZATION_LEVEL': 'O1', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.9',
        'NCCL_NVLS_ENABLE': '1'}
 
 
-def script(job: LaunchJob, *, nodes: int, gpus: int, root: str, python: str, time: str = '',
-           partition: str = '', account: str = '') -> str:
+def _script(job: LaunchJob, nodes: int, gpus: int, root: str, python: str, limits: dict) -> str:
   options = {'job-name': job.name, 'nodes': nodes, 'ntasks-per-node': 1, 'gpus-per-node': gpus,
              'exclusive': '', 'requeue': '', 'open-mode': 'append', 'output': f'{job.name}-%j.log',
              'export': 'NONE',         # the default stores the whole environment of the caller
-             'signal': f'B:TERM@{WARNING}', 'time': time, 'partition': partition,
-             'account': account}
+             'signal': f'B:TERM@{WARNING}', **limits}
   lines = [f'#SBATCH --{k}' + f'={v}' * (v != '') for k, v in options.items()
            if v != '' or k in ('exclusive', 'requeue')]
   environment = {**GPU, **job.environment,
@@ -58,7 +56,8 @@ exit "$code"
 """
 
 
-def plan(job: LaunchJob, *, nodes: int, gpus: int, root: str, python: str, **options) -> Plan:
+def plan(job: LaunchJob, *, nodes: int, gpus: int, root: str, python: str, **limits: str) -> Plan:
+  """limits: options of sbatch, '' for none: time, partition, account."""
   check_remote(job)
   if job.on_bucket:
     raise UsageError('--workdir must be a folder that all nodes share on SLURM, because jobs may '
@@ -66,11 +65,10 @@ def plan(job: LaunchJob, *, nodes: int, gpus: int, root: str, python: str, **opt
   if nodes < 1 or gpus < 1:
     raise UsageError('--nodes and --gpus-per-node must be 1 or more, got '
                      f'{nodes} and {gpus}')
-  text = script(job, nodes=nodes, gpus=gpus, root=root, python=python, **options)
   return Plan(
       notes=(f'{job.name}: {nodes} nodes of {gpus} GPUs, one process per node; checkout {root}',
              f'coordinator: the first node, port {PORT}',
              f'to watch it: squeue --name={job.name}; tail -F {root}/{job.name}-*.log',
              f'to end it: scancel --name={job.name}'),
-      files={'job.sbatch': text},
+      files={'job.sbatch': _script(job, nodes, gpus, root, python, limits)},
       create=(LaunchStep('submit the job', ('sbatch', f'--chdir={root}', '{files}/job.sbatch')),))

@@ -11,12 +11,37 @@ import shlex
 
 from t5lab.errors import UsageError
 from t5lab.tools.launching import scripts
-from t5lab.tools.launching.job import MOUNT, PORT, LaunchJob, check_remote
+from t5lab.tools.launching.job import PORT, LaunchJob, check_remote
 from t5lab.tools.launching.plan import LaunchStep, Plan
 from t5lab.tools.launching.topologies import Machine
 
 DEAD_QUEUE_STATES = ('FAILED', 'SUSPENDED', 'SUSPENDING', 'DELETING')
 GONE_STATES = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'HIDDEN')
+
+# The images have Python 3.10, so uv installs ours. Versions are those that tests passed on.
+INSTALL = """#!/bin/bash
+# Installs the checkout beside this file. A second run changes nothing.
+set -euo pipefail
+cd "$(dirname "$0")"
+rm -rf checkout
+mkdir checkout
+tar -xzf bundle.tar.gz -C checkout
+python3 -m pip install --user --quiet uv
+uv="$(python3 -m site --user-base)/bin/uv"
+[ -x venv/bin/python ] || "$uv" venv --quiet --python 3.11 venv
+"$uv" pip install --quiet --python venv/bin/python \\
+  -c checkout/constraints/py311.txt -e 'checkout[tpu,gcs]'
+"""
+FOLLOW = """#!/bin/bash
+# Prints the log from its beginning until the job has ended.
+cd "$(dirname "$0")" || exit 70
+touch log
+tail -n +1 -F log 2> /dev/null &
+tail=$!
+while [ ! -f exit ]; do sleep 2; done
+sleep 1
+kill "$tail"
+"""
 
 
 def plan(job: LaunchJob, machine: Machine, *, zone: str, project: str = '', queue: bool = False,
@@ -36,24 +61,17 @@ def plan(job: LaunchJob, machine: Machine, *, zone: str, project: str = '', queu
   runtime = runtime or machine.generation.runtime
 
   # The commands of gcloud: on the queued resource, on the VM, and on its workers.
-  location = (f'--zone={zone}',)
-  if project:
-    location += (f'--project={project}',)
+  location = (f'--zone={zone}', *(f'--project={project}',) * bool(project))
   gcloud = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *location)
   queued = lambda verb, *rest: gcloud('queued-resources', verb, job.name, *rest)
-  vm = lambda verb, *rest: gcloud('tpu-vm', verb, *rest)
-
-  def reach(verb, workers, *rest):
-    if several:
-      return gcloud('queued-resources', verb, *rest, f'--node={workers}', f'--worker={workers}',
-                    '--quiet')
-    return vm(verb, *rest, f'--worker={workers}', '--quiet')
-
+  vm = lambda verb, *rest: gcloud('tpu-vm', verb, job.name, *rest)
+  reach = lambda verb, workers, *rest: gcloud(
+      'queued-resources' if several else 'tpu-vm', verb, *rest, *(f'--node={workers}',) * several,
+      f'--worker={workers}', '--quiet')
   ssh = lambda workers, command: reach('ssh', workers, job.name, f'--command={command}')
-  queue_state = queued('describe', '--format=value(state.state)')
-  node_state = vm('describe', job.name, '--format=value(state)')
 
   # Create and delete.
+  queue_state = queued('describe', '--format=value(state.state)')
   accelerator = f'--accelerator-type={machine.accelerator}'
   extra = (f'--{capacity}',) if capacity else ()
   noun = 'slices' if several else 'slice'
@@ -70,17 +88,18 @@ def plan(job: LaunchJob, machine: Machine, *, zone: str, project: str = '', queu
     delete = queued('delete', '--force', '--quiet')
   else:
     create = (LaunchStep('create the slice', vm(
-        'create', job.name, accelerator, f'--version={runtime}', *extra, '--quiet')),)
-    delete = vm('delete', job.name, '--quiet')
+        'create', accelerator, f'--version={runtime}', *extra, '--quiet')),)
+    delete = vm('delete', '--quiet')
 
   # A queued resource is active when all of its nodes are up, and suspended when it loses them.
   if several:
     state, ready, gone, wait = queue_state, 'ACTIVE', DEAD_QUEUE_STATES, ()
   else:
-    state, ready, gone = node_state, 'READY', GONE_STATES
+    state, ready, gone = vm('describe', '--format=value(state)'), 'READY', GONE_STATES
     wait = (LaunchStep('wait until the slice is up', state, until=(ready,), unless=gone),)
 
-  files = {'install.sh': _install(job), 'run.sh': _run(job), 'follow.sh': _follow()}
+  mount = scripts.mount(job.bucket) if job.on_bucket else ''
+  files = {'install.sh': INSTALL + mount, 'run.sh': _run(job), 'follow.sh': FOLLOW}
   return Plan(
       notes=tuple(_notes(job, machine, runtime, capacity)), files=files, create=create,
       start=(
@@ -116,23 +135,6 @@ def _notes(job, machine, runtime, capacity):
     yield 'spot: while this command runs, preempted machines are created again'
 
 
-def _install(job: LaunchJob) -> str:
-  """The images have Python 3.10, so uv installs ours. Versions are those that tests passed on."""
-  return """#!/bin/bash
-# Installs the checkout beside this file. A second run changes nothing.
-set -euo pipefail
-cd "$(dirname "$0")"
-rm -rf checkout
-mkdir checkout
-tar -xzf bundle.tar.gz -C checkout
-python3 -m pip install --user --quiet uv
-uv="$(python3 -m site --user-base)/bin/uv"
-[ -x venv/bin/python ] || "$uv" venv --quiet --python 3.11 venv
-"$uv" pip install --quiet --python venv/bin/python \\
-  -c checkout/constraints/py311.txt -e 'checkout[tpu,gcs]'
-""" + (scripts.mount(job.bucket, f'{MOUNT}/{job.bucket}') if job.on_bucket else '')
-
-
 def _run(job: LaunchJob) -> str:
   command = shlex.join(job.argv('../venv/bin/python'))
   return ('#!/bin/bash\n# Runs the job on this worker until its exit code is final. JAX finds the '
@@ -140,16 +142,3 @@ def _run(job: LaunchJob) -> str:
           scripts.exports({'JAX_COORDINATOR_PORT': str(PORT), **job.environment}) +
           scripts.supervise(command, job.restarts) +
           'echo "$code" > ../exit.new\nmv ../exit.new ../exit\n')
-
-
-def _follow() -> str:
-  return """#!/bin/bash
-# Prints the log from its beginning until the job has ended.
-cd "$(dirname "$0")" || exit 70
-touch log
-tail -n +1 -F log 2> /dev/null &
-tail=$!
-while [ ! -f exit ]; do sleep 2; done
-sleep 1
-kill "$tail"
-"""

@@ -108,6 +108,7 @@ def act(tmp_path, monkeypatch):
     path.chmod(0o755)
   monkeypatch.setenv('PATH', f'{here}:/usr/bin:/bin')
   monkeypatch.setenv('ACT', str(here))
+  monkeypatch.setattr(executor, 'PAUSE', 0.05)
   assert shutil.which('gcloud') == str(here / 'gcloud')         # not a real one
   return here
 
@@ -124,7 +125,7 @@ def tpu(act, ends, capfd, capacity='', restarts=3, **options):
   def bundle(path):
     subprocess.run(['tar', '-czf', path, '-C', act, 'job'], check=True)
   try:
-    return executor.run(plan, restarts=restarts, make_bundle=bundle, pause=0.05, **options)
+    return executor.run(plan, restarts=restarts, make_bundle=bundle, **options)
   finally:
     captured = capfd.readouterr()
     (act / 'output').write_text(captured.out + captured.err)
@@ -248,7 +249,7 @@ def jobset(act, state, ends, **options):
   (act / 'ends').write_text(''.join(f't5lab-exit={e}\n' for e in ends))
   plan = gke.plan(LaunchJob('configs/x.py', 'gs://bucket/run'), topologies.parse('v5e:4x4'),
                   image='i')
-  return executor.run(plan, pause=0.01, **options)
+  return executor.run(plan, **options)
 
 
 @pytest.mark.parametrize('state, ends, code', [
@@ -309,7 +310,6 @@ def test_only_what_git_tracks_is_sent(act, tmp_path, monkeypatch, capfd):
   monkeypatch.chdir(root)
   launch = ['launch', '--platform', 'tpu-vm', '--topology', 'v5e:4x4', '--zone', 'z', '--workdir',
             'gs://bucket/run', '--keep', '--config']
-  monkeypatch.setattr(executor, 'PAUSE', 0.05)
 
   assert cli.main([*launch, 'configs/y.py']) == 2
   assert 'not tracked by git' in capfd.readouterr().err
