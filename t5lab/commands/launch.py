@@ -39,7 +39,7 @@ from t5lab.data.sources import records
 from t5lab.data.tasks import names
 from t5lab.errors import UsageError
 from t5lab.tools.launching import bundle, executor, gke, local, slurm, topologies, tpu_vm
-from t5lab.tools.launching.job import PORT, LaunchJob
+from t5lab.tools.launching.job import PORT, LaunchJob, can_retry
 
 FILES = './t5lab-launch'     # where the script of --dry-run keeps its files
 
@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
   code = executor.run(plan, restarts=job.restarts, keep=args.keep, attach=args.attach,
                       make_bundle=lambda path: bundle.make(root, args.allow_dirty, path))
   if plan.follow:
-    print(f't5lab: {executor.describe_code(code)}', file=sys.stderr)
+    advice = 'run the same command to resume' if can_retry(code) else 'see its log'
+    outcome = f'the job ended with {code}; {advice}' if code else 'the job has finished'
+    print(f't5lab: {outcome}', file=sys.stderr)
   return code
 
 

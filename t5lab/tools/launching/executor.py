@@ -14,7 +14,7 @@ import tempfile
 import time
 
 from t5lab.errors import Failure, Preempted, UsageError
-from t5lab.tools.launching.job import can_retry, worst
+from t5lab.tools.launching.job import worst
 from t5lab.tools.launching.plan import LaunchStep, Plan
 
 EXIT = re.compile(r't5lab-exit=(-?\d+)\s*$', re.MULTILINE)
@@ -151,11 +151,3 @@ def _delete(plan) -> None:
 
 def _manual_deletion(plan) -> str:
   return 'To end and delete it, run: ' + '; '.join(shlex.join(step.argv) for step in plan.delete)
-
-
-def describe_code(code: int) -> str:
-  """One line about the exit code of a job."""
-  if code == 0:
-    return 'the job has finished'
-  advice = 'run the same command to resume' if can_retry(code) else 'see its log'
-  return f'the job ended with {code}; {advice}'

@@ -29,7 +29,7 @@ PORTS = (8471, 8080, PORT)        # of the TPU runtime, MegaScale and JAX [GKE's
 
 def manifest(job: LaunchJob, machine: Machine, *, image: str, service_account: str = '',
              namespace: str = '', capacity: str = '') -> dict:
-  """The JobSet (jobset.x-k8s.io/v1alpha2), ready for json.dumps."""
+  """The JobSet (jobset.x-k8s.io/v1alpha2) of a job on a bucket, ready for json.dumps."""
   chips = {'google.com/tpu': str(machine.chips_per_node)}
   container = {
       'name': 't5lab', 'image': image, 'command': job.argv('python'),
@@ -37,6 +37,7 @@ def manifest(job: LaunchJob, machine: Machine, *, image: str, service_account: s
               for k, v in {'JAX_COORDINATOR_PORT': str(PORT), **job.environment}.items()],
       'ports': [{'containerPort': port} for port in PORTS],
       'resources': {'requests': chips, 'limits': chips},
+      'volumeMounts': [{'name': 'bucket', 'mountPath': f'{MOUNT}/{job.bucket}'}],
   }
   pod = {
       'restartPolicy': 'Never', 'terminationGracePeriodSeconds': GRACE,
@@ -44,23 +45,19 @@ def manifest(job: LaunchJob, machine: Machine, *, image: str, service_account: s
                        'cloud.google.com/gke-tpu-topology': machine.topology,
                        **({'cloud.google.com/gke-spot': 'true'} if capacity == 'spot' else {})},
       'containers': [container],
+      **({'serviceAccountName': service_account} if service_account else {}),
+      'volumes': [{'name': 'bucket', 'csi': {
+          'driver': 'gcsfuse.csi.storage.gke.io',
+          'volumeAttributes': {
+              'bucketName': job.bucket,
+              'mountOptions': ','.join(option for _, option in scripts.MOUNT_OPTIONS)}}}],
   }
-  annotations = {}
-  if service_account:
-    pod['serviceAccountName'] = service_account
-  if job.on_bucket:
-    options = ','.join(option for _, option in scripts.MOUNT_OPTIONS)
-    annotations['gke-gcsfuse/volumes'] = 'true'
-    pod['volumes'] = [{'name': 'bucket', 'csi': {
-        'driver': 'gcsfuse.csi.storage.gke.io',
-        'volumeAttributes': {'bucketName': job.bucket, 'mountOptions': options}}}]
-    container['volumeMounts'] = [{'name': 'bucket', 'mountPath': f'{MOUNT}/{job.bucket}'}]
   hosts = {
       'backoffLimit': 0, 'completionMode': 'Indexed', 'completions': machine.nodes,
       'parallelism': machine.nodes,
       'podFailurePolicy': {'rules': [{'action': 'FailJob', 'onExitCodes': {
           'containerName': 't5lab', 'operator': 'In', 'values': sorted(FINAL)}}]},
-      'template': {'metadata': {'annotations': annotations}, 'spec': pod},
+      'template': {'metadata': {'annotations': {'gke-gcsfuse/volumes': 'true'}}, 'spec': pod},
   }
   return {
       'apiVersion': 'jobset.x-k8s.io/v1alpha2', 'kind': 'JobSet',

@@ -55,7 +55,10 @@ class LaunchJob:
              **{f'--env {k}': f'{k}={v}' for k, v in self.environment.items()},
              **{f'argument {i + 1}': a for i, a in enumerate(self.arguments)}}
     for flag, text in texts.items():
-      refuse_secret(flag, text)
+      if any(pattern.search(text) for pattern in SECRETS):       # the message does not repeat it
+        raise UsageError(f'{flag} seems to contain a password, key or token, which would be '
+                         'printed and stored; give the hosts a service account or a file of their '
+                         'own instead')
     for key in self.environment:
       if not ENVIRONMENT.fullmatch(key):
         raise UsageError(f'--env {key}: the environment of a job is printed and stored, so only '
@@ -103,13 +106,6 @@ def check_remote(job: LaunchJob) -> None:
   elif '://' in job.workdir or not job.workdir.startswith('/'):
     raise UsageError(f'--workdir must be gs://BUCKET/FOLDER or the absolute path of a folder that '
                      f'every host has mounted (NFS, Filestore, Lustre), got {job.workdir}')
-
-
-def refuse_secret(flag: str, text: str) -> None:
-  """Raises UsageError, which does not repeat the text, if it looks like a credential."""
-  if any(pattern.search(text) for pattern in SECRETS):
-    raise UsageError(f'{flag} seems to contain a password, key or token, which would be printed '
-                     'and stored; give the hosts a service account or a file of their own instead')
 
 
 def default_name(workdir: str) -> str:

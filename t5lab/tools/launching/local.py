@@ -49,25 +49,25 @@ def environment(index: int, *, processes: int, devices: int, device: str, port: 
   return result | dict(given or {})
 
 
-def check(job: LaunchJob, *, processes: int, devices: int) -> None:
-  """Raises UsageError for a job that cannot run on this machine."""
+def _environments(job: LaunchJob, *, processes: int, devices: int, **options) -> list[dict]:
+  """The variables of all processes. UsageError for a job that cannot run on this machine."""
   if processes < 1 or devices < 1:
     raise UsageError('--processes and --devices-per-process must be 1 or more, got '
                      f'{processes} and {devices}')
   if '://' in job.workdir:
     raise UsageError('--workdir must be a folder on this machine for --platform local, got '
                      f'{job.workdir}')
+  return [environment(i, processes=processes, devices=devices, given=job.environment, **options)
+          for i in range(processes)]
 
 
-def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: int = PORT) -> str:
+def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: int) -> str:
   """The same as `run`, as a script for --dry-run."""
-  check(job, processes=processes, devices=devices)
   lines = ['#!/bin/bash',
            f'# {processes} processes with {devices} {device} devices each; the coordinator is '
            f'process 0, port {port}']
-  for i in range(processes):
-    variables = environment(i, processes=processes, devices=devices, device=device, port=port,
-                            given=job.environment)
+  for variables in _environments(job, processes=processes, devices=devices, device=device,
+                                 port=port):
     lines.append(shlex.join(['env', *(f'{k}={v}' for k, v in variables.items()),
                              *job.argv(sys.executable)]) + ' &')
   return '\n'.join([*lines, 'wait']) + '\n'
@@ -76,13 +76,11 @@ def shell(job: LaunchJob, *, processes: int, devices: int, device: str, port: in
 def run(job: LaunchJob, *, processes: int, devices: int, device: str = 'cpu', port: int = PORT,
         all_logs: bool = False, grace: float = 30., argv: list[str] | None = None) -> int:
   """Runs the job (or argv) to its end, with restarts -> its exit code, by job.worst."""
-  check(job, processes=processes, devices=devices)
+  environments = [os.environ | own for own in _environments(
+      job, processes=processes, devices=devices, device=device, port=port,
+      flags=os.environ.get('XLA_FLAGS', ''))]
   argv = argv or job.argv(sys.executable)
   logs = _log_files(job.workdir, processes) if processes > 1 and not all_logs else []
-  environments = [
-      os.environ | environment(i, processes=processes, devices=devices, device=device, port=port,
-                               flags=os.environ.get('XLA_FLAGS', ''), given=job.environment)
-      for i in range(processes)]
   with _caught_signals() as signals:
     for restarts_left in range(job.restarts, -1, -1):
       if processes > 1:

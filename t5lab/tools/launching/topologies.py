@@ -96,9 +96,8 @@ def parse(text: str, cls=Machine):
   machine = cls(name, tuple(map(int, sizes.split('x'))), int(slices or 1))
   dimensions, chips = machine.generation.dimensions, machine.slice_chips
   if len(machine.shape) != dimensions or 0 in machine.shape:
-    example = {2: f'{name}:4x4', 3: f'{name}:2x2x2'}[dimensions]
     raise UsageError(f'--topology {text!r}: the shape of a {name} slice has {dimensions} sizes, '
-                     f'e.g. {example}')
+                     f'e.g. {name}:{"4x4" if dimensions == 2 else "2x2x2"}')
   if dimensions == 2 and max(machine.shape) > POD:
     raise UsageError(f'--topology {text!r}: a pod of {name} has {POD}x{POD} chips; for more, use '
                      f'several slices, e.g. {name}:{POD}x{POD}*2')
