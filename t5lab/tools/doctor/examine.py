@@ -115,15 +115,15 @@ def examine(c, workdir, *, expect: int, free_gb: float, arrive: float, progress)
       _compare_clocks(checks, first[0]['offsets'])
 
     with checks.timed('workdir'):
-      error = facts.write_file(workdir, token, address.index)
+      error = facts.write_file(workdir / token, address.index)
     second = meeting.exchange({'workdir': error}, 30)
 
     with checks.timed('workdir'):
-      visible = facts.visible_files(workdir, token, [host['workdir'] for host in second])
+      visible = facts.visible_files(workdir / token, [host['workdir'] for host in second])
     with checks.timed('data'):
       data = facts.data_hashes(c)
     third = meeting.exchange({'visible': visible, 'data': data, 'free': facts.free(workdir)}, 60)
-    facts.remove_file(workdir, token, address.index)
+    facts.remove_file(workdir / token, address.index)
 
   with checks.timed('workdir'):
     _compare_workdirs(checks, workdir, [host['workdir'] for host in second],
@@ -293,7 +293,9 @@ def save_and_restore(abstract, folder) -> str:
   Leaves nothing behind.
   """
   small = jax.tree.map(scaled_down, abstract)
-  values = {path: _values(path, x) for path, x in trees.flatten(small).items()}
+  # Integers below 100, which depend on the path and are exact in every dtype.
+  values = {path: np.random.default_rng(zlib.crc32(path.encode())).integers(
+      0, 100, x.shape).astype(x.dtype) for path, x in trees.flatten(small).items()}
   state = trees.map_paths(lambda path, x: jax.make_array_from_callback(
       x.shape, x.sharding, values[path].__getitem__), small)
   try:
@@ -323,12 +325,6 @@ def _remove(folder):
     if absent == 3:
       return
     time.sleep(0.05)
-
-
-def _values(path, x) -> np.ndarray:
-  """Integers below 100, which depend on the path and are exact in every dtype."""
-  rng = np.random.default_rng(zlib.crc32(path.encode()))
-  return rng.integers(0, 100, x.shape).astype(x.dtype)
 
 
 # --- time ----------------------------------------------------------------------------------------

@@ -46,17 +46,17 @@ def _source_hash() -> str:
 # --- the workdir ---------------------------------------------------------------------------------
 
 
-def write_file(workdir, token, index) -> str:
-  """Writes WORKDIR/TOKEN/INDEX with fsync and rename, as checkpoints do -> '' or the error."""
+def write_file(folder, index) -> str:
+  """Writes FOLDER/INDEX with fsync and rename, as checkpoints do -> '' or the error."""
   try:
-    (workdir / token).mkdir(parents=True, exist_ok=True)
-    files.write_text(workdir / token / str(index), token)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / str(index), folder.name)
   except OSError as e:
-    return f'cannot write to {e.filename or workdir}: {e.strerror}'
+    return f'cannot write to {e.filename or folder.parent}: {e.strerror}'
   return ''
 
 
-def visible_files(workdir, token, errors) -> list[int]:
+def visible_files(folder, errors) -> list[int]:
   """The hosts whose files this host sees; a mounted bucket may take a moment to show them.
 
   errors: of write_file on each host.
@@ -64,23 +64,23 @@ def visible_files(workdir, token, errors) -> list[int]:
   written = {i for i, error in enumerate(errors) if not error}
   end = time.monotonic() + 5
   while True:
-    visible = {i for i in written if _is_visible(workdir / token, token, i)}
+    visible = {i for i in written if _is_visible(folder, str(i))}
     if visible == written or time.monotonic() > end:
       return sorted(visible)
     time.sleep(0.2)
 
 
-def _is_visible(folder, token, index) -> bool:
+def _is_visible(folder, name) -> bool:
   with contextlib.suppress(OSError):
-    return str(index) in os.listdir(folder) and (folder / str(index)).read_text() == token
+    return name in os.listdir(folder) and (folder / name).read_text() == folder.name
   return False
 
 
-def remove_file(workdir, token, index):
+def remove_file(folder, index):
   """Removes the file of this host; the last host removes the folder too."""
   with contextlib.suppress(OSError):
-    (workdir / token / str(index)).unlink(missing_ok=True)
-    (workdir / token).rmdir()
+    (folder / str(index)).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def free(workdir) -> int | None:
@@ -160,12 +160,12 @@ def _hash_files(names: list[str]) -> str:
   whole, digest = sum(sizes) <= WHOLE, hashlib.sha256()
   for (fs, path), size in zip(places, sizes):
     digest.update(f'{Path(path).name} {size}\n'.encode())
-    starts = (0,) if whole else sorted({0, size // 2, max(size - SAMPLE, 0)})
     with fs.open(path, 'rb') if fs else open(path, 'rb') as f:
-      for start in starts:
-        f.seek(start)
-        remaining = size if whole else SAMPLE
-        while remaining > 0 and (block := f.read(min(remaining, SAMPLE))):
+      if whole:
+        while block := f.read(SAMPLE):
           digest.update(block)
-          remaining -= len(block)
+        continue
+      for start in sorted({0, size // 2, max(size - SAMPLE, 0)}):
+        f.seek(start)
+        digest.update(f.read(SAMPLE))
   return digest.hexdigest()[:12]
