@@ -22,21 +22,17 @@ class Parser(argparse.ArgumentParser):
     raise UsageError(f'{message} (see {self.prog} --help)')
 
 
-def split_overrides(argv: list[str], name: str = 'config') -> tuple[list[str], dict[str, str]]:
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
   """Splits ['--config', 'c.py', '--config.optim.lr=1', …] -> (the rest, {'optim.lr': '1'})."""
-  rest, overrides, i = [], {}, 0
-  while i < len(argv):
-    if argv[i].startswith(f'--{name}.'):
-      key, equals, value = argv[i].removeprefix(f'--{name}.').partition('=')
-      if not equals:
-        if i + 1 == len(argv):
-          raise UsageError(f'--{name}.{key} needs a value: --{name}.{key}=VALUE')
-        i += 1
-        value = argv[i]
-      overrides[key] = value
-    else:
-      rest.append(argv[i])
-    i += 1
+  rest, overrides, arguments = [], {}, iter(argv)
+  for argument in arguments:
+    if not argument.startswith('--config.'):
+      rest.append(argument)
+      continue
+    flag, equals, value = argument.partition('=')
+    if not equals and (value := next(arguments, None)) is None:
+      raise UsageError(f'{flag} needs a value: {flag}=VALUE')
+    overrides[flag.removeprefix('--config.')] = value
   return rest, overrides
 
 

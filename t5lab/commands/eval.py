@@ -10,7 +10,6 @@ in training: --config.data.files.validation=dev.tsv, --config.data.fields.inputs
 imported only if it is named here: --config.data.modules=my.tasks.
 """
 
-
 from t5lab import config
 from t5lab.commands import Parser, split_overrides, use_compilation_cache
 from t5lab.errors import CheckpointError, UsageError
@@ -22,12 +21,12 @@ MAY_CHANGE = ('eval.', 'data.files.', 'data.fields.', 'data.prompt', 'data.metri
 def main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   parser = Parser('t5lab eval', description=__doc__)
-  parser.add_argument('--workdir', required=True, metavar='DIR',
-                      help='a run, or a checkpoint written by `t5lab convert`')
-  parser.add_argument('--step', default='latest',
-                      help='latest, best, all, or a number (default: latest)')
-  parser.add_argument('--split', help="a split of the task (default: the config's eval.split)")
-  parser.add_argument('--task', help="a Task or Mixture (default: the config's eval.mixture)")
+  add = parser.add_argument
+  add('--workdir', required=True, metavar='DIR',
+      help='a run, or a checkpoint written by `t5lab convert`')
+  add('--step', default='latest', help='latest, best, all, or a number (default: latest)')
+  add('--split', help="a split of the task (default: the config's eval.split)")
+  add('--task', help="a Task or Mixture (default: the config's eval.mixture)")
   args = parser.parse_args(argv)
   for key in overrides:
     if not key.startswith(MAY_CHANGE):
@@ -107,7 +106,6 @@ def show(result, title: str, samples: int = 0) -> None:
     table.add_row(task, weights, *(f'{values[m]:.3f}' if m in values else '' for m in columns))
   console = Console()
   console.print(table)
-  labels = (('source', 'source'), ('reference', 'target'), ('output', 'prediction'))
   for p in last[:samples]:
-    text = '\n'.join(f'{label:>10}  {getattr(p, field)}' for label, field in labels)
-    console.print(text + '\n', markup=False, highlight=False, soft_wrap=True)
+    text = f'    source  {p.source}\n reference  {p.target}\n    output  {p.prediction}\n'
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
   from t5lab.programs import lab
   use_compilation_cache()
-  inputs, as_json = read(args.input)
+  inputs = read(args.input)
   if args.output and not Path(args.output).absolute().parent.is_dir():
     raise UsageError(f'--output {args.output}: its folder does not exist')
   model = lab.load(args.workdir, args.step, args.weights)
@@ -49,14 +49,15 @@ def main(argv: list[str]) -> int:
     model.config.data.mixture = own_files.NAME
 
   outputs = _outputs(model, args, inputs)
-  with (_writer(args.output) as write,
+  stdout = contextlib.nullcontext(sys.stdout)
+  with (files.replacing(args.output, 'w') if args.output else stdout as out,
         files.Progress('infer', 'inputs', len(inputs)) as progress):
     for item, output in zip(inputs, outputs):
-      if as_json:
+      if isinstance(item, dict):
         line = json.dumps({**item, 'output': output}, ensure_ascii=False)
       else:
         line = _one_line(output)
-      write(line + '\n')
+      print(line, file=out, flush=not args.output)
       if args.output:        # on a terminal the outputs themselves show the progress
         progress.add(1)
   if not (args.chat or args.fill_mask):
@@ -66,35 +67,29 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv):
   parser = Parser('t5lab infer', description=__doc__)
-  parser.add_argument('--workdir', required=True, metavar='DIR',
-                      help='a run, or a checkpoint written by `t5lab convert`')
-  parser.add_argument('--step', default='latest',
-                      help='latest, best, or a number (default: latest)')
-  parser.add_argument('--weights', choices=('ema', 'raw'),
-                      help='averaged or raw weights (default: ema if the run has them)')
-  parser.add_argument('--task',
-                      help="task whose prompt is added to the inputs, '' for none (default: the "
-                           "run's)")
-  parser.add_argument('--input', metavar='FILE',
-                      help='.jsonl, .csv, .tsv or .parquet, otherwise text (default: text from '
-                           'standard input)')
-  parser.add_argument('--output', metavar='FILE', help='default: standard output')
+  add = parser.add_argument
+  add('--workdir', required=True, metavar='DIR',
+      help='a run, or a checkpoint written by `t5lab convert`')
+  add('--step', default='latest', help='latest, best, or a number (default: latest)')
+  add('--weights', choices=('ema', 'raw'),
+      help='averaged or raw weights (default: ema if the run has them)')
+  add('--task', help="task whose prompt is added to the inputs, '' for none (default: the run's)")
+  add('--input', metavar='FILE',
+      help='.jsonl, .csv, .tsv or .parquet, otherwise text (default: text from standard input)')
+  add('--output', metavar='FILE', help='default: standard output')
   use = parser.add_mutually_exclusive_group()
   use.add_argument('--chat', action='store_true', help='treat each input as a user message')
   use.add_argument('--fill-mask', action='store_true',
                    help='predict words and their probabilities for each mask')
-  parser.add_argument('--max-length', type=int, metavar='TOKENS',
-                      help='maximum length of an output (default: eval.max_length of the config)')
-  parser.add_argument('--beams', type=int, metavar='N',
-                      help='above 1: beam search (default: eval.beams)')
-  parser.add_argument('--temperature', type=float, metavar='T',
-                      help='above 0: sample, 0: greedy (default: eval.temperature)')
-  parser.add_argument('--top-k', type=int, metavar='K',
-                      help='sample from the K most likely tokens (default: all)')
-  parser.add_argument('--top-p', type=float, metavar='P',
-                      help='sample from the most likely tokens that have probability P together '
-                           '(default: 1)')
-  parser.add_argument('--seed', type=int, help='seed of the sampling (default: 0)')
+  add('--max-length', type=int, metavar='TOKENS',
+      help='maximum length of an output (default: eval.max_length of the config)')
+  add('--beams', type=int, metavar='N', help='above 1: beam search (default: eval.beams)')
+  add('--temperature', type=float, metavar='T',
+      help='above 0: sample, 0: greedy (default: eval.temperature)')
+  add('--top-k', type=int, metavar='K', help='sample from the K most likely tokens (default: all)')
+  add('--top-p', type=float, metavar='P',
+      help='sample from the most likely tokens that have probability P together (default: 1)')
+  add('--seed', type=int, help='seed of the sampling (default: 0)')
   return parser.parse_args(argv)
 
 
@@ -149,14 +144,14 @@ def _warn_of_long_inputs(model, inputs):
           'training; their outputs may be poor', file=sys.stderr)
 
 
-def read(path: str | None) -> tuple[list, bool]:
-  """Returns (inputs, True if they are records rather than lines).
+def read(path: str | None) -> list:
+  """Returns dicts from a table, otherwise lines of text.
 
   Raises DataError with the file, the line and the reason.
   """
   if path and record_formats.is_table(path):
     reader = records.RecordReader([path], bad_rows=0, flag='')
-    return [record.fields for record in reader], True
+    return [record.fields for record in reader]
   name = path or 'standard input'
   try:
     data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
@@ -174,14 +169,4 @@ def read(path: str | None) -> tuple[list, bool]:
                       'convert the file, e.g. with iconv -f latin1 -t utf-8') from e
   if not texts:
     raise DataError(f'{name} is empty')
-  return texts, False
-
-
-@contextlib.contextmanager
-def _writer(path: str | None):
-  """Yields a write function. A file is replaced when the block ends without an exception."""
-  if path:
-    with files.replacing(path, 'w') as f:
-      yield f.write
-  else:
-    yield lambda text: print(text, end='', flush=True)
+  return texts

@@ -5,6 +5,7 @@ rules split them over, and the number of elements. With adapters (lora.rank), th
 Nothing is allocated, so the model may be of any size.
 """
 
+import collections
 import json
 
 from t5lab import config
@@ -40,27 +41,23 @@ def main(argv: list[str]) -> int:
 def show(c, rows: list[dict]) -> None:
   """Prints a line for each parameter, then the totals."""
   print(f'{c.family}, rules {c.rules}')
-  header = {'path': 'path', 'count': 'count', 'dtype': 'dtype', 'shape': 'shape', 'axes': 'axes'}
-  lines = [header] + [
-      {'path': row['path'], 'count': f'{row["count"]:,}', 'dtype': row['dtype'],
-       'shape': ' '.join(map(str, row['shape'])), 'axes': _axes(row)} for row in rows]
-  width = {name: max(len(line[name]) for line in lines) for name in header}
-  for line in lines:
-    print(f'{line["path"]:{width["path"]}}  {line["count"]:>{width["count"]}}  '
-          f'{line["dtype"]:{width["dtype"]}}  {line["shape"]:{width["shape"]}}  {line["axes"]}')
-
-  total = sum(row['count'] for row in rows)
-  by_module = {}
+  lines = [('path', 'count', 'dtype', 'shape', 'axes')]
   for row in rows:
-    module = row['path'].split('/')[0]
-    by_module[module] = by_module.get(module, 0) + row['count']
+    lines.append((row['path'], f'{row["count"]:,}', row['dtype'],
+                  ' '.join(map(str, row['shape'])), _axes(row)))
+  width = [max(map(len, column)) for column in zip(*lines)]
+  for path, count, dtype, shape, axes in lines:
+    print(f'{path:{width[0]}}  {count:>{width[1]}}  {dtype:{width[2]}}  {shape:{width[3]}}  {axes}')
+
+  by_module = collections.Counter()
+  for row in rows:
+    by_module[row['path'].split('/')[0]] += row['count']
+  total = by_module.total()
   modules = ', '.join(f'{module} {count:,}' for module, count in by_module.items())
   print(f'{total:,} parameters ({modules}), {total * 4 / 2**20:,.1f} MiB in float32')
 
 
 def _axes(row: dict) -> str:
   """'layers, embed → fsdp, heads → model'."""
-  shown = []
-  for axis, mesh_axes in zip(row['axes'], row['mesh_axes']):
-    shown.append(f'{axis or "-"} → {"+".join(mesh_axes)}' if mesh_axes else axis or '-')
-  return ', '.join(shown)
+  return ', '.join(f'{axis or "-"} → {"+".join(mesh_axes)}' if mesh_axes else axis or '-'
+                   for axis, mesh_axes in zip(row['axes'], row['mesh_axes']))

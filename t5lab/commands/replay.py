@@ -20,15 +20,15 @@ from t5lab.errors import NumericalError, UsageError
 
 def main(argv: list[str]) -> int:
   parser = Parser('t5lab replay', description=__doc__)
-  parser.add_argument('--workdir', required=True, help='the folder of the run')
-  parser.add_argument('--from', dest='start', type=int, required=True, metavar='S',
-                      help='a step with a checkpoint, or 0 for the seed')
-  parser.add_argument('--steps', type=int, metavar='K',
-                      help='how many steps to replay (default: to the next checkpoint)')
-  parser.add_argument('--output', metavar='DIR',
-                      help='a new folder for the rows and the last state')
-  parser.add_argument('--modules', default='', metavar='A,B',
-                      help="modules of yours that register the run's tasks")
+  add = parser.add_argument
+  add('--workdir', required=True, help='the folder of the run')
+  add('--from', dest='start', type=int, required=True, metavar='S',
+      help='a step with a checkpoint, or 0 for the seed')
+  add('--steps', type=int, metavar='K',
+      help='how many steps to replay (default: to the next checkpoint)')
+  add('--output', metavar='DIR', help='a new folder for the rows and the last state')
+  add('--modules', default='', metavar='A,B',
+      help="modules of yours that register the run's tasks")
   args = parser.parse_args(argv)
 
   from t5lab.programs.replay import Replay, compare_checkpoint, differing_keys, read_rows
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     hint = f'; the next is at step {min(later)}' if later else ''
     raise UsageError(f'{args.workdir} has neither a row nor a checkpoint of steps '
                      f'{args.start + 1} to {stop}{hint}')
-  output = _open_output(args.output, replay)
+  output = _new_folder(args.output, replay) if args.output else None
 
   replay.start_at(args.start)
   origin = f'the checkpoint of step {args.start}' if args.start else 'the seed'
@@ -56,13 +56,13 @@ def main(argv: list[str]) -> int:
         f'{devices.flat[0].platform} device{"s" * (devices.size > 1)}')
   print(f'{"step":>8}  {"loss":>12}  {"grad_norm":>12}  {"lr":>12}  recorded')
 
-  arrays = 0
+  arrays, replayed_rows = 0, []
   for _ in window:
     # A step and its row.
     replayed = replay.next_step()
     step, row = replayed.step, rows.get(replayed.step)
     if output:
-      output.add(replayed.row)
+      replayed_rows.append(replayed.row)
     differing = differing_keys(replayed.row, row) if row else []
     verdict = '-' if row is None else 'bit-equal'
     if differing:
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
       break
 
   if output:
-    output.close(replay)
+    _write_output(output, replay, replayed_rows)
   row_count = sum(step <= stop for step in row_steps)
   checkpoint_count = sum(step <= stop for step in checkpoint_steps)
   written = f'; written to {args.output}' if output else ''
@@ -112,10 +112,10 @@ def _last_step(replay, start, steps) -> int:
   if start < 0 or (steps is not None and steps < 1):
     raise UsageError(f'--from must be 0 or more and --steps 1 or more, got --from {start} --steps '
                      f'{steps}')
-  if steps is None:
-    later = [step for step in replay.checkpoints.steps() if step > start]
-    return later[0] if later else replay.config.total_steps
-  return start + steps
+  if steps is not None:
+    return start + steps
+  return next((step for step in replay.checkpoints.steps() if step > start),
+              replay.config.total_steps)
 
 
 def _not_reproduced(replay, start, difference) -> NumericalError:
@@ -131,36 +131,25 @@ def _not_reproduced(replay, start, difference) -> NumericalError:
   return NumericalError(f'not reproduced: {difference}{reason}')
 
 
-def _open_output(path, replay):
-  if not path:
-    return None
+def _new_folder(path: str, replay) -> Path:
   folder, run = Path(path).absolute(), replay.workdir.absolute()
   if folder == run or run in folder.parents:
     raise UsageError(f'--output {path} is inside the replayed run, which must not change')
   if folder.exists() and any(folder.iterdir()):
     raise UsageError(f'--output {path} is not empty; name a new folder')
-  return _Output(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
-class _Output:
-  """config.json, metrics.jsonl with a row for each step, and a checkpoint of the last one."""
-
-  def __init__(self, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    self._folder, self._rows = folder, []
-
-  def add(self, row):
-    self._rows.append(row)
-
-  def close(self, replay):
-    from t5lab.data import vocab
-    from t5lab.programs import loading
-    from t5lab.runs import rundir
-    from t5lab.runs.checkpoint import Checkpoints
-    vocab.export(replay.config.data.vocab, self._folder / loading.VOCABULARY)
-    rundir.write_config(self._folder, rundir.read_config(replay.workdir))
-    files.write_text(self._folder / 'metrics.jsonl',
-                     ''.join(json.dumps(row) + '\n' for row in self._rows))
-    checkpoints = Checkpoints(self._folder / 'checkpoints')
-    checkpoints.save(replay.step, replay.state, meta=replay.meta())
-    checkpoints.wait()
+def _write_output(folder: Path, replay, rows: list[dict]) -> None:
+  """Writes config.json, metrics.jsonl with a row for each step, and its last checkpoint."""
+  from t5lab.data import vocab
+  from t5lab.programs import loading
+  from t5lab.runs import rundir
+  from t5lab.runs.checkpoint import Checkpoints
+  vocab.export(replay.config.data.vocab, folder / loading.VOCABULARY)
+  rundir.write_config(folder, rundir.read_config(replay.workdir))
+  files.write_text(folder / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+  checkpoints = Checkpoints(folder / 'checkpoints')
+  checkpoints.save(replay.step, replay.state, meta=replay.meta())
+  checkpoints.wait()

@@ -20,15 +20,16 @@ from t5lab.commands import Parser, split_overrides, use_compilation_cache
 def main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   parser = Parser('t5lab train', description=__doc__)
-  parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
-                      help='a config file; ARG is passed to its get_config, e.g. FILE:tiny')
-  parser.add_argument('--workdir', required=True, metavar='DIR',
-                      help='folder for the checkpoints, metrics and predictions of the run')
-  parser.add_argument('--resume', choices=('auto', 'never', 'must'), default='auto',
-                      help='auto: resume if the workdir has checkpoints; never: reject a workdir '
-                           'that has some; must: reject one that has none (default: auto)')
-  parser.add_argument('--allow-data-change', action='store_true',
-                      help='resume even if the data differs from that of the checkpoint')
+  add = parser.add_argument
+  add('--config', required=True, metavar='FILE[:ARG]',
+      help='a config file; ARG is passed to its get_config, e.g. FILE:tiny')
+  add('--workdir', required=True, metavar='DIR',
+      help='folder for the checkpoints, metrics and predictions of the run')
+  add('--resume', choices=('auto', 'never', 'must'), default='auto',
+      help='auto: resume if the workdir has checkpoints; never: reject a workdir that has some; '
+           'must: reject one that has none (default: auto)')
+  add('--allow-data-change', action='store_true',
+      help='resume even if the data differs from that of the checkpoint')
   args = parser.parse_args(argv)
   c = config.load(args.config, overrides)
   config.check_names(c)
