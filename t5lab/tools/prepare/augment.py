@@ -4,7 +4,7 @@ Every record is kept and its copies follow it. The noise of a copy is drawn from
 record's text and the number of the copy, so it depends neither on the order of the records nor on
 how they are sharded.
 """
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 import itertools
 import re
 
@@ -17,11 +17,6 @@ from t5lab.tools.prepare.job import PrepareJob
 
 CHUNK = 1024                   # records handed to a model at a time
 _WORD = re.compile(r'\s*\S+')  # a word is dropped together with the space before it
-
-
-def copy_rng(seed: int, texts: Iterable[str], copy: int) -> np.random.Generator:
-  """Returns the generator for one copy of a record."""
-  return np.random.default_rng([seed, hashes.hash64('\x1f'.join(texts)), copy])
 
 
 def word_dropout(text: str, rng: np.random.Generator, rate: float) -> str:
@@ -48,30 +43,23 @@ def _without_words(text, drop, rng):
     return text
   if drop.all():
     drop[rng.integers(len(drop))] = False
-  kept = [word for word, dropped in zip(_WORD.findall(text), drop) if not dropped]
+  kept = itertools.compress(_WORD.findall(text), ~drop)
   leading = text[:len(text) - len(text.lstrip())]
   trailing = text[len(text.rstrip()):]
   return leading + ''.join(kept).lstrip() + trailing
 
 
-def back_translate(records: Iterable[dict], generate: Callable[[list[str]], list[str]], source: str,
-                   target: str, *, tag: str = '', chunk: int = CHUNK) -> Iterator[dict]:
-  """Yields records with a real target and a generated source. [Sennrich et al. 2016]
+def back_translate(records: list[dict], generate: Callable[[list[str]], list[str]], source: str,
+                   target: str, *, tag: str = '') -> list[dict]:
+  """Returns records with a real target and a generated source. [Sennrich et al. 2016]
 
   generate: maps a list of targets to a list of sources, in order. tag: put before each generated
   source with a space, e.g. '<BT>', so that a model can tell them apart [Caswell et al. 2019]. A
   record needs no source of its own; other columns are kept.
   """
-  for group in chunks(records, chunk):
-    texts = generate([record[target] for record in group])
-    for record, text in zip(group, texts, strict=True):
-      yield {**record, source: f'{tag} {text}' if tag else text}
-
-
-def chunks(items: Iterable, size: int) -> Iterator[list]:
-  items = iter(items)
-  while chunk := list(itertools.islice(items, size)):
-    yield chunk
+  texts = generate([record[target] for record in records])
+  return [{**record, source: f'{tag} {text}' if tag else text}
+          for record, text in zip(records, texts, strict=True)]
 
 
 NOISE = {'word_dropout': word_dropout, 'span_deletion': span_deletion}
@@ -95,7 +83,7 @@ def run_noise(job: PrepareJob, method: str, *, copies: int = 1, seed: int = 0, *
       texts = job.texts(record)
       write(record.fields)
       for copy in range(copies):
-        rng = copy_rng(seed, texts, copy)
+        rng = np.random.default_rng([seed, hashes.hash64('\x1f'.join(texts)), copy])
         noisy = [NOISE[method](text, rng, **options) for text in texts]
         if noisy == texts:
           job.count('unchanged', record, texts[0])
@@ -113,12 +101,13 @@ def run_back_translation(job: PrepareJob, generate: Callable[[list[str]], list[s
   target, = job.fields
   job.declare('back_translation', 'empty')
   with job.write() as write:
-    for group in chunks(job.read(), CHUNK):
+    records = job.read()
+    while group := list(itertools.islice(records, CHUNK)):
       for record in group:
         if record.fields.get(source):
           write(record.fields)
       translated = back_translate(
-          (record.fields for record in group), generate, source, target, tag=tag)
+          [record.fields for record in group], generate, source, target, tag=tag)
       for record, fields in zip(group, translated):
         text = fields[source].removeprefix(tag).strip()
         rule = 'back_translation' if text else 'empty'

@@ -29,6 +29,7 @@ lorem_ipsum, curly_brace and bad_words see only lines that the rules for lines k
 line that is dropped anyway does not drop the page.
 """
 from collections.abc import Callable, Collection
+import itertools
 import re
 
 import numpy as np
@@ -49,10 +50,10 @@ _CITATION = re.compile(r'\[\d*\]|\[edit\]|\[citation needed\]')
 
 
 def select(only: Collection[str] = (), without: Collection[str] = (), *,
-           bad_words: bool = False, language: str = '') -> frozenset[str]:
+           bad_words: str | bool | None = None, language: str | None = None) -> frozenset[str]:
   """Returns the rules that apply: `only` (or all) less `without`.
 
-  The rules bad_words and language need an argument and are off by default without it.
+  The rules bad_words and language need their argument and are off by default without it.
   """
   for name in (*only, *without):
     if name not in RULES:
@@ -105,8 +106,8 @@ class Cleaner:
   count(rule, text, at) is called with each text that was dropped, or changed at position `at`.
   """
 
-  def __init__(self, rules: Collection[str], *, bad_words: Collection[str] = (), language=None,
-               count: Callable[..., None] = lambda rule, text, at=0: None):
+  def __init__(self, rules: Collection[str], *, bad_words: Collection[str],
+               language: Callable[[str], float] | None, count: Callable[..., None]):
     self._rules, self._language, self._count = frozenset(rules), language, count
     self._bad = re.compile(r'(?<!\w)(?:' + '|'.join(map(re.escape, bad_words)) + r')(?!\w)')
     self._seen_spans = hashes.Table()
@@ -119,25 +120,22 @@ class Cleaner:
       if not kept:
         continue
       if rule := self._page_rule(kept):
-        return self._drop(rule, kept)
+        return self._count(rule, kept)
       lines.append(kept)
     split = [sentences.split(line) for line in lines]
     if self._too_few(split):
-      return self._drop('few_sentences', text)
+      return self._count('few_sentences', text)
     if ('language' in self._rules
         and self._language('\n'.join(lines)) < MIN_LANGUAGE_PROBABILITY):
-      return self._drop('language', text)
+      return self._count('language', text)
     if 'repeated_spans' in self._rules:
       split = self._without_repeated(split)
       if not split or self._too_few(split):
-        return self._drop('few_sentences', text)
+        return self._count('few_sentences', text)
       # Only the spans of a page that is kept are remembered.
       self._seen_spans.add(np.unique(self._span_hashes(split)))
       lines = [''.join(line).strip() for line in split]
     return '\n'.join(lines)
-
-  def _drop(self, rule, text):
-    self._count(rule, text)
 
   def _line(self, line):
     """Returns the line as it is kept, or None."""
@@ -145,30 +143,26 @@ class Cleaner:
     if not line:
       return None                    # an empty line is not counted
     if 'long_word' in rules and any(len(word) > MAX_WORD_LENGTH for word in line.split()):
-      return self._drop('long_word', line)
+      return self._count('long_word', line)
     if 'citations' in rules and (bare := _CITATION.sub('', line)) != line:
       self._count('citations', line, _CITATION.search(line).start())
       line = bare
     if 'no_end_mark' in rules and (not line.endswith(END_MARKS) or line.endswith('...')):
-      return self._drop('no_end_mark', line)
+      return self._count('no_end_mark', line)
     if 'short_line' in rules and len(line.split()) < MIN_WORDS:
-      return self._drop('short_line', line)
+      return self._count('short_line', line)
     if 'javascript' in rules and 'javascript' in lower:
-      return self._drop('javascript', line)
+      return self._count('javascript', line)
     if 'policy' in rules and any(policy in lower for policy in POLICIES):
-      return self._drop('policy', line)
+      return self._count('policy', line)
     return line
 
   def _page_rule(self, line):
     """Returns the rule by which this line drops the whole page, or None."""
     lower = line.lower()
-    if 'lorem_ipsum' in self._rules and 'lorem ipsum' in lower:
-      return 'lorem_ipsum'
-    if 'curly_brace' in self._rules and '{' in line:
-      return 'curly_brace'
-    if 'bad_words' in self._rules and self._bad.search(lower):
-      return 'bad_words'
-    return None
+    applies = {'lorem_ipsum': 'lorem ipsum' in lower, 'curly_brace': '{' in line,
+               'bad_words': 'bad_words' in self._rules and self._bad.search(lower)}
+    return next((rule for rule in applies if applies[rule] and rule in self._rules), None)
 
   def _too_few(self, split):
     return 'few_sentences' in self._rules and sum(map(len, split)) < MIN_SENTENCES
@@ -193,17 +187,14 @@ class Cleaner:
         first[span] = i
     if not drop:
       return split
-    lines, position = [], 0
-    for line in split:
-      kept = []
-      for sentence in line:
-        if position in drop:
-          self._count('repeated_spans', sentence)
-        else:
-          kept.append(sentence)
-        position += 1
-      lines.append(kept)
-    return [line for line in lines if line]
+    numbers = itertools.count()
+
+    def is_kept(sentence):
+      kept = next(numbers) not in drop
+      if not kept:
+        self._count('repeated_spans', sentence)
+      return kept
+    return [kept for line in split if (kept := list(filter(is_kept, line)))]
 
 
 def run(job: PrepareJob, rules: Collection[str], *, bad_words: Collection[str] = (),
@@ -219,12 +210,8 @@ def run(job: PrepareJob, rules: Collection[str], *, bad_words: Collection[str] =
   job.counts.update(dropped=0, changed=0)
   with job.write() as write:
     for record in job.read():
-      texts, pages = job.texts(record), []
-      for text in texts:
-        page = cleaner.page(text)
-        if page is None:
-          break
-        pages.append(page)
+      texts = job.texts(record)
+      pages = list(itertools.takewhile(lambda page: page is not None, map(cleaner.page, texts)))
       if len(pages) < len(texts):
         job.counts['dropped'] += 1
         continue

@@ -8,6 +8,7 @@ overlaps with more than 10 training documents; here all are reported.
 Memory: 12 bytes per word of the evaluations, nothing for the training records.
 """
 from collections.abc import Sequence
+import contextlib
 
 import numpy as np
 
@@ -27,9 +28,8 @@ class EvalSet:
   """
 
   def __init__(self, ngram: int = NGRAM, short: int = SHORT):
-    self.ngram, self.short = ngram, short
-    self._ngrams = {n: hashes.Table() for n in {ngram, short}}
-    self._whole_texts = hashes.Table()
+    self.short = short
+    self._tables = {n: hashes.Table() for n in (ngram, short, 0)}      # 0: of whole texts
     self.size, self._locations, self._hit = 0, [], bytearray()
 
   @property
@@ -40,11 +40,9 @@ class EvalSet:
     """Adds one record."""
     for text in texts:
       words = hashes.hash_all(hashes.words(text))
-      if len(words) >= self.short:
-        n = self.ngram if len(words) >= self.ngram else self.short
-        self._ngrams[n].add(hashes.ngrams(words, n), self.size)
-      elif len(words):
-        self._whole_texts.add(hashes.ngrams(words, len(words)), self.size)
+      if len(words):
+        n = next(n for n in self._tables if n <= len(words))
+        self._tables[n].add(hashes.ngrams(words, n or len(words)), self.size)
     self.size += 1
     self._hit.append(False)
     if location and self.size <= LISTED * 100:
@@ -52,19 +50,17 @@ class EvalSet:
 
   def settle(self) -> None:
     """Makes look-ups fast, once all records are added."""
-    for table in (*self._ngrams.values(), self._whole_texts):
+    for table in self._tables.values():
       table.settle()
 
   def overlap(self, text: str) -> tuple[list[int], str] | None:
     """Returns (numbers of the overlapping records, the first shared words), or None."""
     words = hashes.words(text)
     word_hashes = hashes.hash_all(words)
-    if 0 < len(words) < self.short:
-      tables = [(len(words), self._whole_texts)]
-    else:
-      tables = sorted(self._ngrams.items(), reverse=True)
+    sizes = [0] if 0 < len(words) < self.short else [n for n in self._tables if n]
     numbers, shared = set(), None
-    for n, table in tables:
+    for size in sizes:
+      n, table = size or len(words), self._tables[size]
       keys = hashes.ngrams(word_hashes, n)
       matches = np.flatnonzero(table.contains(keys))
       if not len(matches):
@@ -98,57 +94,46 @@ def run(job: PrepareJob, against: dict[str, Sequence[str]], *, fields: Sequence[
   if not 1 <= short <= ngram:
     raise UsageError(f'--short must be between 1 and the {ngram} words of --ngram, got {short}')
   fields = tuple(fields) or job.fields
-  eval_sets = {name: _read(job, name, files, fields, EvalSet(ngram, short))
-               for name, files in against.items()}
+  eval_sets = {}
+  for name, files in against.items():
+    eval_set = eval_sets[name] = EvalSet(ngram, short)
+    for record in job.read_others(f'reading {name}', files, fields):
+      texts = []
+      for field in fields:
+        value = record.fields[field]
+        texts += [value] if isinstance(value, str) else value
+      eval_set.add(texts, location(record))
+    eval_set.settle()
+
   job.declare(*eval_sets)
   listed = {name: [] for name in eval_sets}
   job.counts['contaminated'] = 0
-
-  def contaminated(record) -> bool:
-    overlaps = False
-    for name, eval_set in eval_sets.items():
-      matches = [match for text in job.texts(record) if (match := eval_set.overlap(text))]
-      if not matches:
-        continue
-      overlaps = True
-      shared = matches[0][1]
-      job.count(name, record, shared)
-      if len(listed[name]) < LISTED:
-        numbers = sorted({number for numbers, _ in matches for number in numbers})
-        listed[name].append({
-            'row': location(record),
-            'evaluation': list(map(eval_set.location, numbers[:SHOWN_MATCHES])),
-            'words': excerpt(shared)})
-    job.counts['contaminated'] += overlaps
-    return overlaps
-
-  def summarize():
+  if drop:
+    job.counts['dropped'] = 0
+  with job.write() if drop else contextlib.nullcontext() as write:
+    for record in job.read():
+      overlaps = False
+      for name, eval_set in eval_sets.items():
+        matches = [match for text in job.texts(record) if (match := eval_set.overlap(text))]
+        if not matches:
+          continue
+        overlaps = True
+        shared = matches[0][1]
+        job.count(name, record, shared)
+        if len(listed[name]) < LISTED:
+          numbers = sorted({number for numbers, _ in matches for number in numbers})
+          listed[name].append({
+              'row': location(record),
+              'evaluation': list(map(eval_set.location, numbers[:SHOWN_MATCHES])),
+              'words': excerpt(shared)})
+      job.counts['contaminated'] += overlaps
+      if drop and not overlaps:
+        write(record.fields)
+    if drop:
+      job.counts['dropped'] = job.counts['contaminated']
     job.extra['evaluations'] = {
         name: {**eval_set.summary(), 'training_rows': job.rules[name]['count'],
                'listed': listed[name]}
         for name, eval_set in eval_sets.items()}
-
   if not drop:
-    for record in job.read():
-      contaminated(record)
-    summarize()
     job.finish()
-    return
-  job.counts['dropped'] = 0
-  with job.write() as write:
-    for record in job.read():
-      if not contaminated(record):
-        write(record.fields)
-    job.counts['dropped'] = job.counts['contaminated']
-    summarize()
-
-
-def _read(job, name, files, fields, eval_set):
-  for record in job.read_others(f'reading {name}', files, fields):
-    texts = []
-    for field in fields:
-      value = record.fields[field]
-      texts += [value] if isinstance(value, str) else value
-    eval_set.add(texts, location(record))
-  eval_set.settle()
-  return eval_set

@@ -90,7 +90,7 @@ class NearIndex:
     used = signature[:self._bands * self._width].reshape(self._bands, self._width)
     digests = [hashlib.blake2b(bytes([i]) + band.tobytes(), digest_size=8).digest()
                for i, band in enumerate(used)]
-    return np.array([int.from_bytes(digest, 'little') for digest in digests], np.uint64)
+    return np.frombuffer(b''.join(digests), '<u8')
 
   def find(self, signature: np.ndarray) -> tuple[int, float] | None:
     """Returns (number, estimated similarity) of the nearest record, None if below the threshold.

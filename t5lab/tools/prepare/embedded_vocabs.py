@@ -55,7 +55,7 @@ def balanced_lines(split: str = 'train') -> list[str]:
   """Returns weight * CHARACTERS characters of lines per source, taken evenly across the source."""
   balanced = []
   for source, texts in sources(split).items():
-    lines = [line for text in texts for line in vocabulary.split_lines(text)]
+    lines = vocabulary.split_lines(texts)
     remaining = int(WEIGHTS[source] * CHARACTERS)
     stride = max(1, sum(map(len, lines)) // remaining)
     strided = itertools.chain.from_iterable(lines[i::stride] for i in range(stride))

@@ -44,9 +44,7 @@ class PrepareJob:
     self.report_path = f'{self.output}.report.json'
     self._bad_rows, self._log = bad_rows, log
     self._start = time.perf_counter()
-    self._check_output(suffixes, overwrite)
 
-  def _check_output(self, suffixes, overwrite):
     path = Path(self.output)
     if not self.output.endswith(tuple(suffixes)):
       raise UsageError(f'--output must end in {" or ".join(suffixes)}, got {self.output}')
@@ -60,9 +58,8 @@ class PrepareJob:
 
   def read(self, phase: str = '', *, again: bool = False) -> Iterator[records.Record]:
     """Yields the records of the inputs. again: a later pass, whose length is known."""
-    reader = records.RecordReader(self.files, bad_rows=self._bad_rows, required=self.fields,
-                         flag='--bad-rows')
-    yield from self._with_progress(reader, phase, self.counts['read'] if again else None)
+    reader = yield from self._read(self.files, phase, self.counts['read'] if again else None,
+                                   required=self.fields)
     self.counts.update(read=reader.good, unreadable=reader.bad)
     if reader.bad:
       self.extra['unreadable'] = [{'row': f'{file}:{line}', 'reason': reason}
@@ -71,17 +68,33 @@ class PrepareJob:
   def read_others(self, phase: str, paths: Sequence[str], fields: Sequence[str]
                   ) -> Iterator[records.Record]:
     """Yields the records of other files, whose fields may hold lists of texts."""
-    reader = records.RecordReader(paths, bad_rows=self._bad_rows, required=fields, lists=fields,
-                         flag='--bad-rows')
-    yield from self._with_progress(reader, phase)
+    return self._read(paths, phase, required=fields, lists=fields)
 
-  def _with_progress(self, reader, phase, total=None):
-    name = f'{self.command} {phase}'.strip()
-    fraction = _FractionRead(reader.files)
-    with files.Progress(name, 'records', total, file=self._log) as progress:
+  def _read(self, paths, phase, total=None, **options):
+    """Yields records, then returns their reader. Without a total, bytes read give the time left.
+
+    In a plain file the texts of its records are summed; a compressed one counts when it ends.
+    """
+    reader = records.RecordReader(paths, bad_rows=self._bad_rows, flag='--bad-rows', **options)
+    sizes = {path: _local_bytes(path) for path in reader.files}
+    is_known = not total and None not in sizes.values()
+    all_bytes = max(1, sum(sizes.values())) if is_known else None
+    file, in_file, in_earlier_files, fraction = '', 0, 0, None
+    with files.Progress(f'{self.command} {phase}'.strip(), 'records', total,
+                        file=self._log) as progress:
       for record in reader:
-        progress.add(1, None if total else fraction.after(record))
+        if is_known:
+          if record.file != file:
+            in_earlier_files += sizes.get(file, 0)
+            file, in_file = record.file, 0
+          if file.endswith(PLAIN_SUFFIXES):
+            # 6: the quotes, colon and comma around a name and its value.
+            in_file += sum(len(value.encode('utf-8', 'replace')) + len(name) + 6
+                           for name, value in record.fields.items() if isinstance(value, str))
+          fraction = (in_earlier_files + min(in_file, sizes[file])) / all_bytes
+        progress.add(1, fraction)
         yield record
+    return reader
 
   def texts(self, record: records.Record) -> list[str]:
     return [record.fields[name] for name in self.fields]
@@ -129,38 +142,12 @@ class PrepareJob:
     """Writes the report."""
     report = {
         'command': self.command,
-        'inputs': [{'file': file, 'bytes': local_bytes(file)} for file in self.files],
+        'inputs': [{'file': file, 'bytes': _local_bytes(file)} for file in self.files],
         'output': self.output, 'fields': list(self.fields), 'rows': self.counts,
         'rules': self.rules, **self.extra, 'settings': self.settings,
         'seconds': round(time.perf_counter() - self._start, 3)}
     text = json.dumps(report, ensure_ascii=False, indent=1) + '\n'
     _write(self.report_path, text.encode('utf-8', 'backslashreplace'))
-
-
-class _FractionRead:
-  """Estimates the fraction of the input bytes read, None if a size is unknown.
-
-  In a plain file the texts of its records are summed; a compressed one counts when it ends.
-  """
-
-  def __init__(self, paths: Sequence[str]):
-    self._sizes = {path: local_bytes(path) for path in paths}
-    self._known = None not in self._sizes.values()
-    self._total = sum(self._sizes.values()) if self._known else 0
-    self._file, self._in_file, self._in_earlier_files = None, 0, 0
-
-  def after(self, record: records.Record) -> float | None:
-    if not self._known:
-      return None
-    if record.file != self._file:
-      self._in_earlier_files += self._sizes.get(self._file, 0)
-      self._file, self._in_file = record.file, 0
-    if record.file.endswith(PLAIN_SUFFIXES):
-      # 6: the quotes, colon and comma around a name and its value.
-      self._in_file += sum(len(value.encode('utf-8', 'replace')) + len(name) + 6
-                           for name, value in record.fields.items() if isinstance(value, str))
-    in_file = min(self._in_file, self._sizes.get(self._file, 0))
-    return (self._in_earlier_files + in_file) / max(1, self._total)
 
 
 def location(record: records.Record) -> str:
@@ -173,11 +160,9 @@ def excerpt(text: str, at: int = 0) -> str:
   return '…' * (first > 0) + text[first:last] + '…' * (last < len(text))
 
 
-def local_bytes(file: str) -> int | None:
-  """Returns the size of a local file or of all files in a folder, None if it is not local."""
+def _local_bytes(file: str) -> int | None:
+  """None for a file that is not local."""
   path = Path(file)
-  if path.is_dir():
-    return sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
   return path.stat().st_size if path.is_file() else None
 
 

@@ -58,11 +58,6 @@ def _digits(match: re.Match) -> str:
   return re.sub(r'\D', '', match[0])
 
 
-def _is_card(match: re.Match) -> bool:
-  digits = _digits(match)
-  return 13 <= len(digits) <= 19 and luhn(digits)
-
-
 def _is_international(match: re.Match) -> bool:
   """Accepts 8 to 15 digits [E.164], at least 10 without separators; +1 by North American rules."""
   digits = _digits(match).removeprefix('00')
@@ -75,7 +70,8 @@ def _is_international(match: re.Match) -> bool:
 
 # The order matters: an address holds numbers, and a card number could pass for a phone number.
 KINDS: tuple[tuple[str, re.Pattern, Callable[[re.Match], bool]], ...] = (
-    ('email', _EMAIL, lambda match: True), ('ip', _IP, _is_ip), ('card', _CARD, _is_card),
+    ('email', _EMAIL, lambda match: True), ('ip', _IP, _is_ip),
+    ('card', _CARD, lambda match: luhn(_digits(match))),
     ('phone', _INTERNATIONAL, _is_international), ('phone', _AMERICAN, lambda match: True))
 
 

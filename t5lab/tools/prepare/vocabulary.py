@@ -28,9 +28,9 @@ HELD_OUT, MAX_HELD_OUT = 0.01, 1000
 LINE = 1000     # characters; sentencepiece drops lines of more than max_sentence_length bytes
 
 
-def split_lines(text: str) -> list[str]:
-  """Splits a text into lines of at most LINE characters."""
-  return [text[i:i + LINE] for i in range(0, len(text), LINE)]
+def split_lines(texts: Iterable[str]) -> list[str]:
+  """Splits texts into lines of at most LINE characters."""
+  return [text[i:i + LINE] for text in texts for i in range(0, len(text), LINE)]
 
 
 def train(lines: Iterable[str], size: int) -> bytes:
@@ -109,12 +109,11 @@ def run(job: PrepareJob, size: int, max_sentences: int = MAX_SENTENCES) -> None:
     texts = job.texts(record)
     record_hashes.add(record_hash(texts))
     count += 1
-    for text in texts:
-      for line in split_lines(text):
-        line_hashes.add(hashes.hash64(line))
+    for line in split_lines(texts):
+      line_hashes.add(hashes.hash64(line))
   # At least one record, but never all: records with the same text are held out together.
   held_out_count = min(MAX_HELD_OUT, int(count * HELD_OUT) or 1, len(record_hashes) - 1)
-  last_record = record_hashes.limit(held_out_count) if held_out_count else -1
+  last_record = record_hashes.limit(held_out_count)
   last_line = line_hashes.limit()
   del line_hashes, record_hashes
 
@@ -128,11 +127,10 @@ def run(job: PrepareJob, size: int, max_sentences: int = MAX_SENTENCES) -> None:
         if len(held_out) < MAX_HELD_OUT:
           held_out.extend(texts)
         continue
-      for text in texts:
-        for line in split_lines(text):
-          if hashes.hash64(line) <= last_line:
-            used.update(lines=1, characters=len(line))
-            yield line
+      for line in split_lines(texts):
+        if hashes.hash64(line) <= last_line:
+          used.update(lines=1, characters=len(line))
+          yield line
 
   try:
     model = train(training_lines(), size)

@@ -71,13 +71,13 @@ def test_back_translate():
     return [text.upper() for text in texts]
 
   rows = [{'de': 'a', 'en': 'x', 'n': 1}, {'de': 'b'}, {'de': 'c', 'en': 'z'}]
-  assert list(augment.back_translate(rows, generate, 'en', 'de', chunk=2)) == [
+  assert augment.back_translate(rows, generate, 'en', 'de') == [
       {'de': 'a', 'en': 'A', 'n': 1}, {'de': 'b', 'en': 'B'}, {'de': 'c', 'en': 'C'}]
-  assert calls == [['a', 'b'], ['c']]
-  assert list(augment.back_translate(rows[:1], generate, 'en', 'de', tag='<BT>')) == [
+  assert calls == [['a', 'b', 'c']]
+  assert augment.back_translate(rows[:1], generate, 'en', 'de', tag='<BT>') == [
       {'de': 'a', 'en': '<BT> A', 'n': 1}]
   with pytest.raises(ValueError):
-    list(augment.back_translate(rows, lambda texts: texts[1:], 'en', 'de'))
+    augment.back_translate(rows, lambda texts: texts[1:], 'en', 'de')
   assert rows[0]['en'] == 'x'
 
 
@@ -132,6 +132,21 @@ def test_back_translation_of_a_file(tmp_path):
                         {'de': 'eins', 'en': '<BT> un'}, {'de': 'zwei', 'en': '<BT> deux'}]
   assert {rule: entry['count'] for rule, entry in job.rules.items()} == {
       'back_translation': 2, 'empty': 1}
+
+
+def test_back_translation_in_chunks(tmp_path, monkeypatch):
+  monkeypatch.setattr(augment, 'CHUNK', 2)
+  calls = []
+
+  def generate(texts):
+    calls.append(texts)
+    return [text.upper() for text in texts]
+  rows = [{'de': 'a', 'en': 'x', 'n': 1}, {'de': 'b'}, {'de': 'c', 'en': 'z'}]
+  job = make(tmp_path, rows, ['de'])
+  augment.run_back_translation(job, generate, 'en')
+  assert written(job) == [{'de': 'a', 'en': 'x', 'n': 1}, {'de': 'a', 'en': 'A', 'n': 1},
+                          {'de': 'b', 'en': 'B'}, {'de': 'c', 'en': 'z'}, {'de': 'c', 'en': 'C'}]
+  assert calls == [['a', 'b'], ['c']]
 
 
 @pytest.mark.parametrize('options, message', [
