@@ -34,14 +34,13 @@ def main(argv: list[str]) -> int:
   from t5lab.tools.inspect import view
   print(f'reading and packing {c.data.mixture}, {c.data.split}', file=sys.stderr)
   stream = streams.open_stream(c)
-  vocabulary, components = stream.vocabulary, stream.components
-  all_rows = stream.batches.rows
-  form = pipeline.form_of(components[0], config.model_config(c).kind)   # all have the same
+  vocabulary = stream.vocabulary
+  form = pipeline.form_of(stream.components[0], config.model_config(c).kind)   # all have the same
 
   # Collect the statistics, and the examples and the row to show of each task.
-  numbers = _statistics(c, vocabulary, components, all_rows, form, args.sample)
+  numbers = _statistics(c, stream, form, args.sample)
   shown, rng = {}, np.random.default_rng(c.seed)
-  for component, rows in zip(components, all_rows):
+  for component, rows in zip(stream.components, stream.batches.rows):
     chosen = view.choose(rows, args.examples, rng)
     shown[rows.name] = ([component.note] if component.note else [],
                         [view.example(rows, i, vocabulary, form) for i in chosen],
@@ -62,24 +61,27 @@ def main(argv: list[str]) -> int:
     _show(title, settings, numbers, shown)
   if args.html:
     from t5lab.tools.inspect import page
-    _write_page(args.html, page.render(title, settings, numbers, shown))
+    text = page.render(title, settings, numbers, shown)
+    try:
+      files.write_text(args.html, text)
+    except OSError as e:
+      raise UsageError(f'--html={args.html} cannot be written: {e.strerror}') from e
     print(args.html, file=sys.stderr if args.json else sys.stdout)
   return 0
 
 
 def _parse(argv):
   parser = Parser('t5lab inspect', description=__doc__)
-  parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
-                      help='a config file; ARG is passed to its get_config')
-  parser.add_argument('--html', metavar='PAGE.html',
-                      help='also write a page with plots (needs matplotlib)')
-  parser.add_argument('--examples', type=int, default=3, metavar='N',
-                      help='examples to show per task (default: 3)')
-  parser.add_argument('--sample', type=int, default=20_000, metavar='N',
-                      help='examples per task to count over (default: 20000); lengths are always '
-                           'counted over all')
-  parser.add_argument('--json', action='store_true',
-                      help='print the statistics as one JSON object instead of text')
+  add = parser.add_argument
+  add('--config', required=True, metavar='FILE[:ARG]',
+      help='a config file; ARG is passed to its get_config')
+  add('--html', metavar='PAGE.html', help='also write a page with plots (needs matplotlib)')
+  add('--examples', type=int, default=3, metavar='N',
+      help='examples to show per task (default: 3)')
+  add('--sample', type=int, default=20_000, metavar='N',
+      help='examples per task to count over (default: 20000); lengths are always counted over all')
+  add('--json', action='store_true',
+      help='print the statistics as one JSON object instead of text')
   args = parser.parse_args(argv)
   for name, least in (('examples', 0), ('sample', 1)):
     if getattr(args, name) < least:
@@ -97,31 +99,25 @@ def _check_page(path: pathlib.Path) -> None:
     raise UsageError(f'--html={path} is a folder; name a file in it, e.g. {path / "page.html"}')
 
 
-def _write_page(path: str, page: str) -> None:
-  try:
-    files.write_text(path, page)
-  except OSError as e:
-    raise UsageError(f'--html={path} cannot be written: {e.strerror}') from e
-
-
-def _statistics(c, vocabulary, components, all_rows, form, size) -> dict:
+def _statistics(c, stream, form, size) -> dict:
   """Returns {'tasks': {name: task_statistics with 'round_trip'}, 'mixture': mixture_statistics}."""
   from t5lab.data.tasks import registry
   from t5lab.tools.inspect import round_trip, statistics
   lengths = {feature: length for feature, length in c.data.lengths.items() if length}
   by_task, rng = {}, np.random.default_rng(c.seed)
-  for (task, _), rows in zip(registry.select(c.data.mixture, c.data.split), all_rows, strict=True):
+  tasks = registry.select(c.data.mixture, c.data.split)
+  for (task, _), rows in zip(tasks, stream.batches.rows, strict=True):
     count = min(len(rows.examples), size)
     with files.Progress(f'{rows.name}: counting', 'examples', count) as progress:
-      numbers = statistics.task_statistics(rows, vocabulary, rng, form=form, size=size,
+      numbers = statistics.task_statistics(rows, stream.vocabulary, rng, form=form, size=size,
                                            tick=progress.add)
     chosen = statistics.sample(len(rows.examples), size, rng)
     with files.Progress(f'{rows.name}: round trip', 'texts') as progress:
       numbers['round_trip'] = (
           round_trip.task_losses(task, c.data.split, lengths, size, progress.add)
-          or round_trip.id_losses(rows, vocabulary, form, chosen, progress.add))
+          or round_trip.id_losses(rows, stream.vocabulary, form, chosen, progress.add))
     by_task[rows.name] = numbers
-  rates = [component.rate for component in components]
+  rates = [component.rate for component in stream.components]
   return {'tasks': by_task, 'mixture': statistics.mixture_statistics(
       rates, by_task, batch_size=c.data.batch_size, total_steps=c.total_steps)}
 

@@ -8,6 +8,7 @@ lost.
 """
 import collections
 from collections.abc import Callable, Iterable, Iterator
+import os
 
 import numpy as np
 
@@ -110,8 +111,7 @@ def losses(pairs: Iterable[tuple[str, str]], source: str,
     lost += 1
     characters.update(collections.Counter(text) - collections.Counter(restored))
     if len(shown) < SHOWN:
-      differ = (i for i, (a, b) in enumerate(zip(text, restored)) if a != b)
-      at = next(differ, min(len(text), len(restored)))
+      at = len(os.path.commonprefix([text, restored]))
       window = slice(max(at - CONTEXT, 0), at + CONTEXT)
       shown.append((text[window], restored[window]))
   return {'source': source, 'lost': statistics.share(lost, total),

@@ -6,6 +6,7 @@ repeats are those within the sample, so for a large cache they are a lower bound
 examples cover all of them; the output of an objective is measured on the sample, as epoch 0 draws
 it. Memory grows with the data only by 4 bytes per length.
 """
+import collections
 from collections.abc import Callable, Sequence
 import hashlib
 
@@ -62,26 +63,30 @@ def task_statistics(rows, vocab, rng: np.random.Generator, *, form: str = 'input
   """
   # Look at each sampled example once.
   chosen = sample(len(rows.examples), size, rng)
-  repeats, drawn_lengths = _Repeats(), []
+  drawn_lengths = collections.defaultdict(list)
+  digests = set()
+  targets_of = collections.defaultdict(list)       # digests, of the inputs
   tokens = unknown = 0
   unk_id = unknown_id(vocab)
   for i in chosen:
     example = rows.examples[i]
-    repeats.add(example)
+    digests.add(_digest(example, sorted(example)))
+    if 'inputs' in example and 'targets' in example:
+      targets_of[_digest(example, ['inputs'])].append(_digest(example, ['targets']))
     for name in token_features(example, form):
       tokens += len(example[name])
       if unk_id is not None:
         unknown += int(np.count_nonzero(np.asarray(example[name]) == unk_id))
     if rows.objective is not None:
-      drawn_lengths.append({name: len(x) for name, x in rows.uncut(0, i).items()})
+      for name, x in rows.uncut(0, i).items():
+        drawn_lengths[name].append(len(x))
     tick(1)
 
   # Lengths of each feature, and the limits that cut them.
   if rows.objective is None:
     lengths = rows.examples.lengths
   else:
-    lengths = {name: np.array([drawn[name] for drawn in drawn_lengths])
-               for name in drawn_lengths[0]}
+    lengths = {name: np.array(drawn) for name, drawn in drawn_lengths.items()}
   if 'weights' in lengths:         # features aligned by position are cut as one
     limits = {'inputs': rows.lengths['inputs']}
   else:
@@ -90,8 +95,10 @@ def task_statistics(rows, vocab, rng: np.random.Generator, *, form: str = 'input
   excess = {name: np.maximum(lengths[name] - limit, 0) for name, limit in limits.items()}
   measured = len(next(iter(lengths.values())))
 
-  has_pairs = (rows.objective is None and 'weights' not in lengths
-               and {'inputs', 'targets'} <= set(lengths))
+  contradictions = None
+  if rows.objective is None and 'weights' not in lengths and {'inputs', 'targets'} <= set(lengths):
+    contradictions = share(
+        sum(len(targets) for targets in targets_of.values() if len(set(targets)) > 1), len(chosen))
   return {
       'examples': len(rows.examples), 'rows': rows.count, 'sampled': len(chosen),
       'objective': repr(rows.objective) if rows.objective is not None else None,
@@ -101,34 +108,13 @@ def task_statistics(rows, vocab, rng: np.random.Generator, *, form: str = 'input
           'tokens': share(sum(x.sum() for x in excess.values()),
                           sum(int(lengths[name].sum()) for name in limits))},
       'unknown': share(unknown, tokens),
-      'duplicates': share(repeats.duplicates, len(chosen)),
-      'contradictions': share(repeats.contradictions(), len(chosen)) if has_pairs else None,
+      'duplicates': share(len(chosen) - len(digests), len(chosen)),
+      'contradictions': contradictions,
       'slots': slot_statistics(rows, rng)}
 
 
-class _Repeats:
-  """Counts equal examples by 16-byte digests; memory grows with the examples."""
-
-  def __init__(self):
-    self.duplicates = 0
-    self._seen: set[bytes] = set()
-    self._targets: dict[bytes, list] = {}     # inputs -> [targets of the first, examples, differ]
-
-  def add(self, example):
-    key = _digest(example, sorted(example))
-    self.duplicates += key in self._seen
-    self._seen.add(key)
-    if 'inputs' in example and 'targets' in example:
-      targets = _digest(example, ['targets'])
-      entry = self._targets.setdefault(_digest(example, ['inputs']), [targets, 0, False])
-      entry[1] += 1
-      entry[2] |= entry[0] != targets
-
-  def contradictions(self) -> int:
-    return sum(count for _, count, differ in self._targets.values() if differ)
-
-
 def _digest(example, names) -> bytes:
+  """16 bytes that stand for these features of an example."""
   digest = hashlib.blake2b(digest_size=16)
   for name in names:
     digest.update(f'{name} {len(example[name])} '.encode())
@@ -204,14 +190,13 @@ def mixture_statistics(rates: Sequence[float], tasks: dict[str, dict], *, batch_
             'tokens': batch_size * float(tokens.sum()),
             'loss': batch_size * float((rows * per_row('loss')).sum()),
             'padding': 1 - float(tokens.sum()) / slots}
-  token_shares = tokens / tokens.sum()
   by_task = {}
-  for i, (name, task) in enumerate(tasks.items()):
+  for (name, task), rate, row_share, token_share in zip(
+      tasks.items(), rates, rows.tolist(), (tokens / tokens.sum()).tolist()):
     by_task[name] = {
-        'rate': float(rates[i] / sum(rates)), 'rows': float(rows[i]),
-        'tokens': float(token_shares[i]),
-        'epochs': float(total_steps * batch_size * rows[i] / task['rows']),
-        'steps_an_epoch': float(task['rows'] / (batch_size * rows[i])) if rows[i] else None}
+        'rate': float(rate / sum(rates)), 'rows': row_share, 'tokens': token_share,
+        'epochs': total_steps * batch_size * row_share / task['rows'],
+        'steps_an_epoch': task['rows'] / (batch_size * row_share) if row_share else None}
   return {
       'tasks': by_task,
       'steps_an_epoch': float(sum(task['rows'] for task in tasks.values()) / batch_size),

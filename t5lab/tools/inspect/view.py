@@ -3,6 +3,7 @@
 Independent of the output: commands/inspect.py prints to the terminal, page.py renders HTML.
 """
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -11,7 +12,7 @@ from t5lab.data.batches import features
 from t5lab.data.vocab.base import UNKNOWN
 from t5lab.tools.inspect import statistics
 
-ROLES = ('eos', 'bos', 'cls', 'sep', 'mask', 'pad')   # if two share an id, the first is shown
+ROLES = ('pad', 'mask', 'sep', 'cls', 'bos', 'eos')   # if two share an id, the last is shown
 _MARKED = re.compile(rf'(<extra_id_\d+>|{re.escape(UNKNOWN)})')
 
 
@@ -33,32 +34,23 @@ def spans(vocab, ids) -> list[Span]:
   Example: the ids of 'Hi <extra_id_0>' and its end -> text 'Hi ', sentinel '<extra_id_0>', special
   '</s>'.
   """
-  special, result, run = _special(vocab), [], []
-
-  def close_run():
-    for i, part in enumerate(_MARKED.split(vocab.decode(run))):
+  special, result = _special(vocab), []
+  for is_special, run in itertools.groupby(map(int, ids), special.__contains__):
+    if is_special:
+      result += [Span('special', special[i]) for i in run]
+      continue
+    for i, part in enumerate(_MARKED.split(vocab.decode(list(run)))):
+      marked = 'unknown' if part == UNKNOWN else 'sentinel'
       if part:
-        marked = 'unknown' if part == UNKNOWN else 'sentinel'
         result.append(Span(marked if i % 2 else 'text', printable(part)))
-    run.clear()
-
-  for i in map(int, ids):
-    if i in special:
-      close_run()
-      result.append(Span('special', special[i]))
-    else:
-      run.append(i)
-  close_run()
   return result
 
 
 def _special(vocab) -> dict[int, str]:
   """Returns {id: its name} for the ids that decoding leaves out."""
-  names = {}
-  for role in ROLES:
-    i = getattr(vocab, f'{role}_id')
-    if i is not None:
-      names.setdefault(i, printable(vocab.names.get(role) or f'<{role}>'))
+  names = {getattr(vocab, f'{role}_id'): printable(vocab.names.get(role) or f'<{role}>')
+           for role in ROLES}
+  names.pop(None, None)
   return names
 
 
@@ -85,16 +77,13 @@ def example(rows, i: int, vocab, form: str = 'inputs') -> ShownExample:
   """Returns example i as the model sees it in epoch 0, cut to the lengths."""
   whole = rows.uncut(0, i)
   trimmed, _ = features.trim(whole, rows.lengths, vocab.eos_id)
-  decoded = {name for name in statistics.token_features(trimmed, form)
-             if statistics.decodable(vocab, name)}
-  shown, cut = {}, {}
-  for name, tokens in trimmed.items():
-    if name in decoded:
-      shown[name] = spans(vocab, tokens)
-    else:
-      shown[name] = [Span('number', ' '.join(str(int(x)) for x in tokens))]
-    cut[name] = len(whole[name]) - len(tokens)
-  return ShownExample(f'{rows.name}:{i}', shown, cut)
+  shown = {name: [Span('number', ' '.join(str(int(x)) for x in tokens))]
+           for name, tokens in trimmed.items()}
+  for name in statistics.token_features(trimmed, form):
+    if statistics.decodable(vocab, name):
+      shown[name] = spans(vocab, trimmed[name])
+  return ShownExample(f'{rows.name}:{i}', shown,
+                      {name: len(whole[name]) - len(tokens) for name, tokens in trimmed.items()})
 
 
 def choose(rows, count: int, rng: np.random.Generator) -> list[int]:
