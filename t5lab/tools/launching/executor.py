@@ -85,7 +85,7 @@ def _follow(plan) -> int | None:
   while True:
     if not log_ended:
       print(f'# {plan.follow.title}', flush=True)
-      log_ended = not _call(plan.follow)
+      log_ended = _run(plan.follow, stdin=subprocess.DEVNULL).returncode == 0
 
     state, failed = _query(plan.state)
     meaning = plan.states.get(state, 'running')
@@ -110,7 +110,7 @@ def _run_step(step: LaunchStep) -> None:
   command = shlex.join(step.argv)
   print(f'# {step.title}\n{command}', flush=True)
   if not step.until:
-    if code := _call(step):
+    if code := _run(step, stdin=subprocess.DEVNULL).returncode:
       raise Failure(f'{step.title}: {step.argv[0]} exited with {code}: {command[:300]}')
     return
   while True:
@@ -124,17 +124,13 @@ def _run_step(step: LaunchStep) -> None:
 
 def _query(step) -> tuple[str, bool]:
   """-> (its output, or its errors if there is none; whether it failed)."""
-  process = _process(step, capture_output=True, text=True)
+  process = _run(step, capture_output=True, text=True)
   failed = process.returncode != 0
   output = process.stderr if failed and not process.stdout else process.stdout
   return output.strip(), failed
 
 
-def _call(step) -> int:
-  return _process(step, stdin=subprocess.DEVNULL).returncode
-
-
-def _process(step, **options) -> subprocess.CompletedProcess:
+def _run(step, **options) -> subprocess.CompletedProcess:
   try:
     return subprocess.run(step.argv, **options)
   except OSError as e:

@@ -70,8 +70,7 @@ class Machine:
   @property
   def chips_per_node(self) -> int:
     """The number of chips in each node of GKE."""
-    flat = self.generation.dimensions == 2
-    largest = LARGEST_NODE if flat else CHIPS_PER_NODE
+    largest = LARGEST_NODE if self.generation.dimensions == 2 else CHIPS_PER_NODE
     return self.slice_chips if self.slice_chips <= largest else CHIPS_PER_NODE
 
   @property

@@ -60,42 +60,40 @@ def plan(job: LaunchJob, machine: Machine, *, zone: str, project: str = '', queu
                      'resource: add --queue')
   runtime = runtime or machine.generation.runtime
 
-  # The commands of gcloud: on the queued resource, on the VM, and on its workers.
+  # The commands of gcloud. Several slices are reached as the nodes of their queued resource.
   location = (f'--zone={zone}', *(f'--project={project}',) * bool(project))
   gcloud = lambda group, verb, *rest: ('gcloud', 'compute', 'tpus', group, verb, *rest, *location)
-  queued = lambda verb, *rest: gcloud('queued-resources', verb, job.name, *rest)
-  vm = lambda verb, *rest: gcloud('tpu-vm', verb, job.name, *rest)
   reach = lambda verb, workers, *rest: gcloud(
       'queued-resources' if several else 'tpu-vm', verb, *rest, *(f'--node={workers}',) * several,
       f'--worker={workers}', '--quiet')
   ssh = lambda workers, command: reach('ssh', workers, job.name, f'--command={command}')
 
   # Create and delete.
-  queue_state = queued('describe', '--format=value(state.state)')
-  accelerator = f'--accelerator-type={machine.accelerator}'
-  extra = (f'--{capacity}',) if capacity else ()
+  queue_state = gcloud('queued-resources', 'describe', job.name, '--format=value(state.state)')
   noun = 'slices' if several else 'slice'
+  options = (f'--accelerator-type={machine.accelerator}',
+             f'--{"runtime-" * queue}version={runtime}', *(f'--{capacity}',) * bool(capacity))
   if queue:
     nodes = (f'--node-id={job.name}',)
     if several:
       nodes = (f'--node-count={machine.slices}', f'--node-prefix={job.name}')
     create = (
-        LaunchStep(f'queue the {noun}', queued(
-            'create', *nodes, accelerator, f'--runtime-version={runtime}', *extra, '--async',
-            '--quiet')),
+        LaunchStep(f'queue the {noun}', gcloud(
+            'queued-resources', 'create', job.name, *nodes, *options, '--async', '--quiet')),
         LaunchStep('wait for capacity; this may take hours', queue_state, until=('ACTIVE',),
                    unless=DEAD_QUEUE_STATES, every=30.))
-    delete = queued('delete', '--force', '--quiet')
+    delete = gcloud('queued-resources', 'delete', job.name, '--force', '--quiet')
   else:
-    create = (LaunchStep('create the slice', vm(
-        'create', accelerator, f'--version={runtime}', *extra, '--quiet')),)
-    delete = vm('delete', '--quiet')
+    create = (LaunchStep('create the slice', gcloud(
+        'tpu-vm', 'create', job.name, *options, '--quiet')),)
+    delete = gcloud('tpu-vm', 'delete', job.name, '--quiet')
 
   # A queued resource is active when all of its nodes are up, and suspended when it loses them.
   if several:
     state, ready, gone, wait = queue_state, 'ACTIVE', DEAD_QUEUE_STATES, ()
   else:
-    state, ready, gone = vm('describe', '--format=value(state)'), 'READY', GONE_STATES
+    state = gcloud('tpu-vm', 'describe', job.name, '--format=value(state)')
+    ready, gone = 'READY', GONE_STATES
     wait = (LaunchStep('wait until the slice is up', state, until=(ready,), unless=gone),)
 
   mount = scripts.mount(job.bucket) if job.on_bucket else ''
