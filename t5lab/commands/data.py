@@ -167,8 +167,9 @@ def _back_translate(args, job, given):
   if args.copies != 1:
     raise UsageError(f'--copies must be 1 with --method {BACK_TRANSLATION}, which is greedy; '
                      f'got {args.copies}')
-  for name in given:
-    raise UsageError(f'--{name.replace("_", "-")} cannot be used with --method {BACK_TRANSLATION}')
+  if given:
+    name = next(iter(given)).replace('_', '-')
+    raise UsageError(f'--{name} cannot be used with --method {BACK_TRANSLATION}')
   from t5lab.programs import lab
   use_compilation_cache()
   generate = functools.partial(lab.load(args.workdir).generate, temperature=0.)
