@@ -23,7 +23,7 @@ if [int(n) for n in importlib.metadata.version('jaxlib').split('.')[:2]] < [0, 1
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # jax, TensorFlow and PyTorch are millions of objects, which tracing makes the collector visit again
 # and again.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(50_000, 10, 10)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
