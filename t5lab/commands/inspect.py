@@ -29,13 +29,13 @@ def main(argv: list[str]) -> int:
     _check_page(pathlib.Path(args.html))
 
   # Open the data as training does.
-  from t5lab.data.batches import pipeline
+  from t5lab.data.batches import task_rows
   from t5lab.programs import streams
   from t5lab.tools.inspect import view
   print(f'reading and packing {c.data.mixture}, {c.data.split}', file=sys.stderr)
   stream = streams.open_stream(c)
   vocabulary = stream.vocabulary
-  form = pipeline.form_of(stream.components[0], config.model_config(c).kind)   # all have the same
+  form = task_rows.form_of(stream.components[0], config.model_config(c).kind)   # all have the same
 
   # Collect the statistics, and the examples and the row to show of each task.
   numbers = _statistics(c, stream, form, args.sample)

@@ -53,7 +53,7 @@ def task_statistics(rows, vocab, rng: np.random.Generator, *, form: str = 'input
                     size: int = SAMPLE, tick: Callable[[int], None] = lambda count: None) -> dict:
   """Returns the statistics of one task.
 
-  rows: the task's member of Pipeline.rows. form: pipeline.form_of its examples. size: of the
+  rows: the task's member of Pipeline.rows. form: task_rows.form_of its examples. size: of the
   sample. tick(count) is called with 1 after each example.
 
   lengths: {feature: length_statistics}; truncated: the shares of 'examples' over a limit and of

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from t5lab.commands import cache as command
 from t5lab.data import vocab
-from t5lab.data.batches import cache, pipeline
+from t5lab.data.batches import cache, pipeline, task_rows
 from t5lab.data.sources import record_formats
 from t5lab.data.tasks import cache_build, identity, own_files, registry
 from t5lab.data.tasks.seqio_tf import SeqioVocabulary, seqio
@@ -301,7 +301,7 @@ print(status('VmHWM') - before)
 
 def test_blocks_visit_every_example_once_an_epoch_in_a_new_order(built, files, monkeypatch):
   components = open_cached(built, files)
-  monkeypatch.setattr(pipeline, 'BLOCK', 6)
+  monkeypatch.setattr(task_rows, 'BLOCK', 6)
   p = pipeline.Pipeline(components, LENGTHS, batch_size=1, seed=3)
   rows = p.rows[0]
   assert rows.blocks == 4 and rows.count == sum(rows._counts) < 23
@@ -321,7 +321,7 @@ def test_blocks_visit_every_example_once_an_epoch_in_a_new_order(built, files, m
 
 
 def test_a_far_step_packs_two_blocks_at_most(built, files, monkeypatch):
-  monkeypatch.setattr(pipeline, 'BLOCK', 6)
+  monkeypatch.setattr(task_rows, 'BLOCK', 6)
   pipeline.Pipeline(open_cached(built, files), LENGTHS, batch_size=2, seed=3)
   assert list(cache.folder(str(built), 'files', 'train').glob('rows-*.npy'))
   p = pipeline.Pipeline(open_cached(built, files), LENGTHS, batch_size=2, seed=3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5lab import cli
-from t5lab.data.batches import cache, pipeline
+from t5lab.data.batches import cache, pipeline, task_rows
 from t5lab.data.tasks import cache_build, own_files, registry
 from t5lab.errors import DataError
 
@@ -343,7 +343,7 @@ def cached_and_memory(tmp_path_factory):
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_a_cached_stream_of_several_blocks_resumes_at_any_step(
     cached_and_memory, monkeypatch, processes):
-  monkeypatch.setattr(pipeline, 'BLOCK', 16)
+  monkeypatch.setattr(task_rows, 'BLOCK', 16)
   folder, memory = cached_and_memory
 
   def stream(i=0, n=1):
