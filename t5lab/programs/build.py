@@ -114,10 +114,15 @@ def program(c, devices=None) -> Program:
 
   # Optimizer, and the state as shapes.
   o = c.optim
-  schedule = optim.schedule(o.schedule, lr=o.lr, warmup=o.warmup, total=c.total_steps,
-                            end=o.lr * o.end_lr, decay_fraction=o.decay_fraction)
-  tx = optim.optimizer(o.name, schedule, clip=o.clip, weight_decay=o.weight_decay, b1=o.b1,
-                       b2=o.b2, eps=o.eps)
+  schedule = optim.schedule(
+      o.schedule,
+      lr=o.lr,
+      warmup=o.warmup,
+      total=c.total_steps,
+      end=o.lr * o.end_lr,
+      decay_fraction=o.decay_fraction)
+  tx = optim.optimizer(
+      o.name, schedule, clip=o.clip, weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps)
   abstract = abstract_state(c, tx, mesh)
 
   # The step. Its metrics carry a digest of the batch, computed after the batch was placed.
@@ -134,13 +139,29 @@ def program(c, devices=None) -> Program:
                  out_shardings=(state_shardings, replicated, replicated))
 
   # The shapes of its other arguments.
-  batch = {name: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype,
-                                      sharding=sharding.batch_sharding(mesh, len(x.shape)))
-           for name, x in shapes.batch_shapes(c).items()}
-  base = shapes.with_shardings(shapes.boxed_params(c), mesh, c.rules) if c.lora.rank else None
-  guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-                       guards.initial())
-  return Program(c, mesh, model, schedule, tx, abstract, batch, base, guard, settings, step)
+  batch = {}
+  for name, x in shapes.batch_shapes(c).items():
+    shape = (c.data.batch_size, *x.shape[1:])
+    placed = sharding.batch_sharding(mesh, len(shape))
+    batch[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=placed)
+  base = None
+  if c.lora.rank:
+    base = shapes.with_shardings(shapes.boxed_params(c), mesh, c.rules)
+  guard = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), guards.initial())
+
+  return Program(
+      config=c,
+      mesh=mesh,
+      model=model,
+      schedule=schedule,
+      tx=tx,
+      abstract=abstract,
+      batch=batch,
+      base=base,
+      guard=guard,
+      guard_settings=settings,
+      step=step)
 
 
 def compiler_options(mesh) -> dict | None:
@@ -150,8 +171,11 @@ def compiler_options(mesh) -> dict | None:
 
 def step_options(c) -> dict:
   """The options of steps.step_gradients, apart from the model."""
-  return dict(loss=steps.Loss(**c.loss.to_dict()), seed=c.seed,
-              microbatches=c.optim.microbatches, lora_scale=loading.lora_scale(c))
+  return dict(
+      loss=steps.Loss(**c.loss.to_dict()),
+      seed=c.seed,
+      microbatches=c.optim.microbatches,
+      lora_scale=loading.lora_scale(c))
 
 
 def init_params(c):
@@ -169,12 +193,18 @@ def parameter_rows(c) -> list[dict]:
   dimension the mesh axes that the config's rules split it over.
   """
   rules = sharding.rule_set(c.rules)
+  boxed = jax.eval_shape(functools.partial(init_params, c))
   rows = []
-  for path, box in sharding.boxes(jax.eval_shape(functools.partial(init_params, c))).items():
-    x, axes = box.value, list(box.names)
-    mesh_axes = [list(sharding.mesh_axes(entry)) for entry in sharding.spec(box.names, rules)]
-    rows.append(dict(path=path, shape=list(x.shape), dtype=str(x.dtype), axes=axes, count=x.size,
-                     mesh_axes=mesh_axes))
+  for path, box in sharding.boxes(boxed).items():
+    x = box.value
+    spec = sharding.spec(box.names, rules)
+    rows.append(dict(
+        path=path,
+        shape=list(x.shape),
+        dtype=str(x.dtype),
+        axes=list(box.names),
+        count=x.size,
+        mesh_axes=[list(sharding.mesh_axes(entry)) for entry in spec]))
   return rows
 
 
@@ -187,10 +217,12 @@ def abstract_state(c, tx, mesh) -> steps.TrainState:
   abstract = jax.eval_shape(lambda p: steps.new_state(p, tx, c.optim.ema), nn.unbox(boxed))
   like_params = functools.partial(sharding.like_params, boxed=boxed, mesh=mesh, rules=c.rules)
   shardings = steps.TrainState(
-      step=sharding.replicated(mesh), params=sharding.shardings(boxed, mesh, c.rules),
-      ema=like_params(abstract.ema), opt_state=like_params(abstract.opt_state))
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                      abstract, shardings)
+      step=sharding.replicated(mesh),
+      params=sharding.shardings(boxed, mesh, c.rules),
+      ema=like_params(abstract.ema),
+      opt_state=like_params(abstract.opt_state))
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, abstract, shardings)
 
 
 def _check_batch(c, mesh):
