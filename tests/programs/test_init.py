@@ -174,11 +174,11 @@ def test_what_path_has_too_much_is_left_only_if_named(bert, tmp_path):
     (dict(init__optimizer='restore'), CheckpointError, 'holds no optimizer state; use '
                                                        'init.optimizer=fresh'),
 ])
-def test_what_does_not_fit_is_listed(changes, error, message, bert):
+def test_what_does_not_fit_is_listed_and_nothing_is_saved(changes, error, message, bert, tmp_path):
   c = matching(bert, **{'data__vocab': str(bert / 'vocabulary' / 'vocab.txt'), **changes})
-  program = build.program(c)
   with pytest.raises(error, match=f'(?s){message}'):
-    program.first_state(program.load_initial())
+    loop.train(c, tmp_path)
+  assert not list(tmp_path.glob('checkpoints/step_*'))
 
 
 # -- the optimizer's state -------------------------------------------------------------------------
