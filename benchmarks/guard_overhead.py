@@ -43,7 +43,7 @@ def steps_to_compare(program):
   from t5lab.programs import build
   from t5lab.training import digests, steps
   c = program.config
-  options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **build._step_options(c))
+  options = dict(model=program.model, tx=program.tx, ema=c.optim.ema, **build.step_options(c))
 
   def plain_step(state, batch, base, guard):
     state, metrics = steps.train_step(state, batch, base, **options)
