@@ -93,8 +93,8 @@ def test_smollm2_has_the_tensors_and_logits_of_transformers(converted):
 
   Its own loader dequantises the file and undoes the rotary layout.
   """
-  import torch
-  import transformers
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
   from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
   lab, path = on_one_device(converted('smollm2')), file(*FILES['smollm2'])
   m = lab.model
