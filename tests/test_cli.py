@@ -14,7 +14,7 @@ import tokenizers
 
 import t5lab
 from t5lab import cli, config
-from t5lab.commands import train
+from t5lab.commands import infer, train
 from t5lab.programs import loop, scoring
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
@@ -117,6 +117,19 @@ def test_infer_lines(workdir, capsys, monkeypatch):
   code, out, err = call('infer', '--workdir', workdir, capsys=capsys)
   assert code == 0, err
   assert out.count('\n') == 4
+
+
+def test_samples_of_equal_lines_differ(workdir, capsys, monkeypatch):
+  """Also in another chunk of the input, and with --seed they are the same again."""
+  monkeypatch.setattr(infer, 'CHUNK', 2)
+  outputs = []
+  for _ in range(2):
+    type_in('Off\n' * 5, monkeypatch)
+    code, out, err = call('infer', '--workdir', workdir, '--temperature', '1', '--max-length', '8',
+                          '--seed', '7', capsys=capsys)
+    assert code == 0, err
+    outputs.append(out.splitlines())
+  assert outputs[0] == outputs[1] and len(set(outputs[0])) == 5
 
 
 def test_infer_jsonl(workdir, capsys, tmp_path):

@@ -101,7 +101,8 @@ def _outputs(model, args, inputs: list) -> Iterator:
     return _generate(model, inputs, args.task, options)
   texts = [_text(item, number) for number, item in enumerate(inputs, start=1)]
   if args.chat:
-    return (model.chat([{'role': 'user', 'content': text}], **options) for text in texts)
+    return (model.chat([{'role': 'user', 'content': text}], place=place, **options)
+            for place, text in enumerate(texts))
   return ([[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
           for masks in model.fill_mask(texts))
 
@@ -112,7 +113,7 @@ def _generate(model, inputs, task, options) -> Iterator[str]:
     # Records with "inputs" take no prompt, unless a task is named.
     is_plain = all(isinstance(item, dict) and 'inputs' in item for item in chunk)
     yield from model.generate([_model_input(item) for item in chunk],
-                              '' if is_plain and task is None else task, **options)
+                              '' if is_plain and task is None else task, place=first, **options)
 
 
 def _model_input(item):

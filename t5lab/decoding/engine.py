@@ -13,6 +13,7 @@ import numpy as np
 from t5lab.decoding.beam import beam_search
 from t5lab.decoding.options import Decoding
 from t5lab.decoding.sample import sample
+from t5lab.errors import UsageError
 from t5lab.parallel import multihost
 
 SHORTEST = 16     # tokens in the smallest shape; each larger one is twice as long
@@ -23,6 +24,14 @@ def buckets(n: int, smallest: int, factor: int = 2) -> int:
   while smallest < n:
     smallest *= factor
   return smallest
+
+
+def row_keys(seed: int, places: jax.Array) -> jax.Array:
+  """A key for each of places int[B, 2]: (request, number of its sample)."""
+  def key(place):
+    request_key = jax.random.fold_in(jax.random.key(seed), place[0])
+    return jax.random.fold_in(request_key, place[1])
+  return jax.vmap(key)(places)
 
 
 class Engine:
@@ -41,9 +50,11 @@ class Engine:
     self._start, self._step, self._prefill = start, step, prefill
     self._eos, self._start_id = eos, start_id
     self.batch_size, self._max_width = batch_size, max_width
-    self._run = jax.jit(self._decode, static_argnames=('decoding', 'prefilled'))
+    self._run = jax.jit(self._decode, static_argnames=('decoding', 'prefilled', 'best'))
 
-  def _decode(self, params, inputs, segments, decoding: Decoding, prefilled: int):
+  def _decode(self, params, inputs, segments, places, decoding: Decoding, prefilled: int,
+              best: int):
+    """int32[B, best, length]. places: int[B, 2], the request and the sample of each row."""
     # The cache, and the first tokens that the decoder reads.
     rows, width = inputs.shape
     prompt = None
@@ -69,29 +80,49 @@ class Engine:
     if decoding.beams > 1:
       tokens, _ = beam_search(step, cache, first, beams=decoding.beams, length=decoding.length,
                               eos=self._eos, alpha=decoding.alpha)
-      return tokens[:, 0]
+      return tokens[:, :best]
     tokens, _ = sample(
         step, cache, first, length=decoding.length, eos=self._eos,
-        rng=jax.random.key(decoding.seed), temperature=decoding.temperature, top_k=decoding.top_k,
-        top_p=decoding.top_p, prompt=prompt)
-    return tokens
+        keys=row_keys(decoding.seed, places), temperature=decoding.temperature,
+        top_k=decoding.top_k, top_p=decoding.top_p, prompt=prompt)
+    return tokens[:, None]
 
   def generate(self, params, requests: Sequence[Sequence[int]], decoding: Decoding, *,
+               n: int | None = None, place: int = 0,
                tick: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
     """Token lists -> int32[requests, length], PAD after EOS, in the order of the requests.
 
-    A prompt of a decoder-only model must have at least one token. tick(done, total) is called after
-    each batch; an exception that it raises ends the decoding.
+    A prompt of a decoder-only model must have at least one token. A sample depends on the seed, the
+    place of its request in `requests` and its number, not on other requests or the batch size.
+    n: outputs per request: int32[requests, n, length], the n best hypotheses of beam search or n
+    samples, of which the first is the one without n. place: that of the first request, where
+    requests come in several calls.
+    tick(done, total) is called after each batch; an exception that it raises ends the decoding.
     """
-    out = np.zeros((len(requests), decoding.length), np.int32)
+    count = 1 if n is None else n
+    most = decoding.beams if decoding.beams > 1 or not decoding.temperature else count
+    if not 1 <= count <= most:
+      raise UsageError(f'n must be at least 1, and above 1 it needs as many beams or a temperature '
+                       f'above 0 without beams, got n={n} with beams={decoding.beams} and '
+                       f'temperature={decoding.temperature}')
+    best = count if decoding.beams > 1 else 1
+    samples = count // best
+
+    out = np.zeros((len(requests), count, decoding.length), np.int32)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
-    for first in range(0, len(order), self.batch_size):
-      chosen = order[first:first + self.batch_size]
-      inputs, segments, prefilled = self._pad([requests[i] for i in chosen])
-      tokens = multihost.fetch(self._run(params, inputs, segments, decoding, prefilled))
-      out[chosen] = tokens[:len(chosen)]
-      tick(first + len(chosen), len(order))
-    return out
+    rows = [(i, number) for i in order for number in range(samples)]
+    for first in range(0, len(rows), self.batch_size):
+      chosen = rows[first:first + self.batch_size]
+      inputs, segments, prefilled = self._pad([requests[i] for i, _ in chosen])
+      # Rows that only fill the batch are copies of its first row.
+      places = np.array(chosen + [chosen[0]] * (len(inputs) - len(chosen)), np.int32)
+      places[:, 0] += place
+      tokens = multihost.fetch(
+          self._run(params, inputs, segments, places, decoding, prefilled, best))
+      for (i, number), outputs in zip(chosen, tokens):
+        out[i, number:number + best] = outputs
+      tick(first + len(chosen), len(rows))
+    return out[:, 0] if n is None else out
 
   def _pad(self, requests):
     """Pads to a fixed shape -> (tokens, segments, number of positions to prefill).

@@ -47,7 +47,7 @@ def sample(
     *,
     length: int,
     eos: int,
-    rng: Array | None = None,
+    keys: Array | None = None,
     temperature: float = 0.,
     top_k: int = 0,
     top_p: float = 1.,
@@ -56,21 +56,21 @@ def sample(
   """(tokens int32[B, length], scores float32[B]); after `eos` a row holds PAD.
 
   Temperature 0 takes the most probable token. Otherwise tokens are drawn from softmax(logits /
-  temperature), restricted to the top_k (0: all) and then to the nucleus top_p (1: all). The draws
-  of row b depend only on rng, b and its logits, not on the size of the batch.
+  temperature), restricted to the top_k (0: all) and then to the nucleus top_p (1: all).
+  keys: jax.random keys [B], needed for a temperature above 0. The draws of a row depend on its key,
+  its logits and the number of tokens generated so far: not on other rows, nor on the prompt's
+  padding.
   scores: the sum of log p over the generated tokens, eos included, under the model's own
   distribution, without temperature and filters, so that scores are comparable.
   prompt: int[B, P], right-padded with -1, follows `start` and is not part of the output; each row
   continues its own prompt. The cache needs P + length positions. Each step reads one position.
   Stops as soon as all rows have ended.
   """
-  _check(length, rng, temperature, top_k, top_p)
+  _check(length, keys, temperature, top_k, top_p)
   batch = start.shape[0]
   prompt = jnp.zeros((batch, 0), jnp.int32) if prompt is None else prompt.astype(jnp.int32)
   prompt_length = jnp.sum(prompt >= 0, axis=1)  # int[B]
   limit = prompt.shape[1] + length
-  if temperature > 0:
-    keys = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(batch))
 
   def choose(i, logits):
     if not temperature:
@@ -80,8 +80,8 @@ def sample(
       logits = keep_top_k(logits, top_k)
     if top_p < 1:
       logits = keep_top_p(logits, top_p)
-    draw = lambda key, x: jax.random.categorical(jax.random.fold_in(key, i), x)
-    return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+    draw = lambda key, n, x: jax.random.categorical(jax.random.fold_in(key, n), x)
+    return jax.vmap(draw)(keys, i - prompt_length, logits).astype(jnp.int32)
 
   def emit(i, logits, tokens, scores, ended):
     """Writes token i: that of the prompt, PAD after the end, or else one chosen from the logits."""
@@ -113,11 +113,12 @@ def sample(
   return jnp.take_along_axis(tokens, output, axis=1), scores
 
 
-def _check(length, rng, temperature, k, p):
+def _check(length, keys, temperature, k, p):
   if length < 1:
     raise UsageError(f'the decoding length must be 1 or more, got {length}')
   if temperature < 0 or k < 0 or not 0 < p <= 1:
     raise UsageError('decoding needs temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1 (1 '
                      f'is off), got temperature={temperature}, top_k={k}, top_p={p}')
-  if temperature > 0 and rng is None:
-    raise UsageError(f'temperature={temperature} needs rng, a jax.random.key; 0 is greedy')
+  if temperature > 0 and keys is None:
+    raise UsageError(f'temperature={temperature} needs keys, a jax.random.key for each row; 0 is '
+                     'greedy')

@@ -94,16 +94,19 @@ class Lab:
     ids = self.vocab.encode(text)
     return ids + [self.vocab.eos_id] if self.config.data.lengths.inputs else ids
 
-  def generate_tokens(self, requests: Sequence[Sequence[int]], *, tick=lambda done, total: None,
-                      **options):
-    """Token lists from `tokens` -> int32[requests, length], padded with 0 after EOS."""
+  def generate_tokens(self, requests: Sequence[Sequence[int]], *, n: int | None = None,
+                      place: int = 0, tick=lambda done, total: None, **options):
+    """Token lists from `tokens` -> int32[requests, length], padded with 0 after EOS.
+
+    n: outputs per request, int32[requests, n, length]. n, place, tick: see `generate`.
+    """
     settings = self.decoding(**options)
     if self.model.kind == 'decoder':
       start_id, always = self.model.start_id, self.config.data.start
       requests = [[start_id, *r] if always or not len(r) else r for r in requests]
-    return self._run(requests, settings, tick)
+    return self._run(requests, settings, n=n, place=place, tick=tick)
 
-  def _run(self, requests, settings: Decoding, tick=lambda done, total: None) -> np.ndarray:
+  def _run(self, requests, settings: Decoding, **engine_options) -> np.ndarray:
     for i, request in enumerate(requests):
       _check_ids(request, self.model.vocab_size, f'request {i}')
     longest = max(map(len, requests), default=0)
@@ -112,7 +115,7 @@ class Lab:
     else:
       self._check_length(max(longest, settings.length))
     self._engine = self._engine or make_engine(self.config)
-    return self._engine.generate(self.params, requests, settings, tick=tick)
+    return self._engine.generate(self.params, requests, settings, **engine_options)
 
   def _check_length(self, tokens: int):
     if self.model.positions == 'learned' and tokens > self.model.max_length:
@@ -120,8 +123,13 @@ class Lab:
                        'learned positions; shorten the text or the length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
-               tick=lambda done, total: None, **options) -> list[str]:
-    """Generates a text for each text, in order.
+               n: int | None = None, place: int = 0, tick=lambda done, total: None,
+               **options) -> list[str] | list[list[str]]:
+    """Generates a text for each text, in order; with n, a list of n texts for each.
+
+    The n texts are the best hypotheses of beam search, best first, or samples. A sample depends on
+    the seed, the place of its text and its number, not on the other texts. place: that of the first
+    text, where texts come in several calls.
 
     texts: strings, or dicts of a task's fields. task: the task whose prompt is put around them;
     None is the task the model was trained on, if it has a prompt; '' takes the strings unchanged.
@@ -145,18 +153,22 @@ class Lab:
     else:
       fill = lambda text: text
     requests = [self.tokens(fill(text)) for text in texts]
-    outputs = self.generate_tokens(requests, tick=tick, **options)
-    return [self.vocab.decode(output) for output in outputs]
+    outputs = self.generate_tokens(requests, n=n, place=place, tick=tick, **options)
+    decode = self.vocab.decode
+    if n is None:
+      return [decode(output) for output in outputs]
+    return [[decode(output) for output in group] for group in outputs]
 
-  def chat(self, messages: Sequence[Mapping[str, str]], **options) -> str:
+  def chat(self, messages: Sequence[Mapping[str, str]], *, place: int = 0, **options) -> str:
     """[{'role': 'user', 'content': '…'}, …] -> the reply, with the model's own chat template.
 
-    The template writes everything that the model reads, including its start token.
+    The template writes everything that the model reads, including its start token. place: see
+    `generate`.
     """
     if self.model.kind != 'decoder':
       raise UsageError(f'chat needs a decoder-only model; {self.config.family} is not one')
     prompt = self.vocab.encode(self.vocab.chat(list(messages)))
-    return self.vocab.decode(self._run([prompt], self.decoding(**options))[0])
+    return self.vocab.decode(self._run([prompt], self.decoding(**options), place=place)[0])
 
   # -- numbers out ------------------------------------------------------------------------------
 
@@ -193,10 +205,26 @@ class Lab:
       raise UsageError(f'score: target {targets.index("")} is empty')
     rows = []
     for text, target in zip(inputs, targets):
-      ids = [*self.vocab.prefix, *self.vocab.encode_target(target), *end]
-      rows.append({'inputs': np.array(self.tokens(text), np.int32),
-                   'targets': np.array(ids, np.int32)})
+      context, continuation = self._score_ids(text, target)
+      rows.append({'inputs': np.array(context, np.int32),
+                   'targets': np.array([*continuation, *end], np.int32)})
     return self._map(rows, self._log_p) if rows else np.zeros(0, np.float32)
+
+  def _score_ids(self, text: str, target: str) -> tuple[list[int], list[int]]:
+    """The ids of a text and of its target.
+
+    A decoder-only model continues its prompt: the target's ids are those that it has in the whole
+    text, from the first one that differs from the prompt's own.
+    """
+    if self.model.kind != 'decoder' or self.config.data.lengths.inputs:
+      return self.tokens(text), [*self.vocab.prefix, *self.vocab.encode_target(target)]
+    prompt, whole = self.vocab.encode(text), self.vocab.encode(text + target)
+    if not target:
+      return prompt, []
+    shared = 0
+    while shared < min(len(prompt), len(whole) - 1) and prompt[shared] == whole[shared]:
+      shared += 1
+    return whole[:shared], whole[shared:]
 
   def _log_p(self, batch):
     """float32[B], the sum of the log-probabilities of each row's loss tokens."""

@@ -134,7 +134,7 @@ def test_top_p():
 def draws(n=4000, probs=(.1, .2, .3, .4), **kw):
   step = table_step(np.log([probs] * len(probs)))
   tokens, scores = decode(step, {}, jnp.zeros(n, jnp.int32), length=1, eos=EOS,
-                          rng=jax.random.key(0), **kw)
+                          keys=jax.random.split(jax.random.key(0), n), **kw)
   tokens = np.asarray(tokens)
   return np.bincount(tokens[:, 0], minlength=len(probs)) / n, tokens[:, 0], scores
 
@@ -157,19 +157,21 @@ def test_scores_are_the_models_own_whatever_the_filters():
   np.testing.assert_allclose(scores, np.log([.1, .2, .3, .4])[tokens], rtol=1e-5)
 
 
-def test_draws_depend_on_rng_and_row_but_not_on_batch_size():
+def test_draws_depend_on_the_key_of_the_row_alone():
   step = table_step(np.zeros((9, 9)))
-  @functools.partial(jax.jit, static_argnames='rows')
-  def draw(rows, seed):
-    return sample(step, {}, jnp.zeros(rows, jnp.int32), length=6, eos=99, temperature=1.,
-                  rng=jax.random.key(seed))[0]
-  def go(rows, seed):
-    return draw(rows, seed).tolist()
-  three, five = go(3, 0), go(5, 0)
-  assert three == five[:3]
+  def go(keys, prompt=None):
+    tokens, _ = decode(step, {}, jnp.zeros(len(keys), jnp.int32), length=6, eos=99, temperature=1.,
+                       keys=keys, prompt=prompt)
+    return tokens.tolist()
+  keys = jax.random.split(jax.random.key(0), 5)
+  five = go(keys)
+  assert go(keys[2:4]) == five[2:4]                  # neither on its place nor on its neighbours
+  assert go(keys[jnp.array([1, 1])]) == [five[1]] * 2
   assert len(set(map(tuple, five))) == 5
-  assert len(set(five[0])) > 1  # a fresh draw at each position
-  assert go(3, 1) != three
+  assert len(set(five[0])) > 1                       # a fresh draw at each position
+  # nor on its prompt, nor on how far the prompts are padded
+  prompt = jnp.array([[-1, -1, -1], [3, -1, -1], [3, 4, 5], [5, 5, -1], [2, 2, 2]])
+  assert go(keys, prompt) == five
 
 
 def test_bad_settings_are_named():
@@ -178,5 +180,5 @@ def test_bad_settings_are_named():
     go(length=0)
   with pytest.raises(UsageError, match='top_p=1.5'):
     go(length=1, temperature=1., top_p=1.5)
-  with pytest.raises(UsageError, match='temperature=0.5 needs rng'):
+  with pytest.raises(UsageError, match='temperature=0.5 needs keys'):
     go(length=1, temperature=.5)

@@ -55,6 +55,7 @@ SPECIAL = ['<unk>', '<s>', '</s>']
 TOKENS = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 VOCABULARIES = {
     'byte': lambda folder: 'byte',
+    'pieces': lambda folder: 't5lab_2048',
     'bert': bert,
     'bart': lambda folder: characters(folder, ['<s>', '<pad>', '</s>', '<unk>'], '<s> $A </s>',
                                       **TOKENS),
@@ -64,6 +65,7 @@ VOCABULARIES = {
 LABS = {   # row, vocabulary, what of the row is not as `shrink` leaves it
     't5': ('t5_1_1/small', 'byte', dict(vocab_size=384)),
     'decoder': ('decoder/small', 'byte', dict(vocab_size=384)),
+    'pieces': ('decoder/small', 'pieces', dict(vocab_size=2048)),
     'bart': ('bart/base', 'bart', dict(pad_id=1, start_id=2, eos_id=2, max_length=64)),
     'gpt2': ('gpt2/small', 'gpt2', dict(start_id=2, eos_id=2, max_length=64)),
     'llama': ('llama3_1/8b', 'llama', dict(start_id=1, eos_id=2)),
@@ -182,6 +184,22 @@ def test_score_is_the_sum_of_the_log_probabilities(name, lab):
       ends = name in ('t5', 'bart') if eos is None else eos
       np.testing.assert_allclose(scores[i], by_hand.sum() if ends else by_hand[:-1].sum(),
                                  rtol=1e-5)
+
+
+@pytest.mark.parametrize('text, target', [
+    ('It is', '!'),                   # alone, the target would begin with a space
+    ('', 'It is'), ('It is', ' good'), ('It is ', 'good'),
+    ('The hou', 'se is old')])        # the word has other pieces than its beginning
+def test_a_continuation_has_the_ids_that_it_has_in_the_text(text, target, lab):
+  l = lab('pieces')
+  whole = l.vocab.encode(text + target)
+  logits = forward(l, decoder_input_tokens=[0, *whole[:-1]])
+  log_p = log_softmax(logits)[np.arange(len(whole)), whole]
+  prompt = l.vocab.encode(text)
+  shared = len(prompt) if whole[:len(prompt)] == prompt else (
+      np.array(prompt) == whole[:len(prompt)]).argmin()
+  score, = l.score([text], [target])
+  np.testing.assert_allclose(score, log_p[shared:].sum(), rtol=1e-5)
 
 
 # The rows of one family are put together like those of another.
@@ -330,6 +348,19 @@ def test_the_first_token_can_be_forced(lab):
       assert forced[0].tolist()[:3] == [9, *continued(l, [2, 9], 2, inputs[0])]
     as_config = lab('bart', eval__forced_first=9, eval__beams=beams)
     np.testing.assert_array_equal(as_config.generate_tokens(inputs, length=6), forced)
+
+
+def test_n_samples_of_a_text(lab):
+  l = lab('t5')
+  options = dict(temperature=1., length=6)
+  groups = l.generate(['hello', 'hello'], n=3, **options)
+  assert [len(group) for group in groups] == [3, 3] and len({*groups[0], *groups[1]}) == 6
+  assert l.generate(['hello', 'hello'], **options) == [group[0] for group in groups]
+  assert l.generate(['hello'], n=3, place=1, **options) == groups[1:]
+  best = l.generate(['hello'], n=2, beams=3, length=6)
+  assert best[0][0] == l.generate(['hello'], beams=3, length=6)[0] != best[0][1]
+  with pytest.raises(UsageError, match='got n=2 with beams=1 and temperature=0'):
+    l.generate(['hello'], n=2, length=6)
 
 
 # -- what each use refuses -------------------------------------------------------------------------
