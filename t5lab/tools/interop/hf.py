@@ -339,7 +339,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
   UsageError for an architecture that is not in FORMATS, a missing key or an unsupported value.
   """
   kind = config.get('model_type')
-  if kind not in FORMATS:
+  if not isinstance(kind, str) or kind not in FORMATS:
     raise UsageError(f'config.json: model_type {kind!r} is unknown.'
                      f'{did_you_mean(str(kind), FORMATS)}')
   format_ = FORMATS[kind]
@@ -347,10 +347,38 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
     c = TransformerConfig(**format_.fields(config, reader.shapes()))
   except KeyError as e:
     raise UsageError(f'config.json lacks {e}, which a {kind} config has') from e
-  except (TypeError, ValueError, AttributeError) as e:
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
     raise UsageError(f'config.json is not a {kind} config: {e}') from e
+  _check_values(c, kind, len(reader.shapes()))
   reader = RenamedReader(reader, format_.canonical, format_.aliases(c))
   return format_, c, reader
+
+
+def _check_values(c: TransformerConfig, kind: str, tensors: int) -> None:
+  """UsageError for a field of the wrong type or out of range, and for more layers than tensors."""
+  wrong = f'config.json is not a {kind} config:'
+  for field in dataclasses.fields(c):
+    value, needed = getattr(c, field.name), type(field.default)
+    accepted = (int, float) if needed is float else needed
+    is_unexpected_bool = isinstance(value, bool) and needed is not bool
+    if is_unexpected_bool or not isinstance(value, accepted):
+      raise UsageError(f'{wrong} model.{field.name} must be of type {needed.__name__}, got '
+                       f'{value!r}')
+    if needed is int and abs(value) >= 2**31:
+      raise UsageError(f'{wrong} model.{field.name} must be less than 2**31, got {value}')
+  for name in ('vocab_size', 'd_model', 'd_ff', 'n_heads', 'd_head'):
+    if getattr(c, name) < 1:
+      raise UsageError(f'{wrong} model.{name} must be at least 1, got {getattr(c, name)}')
+  for name in ('n_kv_heads', 'max_length', 'types'):
+    if getattr(c, name) < 0:
+      raise UsageError(f'{wrong} model.{name} must be at least 0, got {getattr(c, name)}')
+  if not 0 < c.norm_eps < 1:
+    raise UsageError(f'{wrong} model.norm_eps must be between 0 and 1, got {c.norm_eps}')
+  # Before anything is listed for each layer.
+  for name in ('enc_layers', 'dec_layers', 'experts'):
+    if getattr(c, name) > tensors:
+      raise UsageError(f'{wrong} model.{name}={getattr(c, name):,}, but the checkpoint has only '
+                       f'{tensors:,} tensors')
 
 
 def format_for(c: TransformerConfig) -> Format:

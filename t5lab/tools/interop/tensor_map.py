@@ -125,6 +125,11 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
   for name in by_name:
     if (size := math.prod(shapes[name])) > model_size:
       raise UsageError(f'{what}: {name} has {size:,} numbers, the whole model has {model_size:,}')
+  # So may a config. Then a tensor is too small: it is named before anything is allocated.
+  if model_size > sum(math.prod(shapes[name]) for name in by_name):
+    for row in rows:
+      empty = np.broadcast_to(np.float32(0), shapes[row.name])
+      _check_shape(row, empty, _our_value(row, empty, what).shape, ours[row.path].shape, what)
 
   params = {path: aligned_empty(leaf.shape) for path, leaf in ours.items()}
   not_finite = []
@@ -140,9 +145,7 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
         not_finite.append(name)
       for row in its_rows:
         value, target = _our_value(row, tensor, what), row.layer_of(params)
-        if value.shape != target.shape:
-          raise UsageError(f'{what}: {name} has shape {tensor.shape}, {row.path} needs '
-                           f'{target.shape}: the config is of another architecture or size')
+        _check_shape(row, tensor, value.shape, params[row.path].shape, what)
         target[...] = value
       del tensor
       if line:
@@ -150,6 +153,15 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
   if not_finite:
     raise UsageError(f'{what}: {name_list(not_finite)} not finite (NaN or infinity)')
   return trees.unflatten(params, like=abstract)
+
+
+def _check_shape(row: TensorRow, tensor, shape, whole_shape, what: str) -> None:
+  """UsageError unless `shape`, read by the row, is that of the row's layer in our array."""
+  leading = 0 if row.layer is None else np.size(row.layer)
+  if tuple(shape) != tuple(whole_shape[leading:]):
+    raise UsageError(f'{what}: {row.name} has shape {tensor.shape}, {row.path} needs '
+                     f'{tuple(whole_shape[leading:])}: the config is of another architecture or '
+                     'size')
 
 
 def aligned_empty(shape) -> np.ndarray:

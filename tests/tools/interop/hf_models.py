@@ -8,6 +8,7 @@ import pytest
 # Skips the tests that import this module where Hugging Face's code is not installed.
 torch = pytest.importorskip('torch')
 hf = pytest.importorskip('transformers')
+hf.utils.logging.disable_progress_bar()     # tests compare what is printed
 
 _T5 = dict(vocab_size=48, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=2,
            num_heads=4, dropout_rate=0., decoder_start_token_id=0)

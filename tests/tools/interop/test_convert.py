@@ -328,6 +328,48 @@ def test_bad_sources(damage, message, hf, tmp_path, capsys):
   assert err.startswith('t5lab: ') and not list((tmp_path / 'out').iterdir())
 
 
+@pytest.mark.parametrize('name, values, message', [
+    ('gpt2', dict(model_type=[]), 'model_type [] is unknown'),
+    ('gpt2', dict(n_head=0), 'division or modulo by zero'),
+    ('gpt2', dict(n_embd=1 << 40), 'model.d_model must be less than 2**31'),
+    ('gpt2', dict(n_positions=1 << 30), 'transformer.wpe.weight has shape (32, 32)'),
+    ('gpt2', dict(layer_norm_epsilon=None), 'model.norm_eps must be of type float, got None'),
+    ('gpt2', dict(layer_norm_epsilon=float('nan')), 'model.norm_eps must be between 0 and 1'),
+    ('llama', dict(num_hidden_layers=1 << 30), 'dec_layers=1,073,741,824, but the checkpoint has'),
+    ('llama', dict(num_key_value_heads=-1), 'model.n_kv_heads must be at least 0, got -1'),
+    ('llama', dict(max_position_embeddings=-1), 'model.max_length must be at least 0, got -1'),
+    ('llama', dict(vocab_size=1 << 30), 'model.embed_tokens.weight has shape (48, 32)'),
+    ('llama', dict(intermediate_size=1.5), 'model.d_ff must be of type int, got 1.5'),
+    ('bert', dict(type_vocab_size=-1), 'model.types must be at least 0, got -1'),
+    ('bart', dict(d_model=True), 'model.d_model must be of type int, got True'),
+    ('t5_1_0', dict(num_decoder_layers=-2), 'model.dec_layers=-2: at least one'),
+    ('t5_1_0', dict(feed_forward_proj=3), 'is not a t5 config'),
+])
+def test_odd_values_in_a_config_are_refused_in_one_line(name, values, message, hf, tmp_path):
+  shutil.copytree(hf(name), tmp_path / 'model')
+  change(tmp_path / 'model', **values)
+  with pytest.raises(UsageError) as e:
+    convert.read_hf(tmp_path / 'model').read_params()
+  assert message in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['t5_1_0', 'umt5', 'longt5_tglobal', 'bart', 'gpt2', 'llama',
+                                  'bert_classifier'])
+def test_any_value_of_any_key_is_read_or_refused(name, hf, tmp_path):
+  """Never another exception than UsageError, whatever config.json says."""
+  shutil.copytree(hf(name), tmp_path / 'model')
+  config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+  for key in config:
+    for value in (None, 0, -1, 3, 1.5, 'x', [], {}, True, 1 << 40):
+      (tmp_path / 'model' / 'config.json').write_text(json.dumps({**config, key: value}))
+      try:
+        source = convert.read_hf(tmp_path / 'model')
+        source.verify(source.read_params())
+      except UsageError as e:
+        assert '\n' not in str(e), (key, value)
+
+
 def test_a_hostile_pickle_is_not_run(hf, tmp_path, capsys):
   canary = tmp_path / 'canary'
 
