@@ -117,6 +117,8 @@ def base(family: str, **model) -> ConfigDict:
   e.batch_size = 64
   e.max_length = 0                   # tokens to generate at most; 0: data.lengths.targets
   e.samples = 5                      # predictions shown with source and reference
+  e.labels = ()                      # names of a classifier's classes, in order
+  e.problem_type = ''                # of a classifier, see PROBLEM_TYPES; '': a single label
   e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py
   c.lock()
   return c
@@ -260,6 +262,21 @@ def _parse(key, text, present):
   return value
 
 
+# As in the config.json of Hugging Face. `classify` gives a softmax; a sigmoid for each class if a
+# text may have several labels; the bare score for a regression or a single class.
+PROBLEM_TYPES = ('', 'single_label_classification', 'multi_label_classification', 'regression')
+
+
+def check_classes(c: ConfigDict) -> None:
+  """UsageError for an unknown eval.problem_type, or labels for another number of classes."""
+  kind = c.eval.problem_type
+  if kind not in PROBLEM_TYPES:
+    raise UsageError(f'eval.problem_type={kind!r} is unknown.{did_you_mean(kind, PROBLEM_TYPES)}')
+  if len(c.eval.labels) not in (0, c.model.classes):
+    raise UsageError(f'eval.labels names {len(c.eval.labels)} classes, but model.classes='
+                     f'{c.model.classes}')
+
+
 def check(c: ConfigDict) -> None:
   """Checks what can be checked without data or devices. UsageError names the value and the limit.
   """
@@ -297,6 +314,8 @@ def check(c: ConfigDict) -> None:
       if length > model.max_length:
         raise UsageError(f'data.lengths.{feature}={length}, but the model has only '
                          f'model.max_length={model.max_length} learned positions')
+
+  check_classes(c)
 
   # Initial weights and adapters.
   if c.init.optimizer not in ('fresh', 'restore'):

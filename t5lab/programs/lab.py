@@ -243,7 +243,12 @@ class Lab:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
   def classify(self, texts: Texts | Pairs) -> np.ndarray:
-    """float32[n, classes], the probability of each class. texts: strings, or pairs of strings."""
+    """float32[n, classes], a number for each class. texts: strings, or pairs of strings.
+
+    Probabilities that sum to 1; with eval.problem_type=multi_label_classification the probability
+    of each class by itself; for a regression or a single class (a cross-encoder) the bare score.
+    `labels` names the classes.
+    """
     if not self.model.classes:
       raise UsageError(f'{self.config.family} has no classifier (model.classes=0)')
     groups = [[text] if isinstance(text, str) else list(text)
@@ -255,7 +260,20 @@ class Lab:
     if not groups:
       return np.zeros((0, self.model.classes), np.float32)
     rows = [self._row(*group) for group in groups]
-    return self._map(rows, lambda batch: jax.nn.softmax(self._apply('__call__', batch)[:, 0]))
+    kind = self.config.eval.problem_type
+    if kind == 'multi_label_classification':
+      link = jax.nn.sigmoid
+    elif kind == 'regression' or self.model.classes == 1:
+      link = lambda logits: logits
+    else:
+      link = jax.nn.softmax
+    return self._map(rows, lambda batch: link(self._apply('__call__', batch)[:, 0]))
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of a classifier's classes; LABEL_0, LABEL_1, … if it came without names."""
+    return tuple(self.config.eval.labels) or tuple(
+        f'LABEL_{i}' for i in range(self.model.classes))
 
   def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
     """For each mask of each text, the k most probable (piece, probability), best first.

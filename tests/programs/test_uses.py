@@ -73,6 +73,8 @@ LABS = {   # row, vocabulary, what of the row is not as `shrink` leaves it
     'minilm': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, pooler=True)),
     'classifier': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, classes=3,
                                              pool='pooler')),
+    'cross_encoder': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, pooler=True,
+                                                classes=1, pool='pooler')),
 }
 
 
@@ -261,6 +263,24 @@ def test_classes_of_texts_and_of_pairs(lab):
     np.testing.assert_allclose(row, np.exp(log_softmax(logits))[0], rtol=1e-4)
   other = np.exp(log_softmax(forward(l, encoder_input_tokens=[2, *a, *dog, 3, *b, *it, 3])))
   assert np.abs(other[0] - got[2]).max() > 1e-3            # types are seen
+
+
+def test_what_classify_gives_depends_on_the_problem(lab):
+  """Several labels are independent; a regression, like a single class, is a bare score."""
+  softmax = lab('classifier').classify(['a dog', 'x'])
+  score = lab('classifier', eval__problem_type='regression').classify(['a dog', 'x'])
+  np.testing.assert_allclose(log_softmax(score), np.log(softmax), rtol=1e-5, atol=1e-6)
+  assert (np.abs(score.sum(1) - 1) > 0.1).all()
+  several = lab('classifier', eval__problem_type='multi_label_classification').classify(
+      ['a dog', 'x'])
+  np.testing.assert_allclose(several, 1 / (1 + np.exp(-score)), rtol=1e-5)
+  named = lab('classifier', eval__labels="('no', 'maybe', 'yes')")
+  assert named.labels == ('no', 'maybe', 'yes') and lab('classifier').labels[2] == 'LABEL_2'
+
+
+def test_a_single_class_is_a_score_not_probability_one(lab):
+  scores = lab('cross_encoder').classify([('a dog', 'bit'), ('x', 'y')])
+  assert scores.shape == (2, 1) and (scores != 1).all() and scores[0] != scores[1]
 
 
 def test_masks_are_filled_with_the_most_probable_pieces(lab):

@@ -102,10 +102,15 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
   if pooling.is_file() and files.read_json(pooling).get('pooling_mode_cls_token'):
     model = dataclasses.replace(model, pool='first')
   named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
-  return _mapped_source(
+  source = _mapped_source(
       path, model, format_.tensor_rows(model), reader, spec, generation, progress,
       ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
+  if model.classes:
+    source.config.eval.labels = hf.read_labels(hf_config, model.classes)
+    source.config.eval.problem_type = hf_config.get('problem_type') or ''
+    config.check_classes(source.config)
+  return source
 
 
 def _vocabulary_spec(path: Path, copied) -> str:
@@ -239,6 +244,8 @@ def write_hf(folder: Path, source: Source, params) -> int:
   format_ = hf.format_for(source.model)
   rows = format_.tensor_rows(source.model)
   hf_config = {**format_.config(source.model), 'dtype': 'float32'}
+  if source.model.classes:
+    hf_config |= hf.label_keys(source.config.eval)
   files.write_text(folder / 'config.json', json.dumps(hf_config, indent=2, sort_keys=True) + '\n')
   _write_tokenizer(folder, source)
   specs = {name: (shape, np.dtype(np.float32))

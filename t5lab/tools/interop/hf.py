@@ -342,6 +342,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
   if not isinstance(kind, str) or kind not in FORMATS:
     raise UsageError(f'config.json: model_type {kind!r} is unknown.'
                      f'{did_you_mean(str(kind), FORMATS)}')
+  _check_head(config, kind)
   format_ = FORMATS[kind]
   try:
     c = TransformerConfig(**format_.fields(config, reader.shapes()))
@@ -352,6 +353,50 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
   _check_values(c, kind, len(reader.shapes()))
   reader = RenamedReader(reader, format_.canonical, format_.aliases(c))
   return format_, c, reader
+
+
+# The heads that end the names of transformers' classes and that no model here has.
+HEADS = ('ForTokenClassification', 'ForQuestionAnswering', 'ForMultipleChoice',
+         'ForSequenceClassification', 'DoubleHeadsModel')
+
+
+def _check_head(config: Mapping, kind: str) -> None:
+  """UsageError if the class that wrote the checkpoint has a head that its tensors would not show.
+
+  A token classifier has the tensors of a sequence classifier.
+  """
+  architectures = config.get('architectures') or []
+  if not isinstance(architectures, list):
+    raise UsageError(f'config.json: architectures must be a list, got {architectures!r}')
+  for name in map(str, architectures):
+    if name.endswith(HEADS) and name != 'BertForSequenceClassification':
+      known = 'BertForSequenceClassification' if kind == 'bert' else CLASSES[kind]
+      raise UsageError(f'config.json: the head of {name} is not supported; of {kind} models with a '
+                       f'head, {known} is')
+
+
+def read_labels(config: Mapping, classes: int) -> tuple[str, ...]:
+  """Returns the names of the classes in id2label; () if it has none but transformers' own."""
+  id2label = config.get('id2label') or {}
+  defaults = {str(i): f'LABEL_{i}' for i in range(classes)}
+  if not id2label or id2label == defaults:
+    return ()
+  if not isinstance(id2label, Mapping) or id2label.keys() != defaults.keys() or not all(
+      isinstance(name, str) for name in id2label.values()):
+    raise UsageError(f'config.json: id2label must name the {classes} classes by the keys "0" to '
+                     f'"{classes - 1}", got {id2label!r}')
+  return tuple(id2label[key] for key in defaults)
+
+
+def label_keys(settings) -> dict:
+  """Returns the keys of config.json for the eval section of a classifier's config."""
+  keys = {}
+  if settings.labels:
+    keys['id2label'] = {str(i): name for i, name in enumerate(settings.labels)}
+    keys['label2id'] = {name: i for i, name in enumerate(settings.labels)}
+  if settings.problem_type:
+    keys['problem_type'] = settings.problem_type
+  return keys
 
 
 def _check_values(c: TransformerConfig, kind: str, tensors: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from small_models import random_params
 import torch
+import transformers
 
 import t5lab
 from t5lab import cli, trees
@@ -351,6 +352,37 @@ def test_odd_values_in_a_config_are_refused_in_one_line(name, values, message, h
   with pytest.raises(UsageError) as e:
     convert.read_hf(tmp_path / 'model').read_params()
   assert message in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('values', [
+    dict(id2label={'0': 'no', '1': 'maybe', '2': 'yes'}, problem_type='multi_label_classification'),
+    dict(id2label={'2': 'c', '0': 'a', '1': 'b'}, problem_type='regression'), {}],
+    ids=['several', 'regression', 'plain'])
+def test_labels_and_problem_type_survive_the_round_trip(values, hf, tmp_path):
+  shutil.copytree(hf('bert_classifier'), tmp_path / 'src')
+  label2id = {name: int(i) for i, name in values.get('id2label', {}).items()}
+  change(tmp_path / 'src', **values, **({'label2id': label2id} if label2id else {}))
+  go = functools.partial(convert.convert, log=lambda line: None, use_reference=False)
+  go(convert.read_hf(tmp_path / 'src'), tmp_path / 'ours', 't5lab')
+  go(convert.read_t5lab(tmp_path / 'ours'), tmp_path / 'back', 'hf')
+  back = transformers.AutoConfig.from_pretrained(tmp_path / 'back')
+  expected = transformers.AutoConfig.from_pretrained(tmp_path / 'src')
+  assert (back.id2label, back.label2id, back.problem_type, back.num_labels) == (
+      expected.id2label, expected.label2id, expected.problem_type, 3)
+  lab = t5lab.load(tmp_path / 'ours')
+  assert lab.labels == tuple(expected.id2label[i] for i in range(3))
+
+
+@pytest.mark.parametrize('name, architecture', [
+    ('bert_classifier', 'BertForTokenClassification'), ('bert_bare', 'BertForQuestionAnswering'),
+    ('bert_classifier', 'BertForMultipleChoice'), ('gpt2', 'GPT2ForSequenceClassification'),
+    ('gpt2', 'GPT2DoubleHeadsModel'), ('t5_1_0', 'T5ForQuestionAnswering')])
+def test_a_head_that_no_model_has_is_refused_by_its_name(name, architecture, hf, tmp_path):
+  """Also where the tensors would fit: a token classifier's are those of a sequence classifier."""
+  shutil.copytree(hf(name), tmp_path / 'model')
+  change(tmp_path / 'model', architectures=[architecture])
+  with pytest.raises(UsageError, match=f'the head of {architecture} is not supported'):
+    convert.read_hf(tmp_path / 'model')
 
 
 @pytest.mark.slow
