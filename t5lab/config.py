@@ -117,6 +117,7 @@ def base(family: str, **model) -> ConfigDict:
   e.batch_size = 64
   e.max_length = 0                   # tokens to generate at most; 0: data.lengths.targets
   e.samples = 5                      # predictions shown with source and reference
+  e.stop_ids = ()                    # token ids that end a text; (): the vocabulary's end alone
   e.labels = ()                      # names of a classifier's classes, in order
   e.problem_type = ''                # of a classifier, see PROBLEM_TYPES; '': a single label
   e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py

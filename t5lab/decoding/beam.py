@@ -4,14 +4,15 @@ B batch, V vocabulary; each row has `beams` hypotheses. A batch of beams [B * be
 beam k of row b is b * beams + k.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5lab import trees
-from t5lab.decoding.sample import PAD, Step
+from t5lab.decoding.sample import PAD, Step, is_end
 from t5lab.errors import UsageError
 
 Array = jax.Array
@@ -42,7 +43,7 @@ def beam_search(
     *,
     beams: int,
     length: int,
-    eos: int,
+    eos: int | Sequence[int],
     alpha: float = 0.6,
     cache_axes: Iterable[tuple[str, int | None]] = CACHE_AXES,
 ) -> tuple[Array, Array]:
@@ -56,6 +57,7 @@ def beam_search(
   serves rows b * beams to b * beams + beams - 1).
 
   Each step keeps the 2 * beams best continuations: at most `beams` of them end, so `beams` remain.
+  With several eos, more are kept, for each hypothesis may end with any of them.
   A row stops when its worst finished score beats the best that a live hypothesis could still reach,
   which is its log p so far / length_penalty(length). A row that finished fewer than `beams` has
   score -inf and PAD in the rest; one that finished none returns its live hypotheses, cut off.
@@ -77,6 +79,7 @@ def beam_search(
                      f'beams={beams}, length={length}, alpha={alpha}')
   batch = start.shape[0]
   row = jnp.arange(batch)[:, None]  # [B, 1]
+  kept = beams * (1 + np.size(eos))
 
   def follow(cache, parents):
     """Row i of the new cache is row parents[i] of the old one."""
@@ -88,10 +91,10 @@ def beam_search(
     """logits[B, beams, V] -> (the state without its cache after one more token, parents)."""
     vocab = logits.shape[-1]
     log_p = s.live_log_p[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p, index = jax.lax.top_k(log_p.reshape(batch, beams * vocab), 2 * beams)
+    log_p, index = jax.lax.top_k(log_p.reshape(batch, beams * vocab), kept)
     parents, token = index // vocab, (index % vocab).astype(jnp.int32)
     tokens = s.live[row, parents].at[:, :, s.index].set(token)
-    ended = token == eos
+    ended = is_end(token, eos)
 
     # The best hypotheses that have not ended.
     live_log_p, best = jax.lax.top_k(jnp.where(ended, -jnp.inf, log_p), beams)

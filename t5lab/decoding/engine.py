@@ -12,7 +12,7 @@ import numpy as np
 
 from t5lab.decoding.beam import beam_search
 from t5lab.decoding.options import Decoding
-from t5lab.decoding.sample import sample
+from t5lab.decoding.sample import is_end, sample
 from t5lab.errors import UsageError
 from t5lab.parallel import multihost
 
@@ -45,10 +45,14 @@ class Engine:
   """
 
   def __init__(self, start: Callable, step: Callable, prefill: Callable | None = None, *, eos: int,
-               start_id: int | None, batch_size: int = 32, max_width: int = 0):
-    """max_width: positions of the model, beyond which inputs are not padded; 0: no limit."""
+               stops: Sequence[int] = (), start_id: int | None, batch_size: int = 32,
+               max_width: int = 0):
+    """stops: the ids that end a text, written as eos; by default eos alone.
+
+    max_width: positions of the model, beyond which inputs are not padded; 0: no limit.
+    """
     self._start, self._step, self._prefill = start, step, prefill
-    self._eos, self._start_id = eos, start_id
+    self._eos, self._stops, self._start_id = eos, tuple(stops) or (eos,), start_id
     self.batch_size, self._max_width = batch_size, max_width
     self._run = jax.jit(self._decode, static_argnames=('decoding', 'prefilled', 'best'))
 
@@ -79,13 +83,16 @@ class Engine:
     # Search or sample.
     if decoding.beams > 1:
       tokens, _ = beam_search(step, cache, first, beams=decoding.beams, length=decoding.length,
-                              eos=self._eos, alpha=decoding.alpha)
-      return tokens[:, :best]
+                              eos=self._stops, alpha=decoding.alpha)
+      return self._end_with_eos(tokens[:, :best])
     tokens, _ = sample(
-        step, cache, first, length=decoding.length, eos=self._eos,
+        step, cache, first, length=decoding.length, eos=self._stops,
         keys=row_keys(decoding.seed, places), temperature=decoding.temperature,
         top_k=decoding.top_k, top_p=decoding.top_p, prompt=prompt)
-    return tokens[:, None]
+    return self._end_with_eos(tokens[:, None])
+
+  def _end_with_eos(self, tokens):
+    return jnp.where(is_end(tokens, self._stops), self._eos, tokens)
 
   def generate(self, params, requests: Sequence[Sequence[int]], decoding: Decoding, *,
                n: int | None = None, place: int = 0,

@@ -5,7 +5,7 @@ and predicts the next ones. Its first call gets the Python int 0 and may change 
 cache (it computes cross-attention keys from the encoder's output); later calls must keep it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,11 @@ Array = jax.Array
 Step = Callable[[Array, Any, Any], tuple[Array, Any]]
 
 PAD = 0  # seqio's padding id, written after the end
+
+
+def is_end(tokens: Array, eos: int | Sequence[int]) -> Array:
+  """bool of the shape of tokens: which of them are eos, or one of several."""
+  return jnp.isin(tokens, jnp.atleast_1d(jnp.array(eos, jnp.int32)))
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
@@ -46,14 +51,14 @@ def sample(
     start: Array,  # int[B], fed at position 0, not part of the output
     *,
     length: int,
-    eos: int,
+    eos: int | Sequence[int],
     keys: Array | None = None,
     temperature: float = 0.,
     top_k: int = 0,
     top_p: float = 1.,
     prompt: Array | None = None,
 ) -> tuple[Array, Array]:
-  """(tokens int32[B, length], scores float32[B]); after `eos` a row holds PAD.
+  """(tokens int32[B, length], scores float32[B]); after `eos`, or one of several, a row holds PAD.
 
   Temperature 0 takes the most probable token. Otherwise tokens are drawn from softmax(logits /
   temperature), restricted to the top_k (0: all) and then to the nucleus top_p (1: all).
@@ -92,7 +97,7 @@ def sample(
     generates = (i >= prompt_length) & ~ended
     token = jnp.where(generates, chosen, tokens[:, i])
     scores += jnp.where(generates, log_p, 0.)
-    ended |= generates & ((token == eos) | (i + 1 >= prompt_length + length))
+    ended |= generates & (is_end(token, eos) | (i + 1 >= prompt_length + length))
     return tokens.at[:, i].set(token), scores, ended
 
   def is_running(state):

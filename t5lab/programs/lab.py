@@ -395,8 +395,10 @@ def make_engine(c) -> Engine | None:
   start, step, prefill = decoding(model)
   eos = vocab.load(c.data.vocab).eos_id if c.data.vocab else model.eos_id
   if model.kind == 'decoder':
-    return Engine(start, step, prefill, eos=eos, start_id=None, batch_size=c.eval.batch_size)
-  return Engine(start, step, eos=eos, start_id=model.start_id, batch_size=c.eval.batch_size,
+    return Engine(start, step, prefill, eos=eos, stops=c.eval.stop_ids, start_id=None,
+                  batch_size=c.eval.batch_size)
+  return Engine(start, step, eos=eos, stops=c.eval.stop_ids, start_id=model.start_id,
+                batch_size=c.eval.batch_size,
                 max_width=model.max_length if model.positions == 'learned' else 0)
 
 

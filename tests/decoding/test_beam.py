@@ -237,3 +237,14 @@ def test_bad_settings_are_named():
   with pytest.raises(UsageError, match="no row matches 'k'"):
     beam_search(lambda t, c, i: (jnp.zeros((1, V)), c), {'k': jnp.zeros(1)},
                 jnp.zeros(1, jnp.int32), beams=2, length=2, eos=EOS, cache_axes=[('self', 0)])
+
+
+@pytest.mark.parametrize('eos, best', [((1, 2), [3, 1]), ((1,), [1, 0])])
+def test_with_several_ends_a_hypothesis_that_does_not_end_remains(eos, best):
+  """p(1, 2, 3) = .4, .35, .25 at first; after 3 comes 1. log .25 / (7/6)^3 = -0.873 is better than
+  log .4 = -0.916, but both ends are more probable than 3 after the first step."""
+  first = jnp.log(jnp.array([1e-9, .4, .35, .25]))
+  then = jnp.log(jnp.array([1e-9, 1., 1e-9, 1e-9]))
+  step = lambda tokens, cache, index: (jnp.where(tokens == 3, then, first), cache)
+  tokens, _ = beam_search(step, {}, jnp.zeros(1, jnp.int32), beams=1, length=2, eos=eos, alpha=3.)
+  assert tokens[0, 0].tolist() == best

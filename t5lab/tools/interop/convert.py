@@ -129,8 +129,9 @@ def read_gguf(path, progress=None) -> Source:
   """Opens a .gguf file of the LLaMA architecture, with its tokenizer."""
   reader = gguf.Gguf(path)
   model = TransformerConfig(**{**families.row('llama2/7b'), **gguf.fields(reader)})
-  return _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), {}, progress,
-                        ignore=gguf.IGNORE)
+  generation = {'eos_token_id': gguf.ends(reader)}
+  return _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), generation,
+                        progress, ignore=gguf.IGNORE)
 
 
 def read_t5x(path, spec: str = '', progress=None) -> Source:
@@ -192,6 +193,10 @@ def _new_config(model: TransformerConfig, spec: str, generation: Mapping):
       start = vocabulary.starts_with_bos
   c = config.from_model(model, spec)
   c.data.start = start
+  ends = generation.get('eos_token_id')
+  ends = ends if isinstance(ends, list) else [ends]
+  if all(type(i) is int and 0 <= i < model.vocab_size for i in ends) and ends != [model.eos_id]:
+    c.eval.stop_ids = tuple(ends)
   forced = generation.get('forced_bos_token_id')
   if isinstance(forced, int):
     c.eval.forced_first = forced
@@ -262,7 +267,8 @@ def _write_tokenizer(folder, source):
     shutil.copyfile(path, folder / path.name)
 
   if GENERATION not in copied and model.dec_layers:
-    ids = dict(eos_token_id=model.eos_id, pad_token_id=model.pad_id)
+    stops = list(source.config.eval.stop_ids)
+    ids = dict(eos_token_id=stops or model.eos_id, pad_token_id=model.pad_id)
     ids['decoder_start_token_id' if model.enc_layers else 'bos_token_id'] = model.start_id
     if source.config.eval.forced_first >= 0:
       ids['forced_bos_token_id'] = source.config.eval.forced_first

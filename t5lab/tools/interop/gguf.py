@@ -178,6 +178,12 @@ def fields(reader: Gguf) -> dict[str, Any]:
   return out | {field: get(key) for field, key in ids.items() if key in metadata}
 
 
+def ends(reader) -> list[int]:
+  """Returns the ids that end a text: of the sequence, of a turn and of a message."""
+  keys = [f'tokenizer.ggml.{name}_token_id' for name in ('eos', 'eot', 'eom')]
+  return list(dict.fromkeys(reader.metadata[key] for key in keys if key in reader.metadata))
+
+
 def _shortest_decimal(x: float) -> float:
   """Returns the shortest decimal of a float32: 9.999999747378752e-06 was written as 1e-05."""
   return float(str(np.float32(x)))

@@ -286,9 +286,9 @@ def pickled(folder):
   torch.save({'shared.weight': torch.zeros(3)}, folder / 'pytorch_model.bin')
 
 
-def change(folder, **values):
-  config = json.loads((folder / 'config.json').read_text())
-  (folder / 'config.json').write_text(json.dumps({**config, **values}))
+def change(folder, file='config.json', **values):
+  config = json.loads((folder / file).read_text())
+  (folder / file).write_text(json.dumps({**config, **values}))
 
 
 def write(folder, arrays):
@@ -371,6 +371,32 @@ def test_labels_and_problem_type_survive_the_round_trip(values, hf, tmp_path):
       expected.id2label, expected.label2id, expected.problem_type, 3)
   lab = t5lab.load(tmp_path / 'ours')
   assert lab.labels == tuple(expected.id2label[i] for i in range(3))
+
+
+@pytest.mark.parametrize('where, ends, expected', [
+    ('generation_config.json', [1, 9], (1, 9)), ('generation_config.json', [9], (9,)),
+    ('generation_config.json', 9, (9,)), ('generation_config.json', 1, ()),
+    ('generation_config.json', None, ()), ('generation_config.json', [], ()),
+    ('config.json', [1, 9], (1, 9)), ('config.json', 1, ()), ('config.json', None, ())])
+def test_every_id_that_ends_a_text_is_kept(where, ends, expected, hf, tmp_path):
+  """LLaMA 3 Instruct ends a turn with another id than a text. transformers generates by
+  generation_config.json alone, or by config.json if there is none."""
+  shutil.copytree(hf('t5_1_0'), tmp_path / 'src')
+  change(tmp_path / 'src', eos_token_id=1)
+  (tmp_path / 'src' / 'generation_config.json').unlink(missing_ok=True)
+  if where != 'config.json':
+    (tmp_path / 'src' / where).write_text('{}')
+  change(tmp_path / 'src', where, eos_token_id=ends)
+  source = convert.read_hf(tmp_path / 'src')
+  assert tuple(source.config.eval.stop_ids) == expected
+  go = functools.partial(convert.convert, log=lambda line: None, use_reference=False)
+  go(source, tmp_path / 'ours', 't5lab')
+  again = convert.read_t5lab(tmp_path / 'ours')
+  assert tuple(again.config.eval.stop_ids) == expected
+  if ends == [1, 9]:
+    go(again, tmp_path / 'back', 'hf')
+    back = transformers.GenerationConfig.from_pretrained(tmp_path / 'back')
+    assert back.eos_token_id == ends
 
 
 @pytest.mark.parametrize('name, architecture', [
