@@ -411,7 +411,8 @@ def _check_values(c: TransformerConfig, kind: str, tensors: int) -> None:
                        f'{value!r}')
     if needed is int and abs(value) >= 2**31:
       raise UsageError(f'{wrong} model.{field.name} must be less than 2**31, got {value}')
-  for name in ('vocab_size', 'd_model', 'd_ff', 'n_heads', 'd_head'):
+  for name in ('vocab_size', 'd_model', 'd_ff', 'n_heads', 'd_head', 'local_radius',
+               'global_block'):
     if getattr(c, name) < 1:
       raise UsageError(f'{wrong} model.{name} must be at least 1, got {getattr(c, name)}')
   for name in ('n_kv_heads', 'max_length', 'types'):
