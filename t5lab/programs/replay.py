@@ -41,7 +41,8 @@ class Replay(Run):
 
   modules: modules that register the tasks of the run; the ones that the run names are not imported.
   state: the TrainState after `step`; the next step takes over its buffers.
-  Errors: UsageError if it is no run, DataError if the data is another, CheckpointError for damage.
+  Errors: UsageError if it is not a run, DataError if the data has changed, CheckpointError if no
+  checkpoint is intact.
   """
 
   def __init__(self, workdir, modules=(), log=functools.partial(print, flush=True)):

@@ -1,4 +1,4 @@
-"""Runs in one process that share what they trace and compile, instead of each doing it anew."""
+"""Lets the runs of one process share their traced and compiled programs."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def shared():
     return dataclasses.replace(programs[key], config=c)
 
   def engine(c):
-    key = _key(c, c.eval.batch_size, c.data.vocab)
+    key = _key(c, c.eval.batch_size, c.data.vocab, list(c.eval.stop_ids))
     if key not in engines:
       engines[key] = make_engine(c)
     return engines[key]

@@ -118,7 +118,7 @@ class OwnFiles:
 
 @functools.lru_cache(maxsize=64)
 def _checked_pieces(prompt: str) -> prompts.Pieces:
-  """The pieces of a prompt. UsageError for a column with a format, or that is no name."""
+  """The pieces of a prompt. UsageError for a column that has a format or is not a valid name."""
   syntax = 'a column is {name}, a brace {{ or }}'
   try:
     parsed = list(string.Formatter().parse(prompt))

@@ -108,7 +108,7 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
   if model.classes:
     source.config.eval.labels = hf.read_labels(hf_config, model.classes)
-    source.config.eval.problem_type = hf_config.get('problem_type') or ''
+    source.config.eval.problem_type = str(hf_config.get('problem_type') or '')
     config.check_classes(source.config)
   return source
 

@@ -343,6 +343,7 @@ def test_bad_sources(damage, message, hf, tmp_path, capsys):
     ('llama', dict(intermediate_size=1.5), 'model.d_ff must be of type int, got 1.5'),
     ('bert', dict(type_vocab_size=-1), 'model.types must be at least 0, got -1'),
     ('bart', dict(d_model=True), 'model.d_model must be of type int, got True'),
+    ('bert_classifier', dict(problem_type=['x']), 'eval.problem_type="[\'x\']" is unknown'),
     ('t5_1_0', dict(num_decoder_layers=-2), 'model.dec_layers=-2: at least one'),
     ('t5_1_0', dict(feed_forward_proj=3), 'is not a t5 config'),
 ])
