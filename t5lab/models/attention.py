@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import Dense, dropout, kernel_init
+from t5lab.models.layers import Dense, Norm, dropout, kernel_init
 from t5lab.models.positions import rope
 from t5lab.parallel.sharding import constrain
 
@@ -22,10 +22,26 @@ def segment_mask(query_segments, key_segments):
   return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
+def window_mask(query_index, key_index, window: int, causal: bool):
+  """int[T], int[S] -> bool[1, 1, T, S], true for the keys in a query's window.
+
+  Causal: the last `window` positions, the query's own included; otherwise `window` to each side.
+  [Beltagy et al. 2020, 2004.05150; the sizes are those of Mistral and Gemma]
+  """
+  distance = query_index[:, None] - key_index[None, :]
+  near = distance < window if causal else jnp.abs(distance) <= window
+  return near[None, None]
+
+
 def add_bias(scores, bias):
   """scores[B, ...] + bias[R, ...], where each row of bias is added to B / R rows of scores."""
   parts = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
   return (parts + bias[:, None]).reshape(scores.shape)
+
+
+def softcap(x, cap: float):
+  """cap * tanh(x / cap), which keeps x within -cap to cap. [Gemma 2, 2408.00118, section 2]"""
+  return cap * jnp.tanh(x / cap)
 
 
 class Attention(nn.Module):
@@ -42,39 +58,47 @@ class Attention(nn.Module):
     c = self.config
     width = c.n_heads * c.d_head
     q_std = (c.d_model * (1 if c.scale_attn else c.d_head)) ** -0.5
+    bias = c.bias or c.attn_bias != 'none'
     def into(heads, axis, std):
-      return Dense(heads * c.d_head, ('embed', axis), kernel_init(c, std), c.dtype, c.bias)
+      return Dense(heads * c.d_head, ('embed', axis), kernel_init(c, std), c.dtype, bias)
     self.q = into(c.n_heads, 'heads', q_std)
     self.k = into(c.kv_heads, 'kv_heads', c.d_model ** -0.5)
     self.v = into(c.kv_heads, 'kv_heads', c.d_model ** -0.5)
-    self.o = Dense(c.d_model, ('heads', 'embed'), kernel_init(c, width ** -0.5), c.dtype, c.bias)
+    self.o = Dense(c.d_model, ('heads', 'embed'), kernel_init(c, width ** -0.5), c.dtype,
+                   c.bias or c.attn_bias == 'qkvo')
+    if c.qk_norm:
+      self.q_norm, self.k_norm = Norm(c), Norm(c)
 
   def split(self, x, heads: int):                              # [B, T, n * H] -> [B, T, n, H]
     axis = 'act_heads' if heads == self.config.n_heads else 'act_kv_heads'
     x = x.reshape(*x.shape[:-1], heads, self.config.d_head)
     return constrain(x, 'batch', 'length', axis, None)
 
-  def keys_values(self, y, positions=None):
+  def keys_values(self, y, angle=None):
     """[B, S, D] -> k and v, each [B, K, S, H], the layout of the cache: contiguous for each head.
 
-    positions: int[B, S] or [S], by which rope rotates the keys; None in cross-attention.
+    angle: the `rotation` of the keys; None in cross-attention and without rope.
     """
     c = self.config
     k, v = self.split(self.k(y), c.kv_heads), self.split(self.v(y), c.kv_heads)
-    if c.positions == 'rope' and positions is not None:
-      k = rope(k, positions, c)
+    if c.qk_norm:
+      k = self.k_norm(k)
+    if angle is not None:
+      k = rope(k, angle)
     # Every query reads all keys: if the length is sharded, they are gathered here, once per layer.
     pin = lambda x: constrain(x.swapaxes(1, 2), 'batch', 'act_kv_heads', 'kv_length', None)
     return {'k': pin(k), 'v': pin(v)}
 
-  def queries(self, x, positions=None):                        # [B, T, D] -> [B, T, N, H]
+  def queries(self, x, angle=None):                            # [B, T, D] -> [B, T, N, H]
     c = self.config
     q = self.split(self.q(x), c.n_heads)
-    if c.positions == 'rope' and positions is not None:
-      q = rope(q, positions, c)
-    return q * c.d_head ** -0.5 if c.scale_attn else q
+    if c.qk_norm:
+      q = self.q_norm(q)
+    if angle is not None:
+      q = rope(q, angle)
+    return q * (c.attn_scalar or c.d_head) ** -0.5 if c.scale_attn else q
 
-  def __call__(self, x, kv, mask, bias=None, positions=None):
+  def __call__(self, x, kv, mask, bias=None, angle=None):
     """x[B, T, D] attends to kv -> [B, T, D].
 
     mask: bool[B, 1, T, S] or None. bias: float[R, N, T, S] or None, R equal copies for R parts of
@@ -85,8 +109,10 @@ class Attention(nn.Module):
     B, T, _ = x.shape
     K, G = c.kv_heads, c.n_heads // c.kv_heads
     rows = kv['k'].shape[0]
-    q = self.queries(x, positions).reshape(rows, B // rows * T, K, G, c.d_head)
+    q = self.queries(x, angle).reshape(rows, B // rows * T, K, G, c.d_head)
     scores = jnp.einsum('BTKGH,BKSH->BKGTS', q, kv['k'], preferred_element_type=jnp.float32)
+    if c.attn_softcap:
+      scores = softcap(scores, c.attn_softcap)
     if bias is not None:
       scores = add_bias(scores, bias.reshape(bias.shape[0], K, G, *bias.shape[2:]))
     if mask is not None:

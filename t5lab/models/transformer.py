@@ -6,19 +6,21 @@ TransformerConfig. B batch, T and S lengths, L layers, D model, N heads, H head,
 """
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5lab.errors import UsageError
 from t5lab.models import long_attention
-from t5lab.models.attention import Attention, segment_mask
+from t5lab.models.attention import Attention, segment_mask, softcap, window_mask
 from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init, up_init
 from t5lab.models.moe import Moe
-from t5lab.models.positions import RelativeBias, sinusoids
+from t5lab.models.positions import RelativeBias, local_config, rotation, sinusoids
 from t5lab.parallel.sharding import batch_shards, constrain, product
 
 Array = jax.Array
@@ -51,7 +53,8 @@ def _relative_bias(module, relative, copies: int):
 class Block(nn.Module):
   """Residual sublayers: self-attention, cross-attention if any, feed-forward or experts.
 
-  Pre-norm: x + drop(f(norm(x))). Post-norm: norm(x + drop(f(x))).
+  Pre-norm: x + drop(f(norm(x))). Post-norm: norm(x + drop(f(x))). Sandwich norm: x +
+  drop(norm(f(norm(x)))).
   """
   config: TransformerConfig
   cross: bool
@@ -60,16 +63,19 @@ class Block(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x, cache, shared):
+  def __call__(self, x, cache, has_window, shared):
     """x[B, T, D] -> (x, cache of this layer). Without a cache, x attends to itself.
 
-    shared: masks, biases, positions and memory, which all layers use (see Stack).
+    has_window: bool[], whether this layer's attention has a window; None if all layers are alike.
+    shared: masks, biases, rotations and memory, which all layers use (see Stack).
     """
     c, new_cache = self.config, {}
 
     def residual(name, x, sublayer):
       norm = Norm(c, name=f'{name}_norm')
       y = sublayer(x if c.post_norm else norm(x))
+      if c.sandwich_norm:
+        y = Norm(c, name=f'{name}_output_norm')(y)
       x = x + dropout(self, y, c.dropout, self.train)
       return norm(x) if c.post_norm else x
 
@@ -77,7 +83,12 @@ class Block(nn.Module):
       if 'near' in shared:
         return long_attention.LongAttention(c, self.train, name='attn')(h, shared['near'])
       attn = Attention(c, self.train, name='attn')
-      kv = attn.keys_values(h, shared['positions'])
+      mask, angle = shared['mask'], shared['angle']
+      if has_window is not None:
+        choose = functools.partial(jnp.where, has_window)
+        mask = choose(shared['window_mask'], mask)
+        angle = jax.tree.map(choose, shared['window_angle'], angle)
+      kv = attn.keys_values(h, angle)
       if cache is not None:
         write = lambda old, new: jax.lax.dynamic_update_slice(
             old, new.astype(old.dtype), (0, 0, shared['index'], 0))
@@ -86,7 +97,7 @@ class Block(nn.Module):
       if c.per_layer_bias:
         bias = _relative_bias(RelativeBias(c, not self.causal, name='relpos'),
                               shared['relative'], _bias_copies(self.train))
-      return attn(h, kv, shared['mask'], bias, shared['positions'])
+      return attn(h, kv, mask, bias, angle)
 
     def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
@@ -119,12 +130,13 @@ class Group(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x, cache, shared):            # leaves of the cache have a leading axis [size]
+  def __call__(self, x, cache, has_window, shared):    # leaves of the cache are [size, …]
     new_caches = []
     for i in range(self.size):
       has_experts = i == self.size - 1
       block = Block(self.config, self.cross, self.causal, has_experts, self.train, name=str(i))
-      x, new_cache = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], cache), shared)
+      layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+      x, new_cache = block(x, layer_cache, has_window, shared)
       new_caches.append(new_cache)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
 
@@ -156,8 +168,21 @@ class Stack(nn.Module):
     x = dropout(self, x, c.dropout, self.train)
 
     # What the layers share.
-    shared = {'mask': mask, 'bias': None, 'positions': positions, 'index': index, 'memory': memory,
-              'cross_mask': cross_mask}
+    shared = {'mask': mask, 'bias': None, 'index': index, 'memory': memory,
+              'cross_mask': cross_mask,
+              'angle': rotation(positions, c) if c.positions == 'rope' else None}
+    has_window = None
+    if c.window:
+      near = window_mask(query_index, key_index, c.window, self.causal)
+      if all(c.window_pattern):
+        shared['mask'] = mask & near
+      else:
+        pattern = itertools.islice(itertools.cycle(c.window_pattern), self.layers)
+        has_window = np.fromiter(pattern, bool)
+        shared.update(window_mask=mask & near, window_angle=shared['angle'])
+      if c.rope_local_theta:
+        where = 'angle' if has_window is None else 'window_angle'
+        shared[where] = rotation(positions, local_config(c))
     if c.experts:
       shared['is_token'] = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
     if c.positions == 'relative':
@@ -168,7 +193,7 @@ class Stack(nn.Module):
         shared.update(self._shared_bias(relative, segments))
 
     # Layers and the final norm.
-    x, cache = self._blocks(x, cache, shared)
+    x, cache = self._blocks(x, cache, has_window, shared)
     if not c.post_norm:
       x = Norm(c, name='norm')(x)
     return dropout(self, x, c.dropout if c.final_dropout else 0., self.train), cache
@@ -191,20 +216,21 @@ class Stack(nn.Module):
       table = self.param('positions', init, (c.max_length + c.position_offset, c.d_model))
       x += lookup(table, positions + c.position_offset, 'positions', c.dtype)
     elif c.positions == 'sinusoid':
-      x += sinusoids(positions, c.d_model).astype(c.dtype)
+      positions += c.position_offset
+      x += sinusoids(positions, c.d_model, c.sinusoids).astype(c.dtype)
     if c.types:
       table = self.param('types', init, (c.types, c.d_model))
       types = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
       x += lookup(table, types, 'positions', c.dtype)
     return Norm(c, name='embed_norm')(x) if c.embed_norm else x
 
-  def _blocks(self, x, cache, shared):
+  def _blocks(self, x, cache, has_window, shared):
     """Scans over the layers: over groups of `moe_every` layers first, then over the remaining ones.
     """
     c = self.config
     if not c.experts or c.moe_every == 1:
       scan = self._scan(Block, bool(c.experts), self.train, length=self.layers, name='layers')
-      return scan(x, cache, shared)
+      return scan(x, cache, has_window, shared)
 
     # Whole groups: the caches of their layers get a second leading axis.
     size = c.moe_every
@@ -212,7 +238,7 @@ class Stack(nn.Module):
     group_cache = jax.tree.map(
         lambda leaf: leaf[:groups * size].reshape(groups, size, *leaf.shape[1:]), cache)
     scan = self._scan(Group, size, self.train, length=groups, name='layers')
-    x, new_cache = scan(x, group_cache, shared)
+    x, new_cache = scan(x, group_cache, None, shared)      # windows exclude experts
     new_cache = jax.tree.map(
         lambda leaf: leaf.reshape(groups * size, *leaf.shape[2:]), new_cache)
 
@@ -220,7 +246,7 @@ class Stack(nn.Module):
     if remaining:
       tail_cache = jax.tree.map(lambda leaf: leaf[groups * size:], cache)
       scan = self._scan(Block, False, self.train, length=remaining, name='tail')
-      x, new_tail = scan(x, tail_cache, shared)
+      x, new_tail = scan(x, tail_cache, None, shared)
       new_cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new_cache, new_tail)
     return x, new_cache
 
@@ -230,7 +256,7 @@ class Stack(nn.Module):
       # Outside a scan, XLA could undo the recomputation without prevent_cse.
       block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
     return nn.scan(
-        block, length=length, in_axes=(0, nn.broadcast), out_axes=0,
+        block, length=length, in_axes=(0, 0, nn.broadcast), out_axes=0,
         variable_axes={'params': 0, 'lora': 0, 'router': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         metadata_params={nn.PARTITION_NAME: 'layers'})(
@@ -250,6 +276,8 @@ class Transformer(nn.Module):
     std = c.init_std or (c.d_model ** -0.5 if c.embed_scale else 1.)
     init = nn.with_logical_partitioning(nn.initializers.normal(std), ('vocab', 'embed'))
     self.embedding = self.param('embedding', init, (c.vocab_size, c.d_model), jnp.float32)
+    self.target_embedding = self.embedding if c.shared_embedding else self.param(
+        'target_embedding', init, (c.vocab_size, c.d_model), jnp.float32)
     if c.enc_layers:
       self.encoder = Stack(c, c.enc_layers, causal=False, cross=False, train=self.train)
     if c.dec_layers:
@@ -275,10 +303,10 @@ class Transformer(nn.Module):
       init = nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',))
       self.logit_bias = self.param('logit_bias', init, (c.vocab_size,), jnp.float32)
 
-  def embed(self, tokens: Array) -> Array:
-    """int[B, T] -> [B, T, D]."""
+  def embed(self, tokens: Array, table: Array) -> Array:
+    """int[B, T] -> [B, T, D], rows of a table[V, D]."""
     c = self.config
-    x = lookup(self.embedding, tokens, 'vocab', c.dtype)
+    x = lookup(table, tokens, 'vocab', c.dtype)
     x = x * c.d_model ** 0.5 if c.embed_scale else x
     return constrain(x, 'batch', 'length', 'act_embed')
 
@@ -292,12 +320,14 @@ class Transformer(nn.Module):
     x = x.astype(jnp.float32)
     if c.tied:
       x = x * c.d_model ** -0.5 if c.scale_logits else x
-      logits = product(functools.partial(jnp.einsum, 'BTD,VD->BTV'), x, self.embedding,
+      logits = product(functools.partial(jnp.einsum, 'BTD,VD->BTV'), x, self.target_embedding,
                        'vocab', 'embed')
     else:
       logits = self.logits(x)
     if c.logit_bias:
       logits += self.logit_bias
+    if c.logit_softcap:
+      logits = softcap(logits, c.logit_softcap)
     return constrain(logits, 'batch', 'length', 'act_vocab')
 
   def encode(self, tokens: Array, segments: Array | None = None, positions: Array | None = None,
@@ -308,8 +338,8 @@ class Transformer(nn.Module):
     index = jnp.arange(tokens.shape[1])
     is_full = self.config.enc_attention == 'full'
     mask = segment_mask(segments, segments) if is_full else None
-    x, _ = self.encoder(self.embed(tokens), mask, index, index, positions=positions, types=types,
-                        segments=segments)
+    x, _ = self.encoder(self.embed(tokens, self.embedding), mask, index, index,
+                        positions=positions, types=types, segments=segments)
     return x, segments
 
   def _encode(self, batch):
@@ -344,9 +374,9 @@ class Transformer(nn.Module):
         cross_mask = (memory_segments > 0)[:, None, None, :]
       else:
         cross_mask = segment_mask(segments, memory_segments)
-    x, _ = self.decoder(self.embed(tokens), mask, index, index, memory=memory,
-                        cross_mask=cross_mask, positions=batch.get('decoder_positions'),
-                        segments=segments)
+    x, _ = self.decoder(
+        self.embed(tokens, self.target_embedding), mask, index, index, memory=memory,
+        cross_mask=cross_mask, positions=batch.get('decoder_positions'), segments=segments)
     return x
 
   def __call__(self, batch: dict[str, Array]) -> Array:
@@ -371,14 +401,17 @@ class Transformer(nn.Module):
     if c.pool == 'mean':
       is_token = (segments > 0)[..., None].astype(x.dtype)
       return jnp.sum(x * is_token, axis=1) / jnp.maximum(jnp.sum(is_token, axis=1), 1)
-    return jnp.tanh(self.pooler(x[:, 0])) if c.pool == 'pooler' else x[:, 0]
+    return self._pooler_output(x) if c.pool == 'pooler' else x[:, 0]
+
+  def _pooler_output(self, x):
+    return ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))
 
   def next_logits(self, x: Array) -> Array:
     """Encoder output [B, S, D] -> float32[B, 2], the logits of 'next' and 'random sentence'.
 
     Without the next-sentence head, the input of that head, [B, D]. [Devlin et al. 2019, 3.1]
     """
-    x = jnp.tanh(self.pooler(x[:, 0]))
+    x = self._pooler_output(x)
     return self.nsp(x) if self.config.nsp else x
 
   def decode(self, tokens: Array, cache: dict[str, Any], index) -> tuple[Array, dict[str, Any]]:
@@ -397,8 +430,9 @@ class Transformer(nn.Module):
       cross_mask = cache['memory_mask'][:, None, None, :]
       memory = cache.get('memory')
     layer_cache = {name: cache[name] for name in ('self', 'cross') if name in cache}
-    x, new_cache = self.decoder(self.embed(tokens), mask, query_index, key_index, memory=memory,
-                                cross_mask=cross_mask, cache=layer_cache, index=index)
+    x, new_cache = self.decoder(
+        self.embed(tokens, self.target_embedding), mask, query_index, key_index, memory=memory,
+        cross_mask=cross_mask, cache=layer_cache, index=index)
     if c.enc_layers:
       if 'cross' in cache:
         new_cache['cross'] = cache['cross']

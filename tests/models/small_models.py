@@ -17,7 +17,12 @@ KINDS = {
     't5gemma': 't5gemma/2b_2b', '2017': 'transformer_2017/base', 'bart': 'bart/base',
     'gpt2': 'gpt2/small', 'llama1': 'llama1/7b', 'llama2_70b': 'llama2/70b',
     'llama3_1': 'llama3_1/8b', 'smollm2': 'smollm2/135m', 'bert': 'bert/base',
-    'minilm': 'minilm/l6'}
+    'minilm': 'minilm/l6', 'mbart': 'mbart/large', 'blenderbot': 'blenderbot/400m',
+    'marian': 'marian/base', 'marian_big': 'marian/big', 'pegasus': 'pegasus/large',
+    'm2m100': 'm2m100/418m', 'roberta': 'roberta/base', 'distilbert': 'distilbert/base',
+    'mistral': 'mistral/7b', 'qwen2': 'qwen2/0_5b', 'qwen2_7b': 'qwen2/7b',
+    'qwen3': 'qwen3/0_6b', 'qwen3_8b': 'qwen3/8b', 'gemma': 'gemma/2b', 'gemma2': 'gemma2/2b',
+    'gemma3': 'gemma3/1b'}
 
 
 def shrink(row: str) -> TransformerConfig:
@@ -29,6 +34,12 @@ def shrink(row: str) -> TransformerConfig:
            pad_id=0, start_id=0, eos_id=1, norm_eps=1e-6, rope_theta=100.)
   if c['rope_scaling']:
     c['rope_scaling'] = (8., 1., 4., 16.)
+  if c['window']:
+    c.update(window=3, window_pattern=c['window_pattern'][-2:])
+  if c['attn_scalar']:
+    c['attn_scalar'] = 10.
+  if c['rope_local_theta']:
+    c['rope_local_theta'] = 10.
   if c['experts']:       # of 3 layers the last one is left over where every second has experts
     c.update(experts=4, moe_every=2, enc_layers=3, dec_layers=3, eval_capacity_factor=4.,
              capacity_factor=4.)

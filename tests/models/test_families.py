@@ -57,10 +57,11 @@ def transformer_2017_size(V, D, F, layers):
   return V * D + layers * (3 * attention + 2 * feed_forward + 5 * norm)
 
 
-def t5gemma_size():
-  V, D, F, layers = 256_000, 2304, 9216, 26
-  attention = 2 * D * 8 * 256 + 2 * D * 4 * 256
-  return V * D + 2 * D + layers * (3 * attention + 2 * 3 * D * F + 5 * D)
+def t5gemma_size(V, D, F, heads, kv_heads, layers):
+  """Two tables, norms before and after each sublayer; heads of 256."""
+  attention = 2 * D * heads * 256 + 2 * D * kv_heads * 256
+  block = attention + 3 * D * F + 4 * D
+  return 2 * V * D + 2 * D + layers * (2 * block + attention + 2 * D)
 
 
 COUNTS = {
@@ -83,11 +84,30 @@ COUNTS = {
     'switch/base': moe_size(T5_1_1['base'], 768, 2048, 128, 12),
     'switch/large': moe_size(T5_1_1['large'], 1024, 2816, 128, 24),
     'st_moe/large': moe_size(t5_size(32128, 1024, 2816, 1024, 16, 27, 27), 1024, 2816, 32, 12),
-    't5gemma/2b_2b': t5gemma_size(),
+    't5gemma/2b_2b': t5gemma_size(256_000, 2304, 9216, 8, 4, 26),
+    't5gemma/9b_9b': t5gemma_size(256_000, 3584, 14336, 16, 8, 42),
     'transformer_2017/base': transformer_2017_size(37000, 512, 2048, 6),
     'transformer_2017/big': transformer_2017_size(37000, 1024, 4096, 6),
     # Hugging Face counts final_logits_bias as a buffer
     'bart/base': 139_420_416 + 50265, 'bart/large': 406_291_456 + 50265, 'bart/g2p': 751_551,
+    'mbart/large': 610_851_840 + 250027, 'mbart50/large': 610_879_488 + 250054,
+    'blenderbot/400m': 364_802_560 + 8008, 'pegasus/large': 568_699_904 + 96103,
+    # without its two tables of sinusoids, which are parameters there
+    'marian/base': 74_410_496 - 2 * 512 * 512 + 58101,
+    'marian/big': 235_910_901,
+    'm2m100/418m': 483_905_536, 'm2m100/1_2b': 1_239_470_080, 'nllb/600m': 615_073_792,
+    'nllb/1_3b': 1_370_638_336, 'nllb/3_3b': 3_344_863_232,
+    'mistral/7b': 7_241_732_096, 'qwen2/0_5b': 494_032_768, 'qwen2/1_5b': 1_543_714_304,
+    'qwen2/7b': 7_615_616_512, 'qwen3/0_6b': 596_049_920, 'qwen3/1_7b': 1_720_574_976,
+    'qwen3/4b': 4_022_468_096, 'qwen3/8b': 8_190_735_360, 'gemma/2b': 2_506_172_416,
+    'gemma/7b': 8_537_680_896, 'gemma2/2b': 2_614_341_888, 'gemma2/9b': 9_241_705_984,
+    'gemma2/27b': 27_227_128_320, 'gemma3/270m': 268_098_176, 'gemma3/1b': 999_885_952,
+    # without the masked-token head: dense, norm and a bias for each token
+    **{name: n - D * (D + 3) - V for name, n, D, V in (
+        ('roberta/base', 124_697_433, 768, 50265), ('roberta/large', 355_412_057, 1024, 50265),
+        ('xlm_roberta/base', 278_295_186, 768, 250002),
+        ('xlm_roberta/large', 560_142_482, 1024, 250002),
+        ('distilbert/base', 66_985_530, 768, 30522))},
     # with the pooler and without the pre-training heads
     'bert/base': 109_482_240, 'bert/base_cased': 108_310_272, 'bert/large': 335_141_888,
     'minilm/l6': 22_713_216,

@@ -1,7 +1,8 @@
 """Logits, loss and gradient norm of each family, frozen: a change in any changes what is trained.
 
 Parameters and batches come from numpy streams. Written by this code on 2026-11-23 and, what is not
-T5, 2026-11-24, after the golden vectors of others (test_reference_goldens.py) and the laws held.
+T5, 2026-11-24 (Gemma and M2M100: 2026-12-01), after the golden vectors of others
+(test_reference_goldens.py) and the laws held.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ FAMILIES = {'t5_1_0': T5_1_0, 't5_1_1': T5_1_1, 'decoder': DECODER,
             't5_1_1_scaled': dataclasses.replace(T5_1_1, scale_attn=True),
             **{name: CONFIGS[name] for name in (
                 'umt5', 'longt5_local', 'longt5_tglobal', 'switch', 'st_moe', 't5gemma', '2017',
-                'bart', 'gpt2', 'llama3_1', 'bert')}}
+                'bart', 'gpt2', 'llama3_1', 'bert', 'm2m100', 'gemma3')}}
 # sum |logits|, mean loss, gradient norm
 GOLDEN = {
     't5_1_0': [98.4744263, 3.93201542, 0.94915688],
@@ -36,12 +37,14 @@ GOLDEN = {
     'longt5_tglobal': [622.393921, 4.6203618, 7.28357887],
     'switch': [622.583862, 3.70337439, 8.95280743],
     'st_moe': [627.780518, 3.60609913, 11.0493717],
-    't5gemma': [371.400696, 4.2223978, 4.51222706],
+    't5gemma': [734.714111, 4.22849131, 38.4407883],
     '2017': [486.556213, 3.9072237, 1.74581158],
     'bart': [854.40332, 4.39470196, 1.94473696],
     'gpt2': [778.385132, 4.56688261, 3.19277692],
     'llama3_1': [672.764648, 4.02858305, 8.30060005],
     'bert': [772.757751, 4.6573348, 2.28067732],
+    'm2m100': [575.15625, 4.19338369, 2.89174771],
+    'gemma3': [769.249146, 4.50173855, 15.9161463],
 }
 
 

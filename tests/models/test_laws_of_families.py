@@ -16,9 +16,11 @@ from t5lab.models.cache import init_cache
 from t5lab.models.transformer import Transformer
 from t5lab.training import steps
 
-# Their code is that of others here: rotations and grouped heads are llama3_1's, the rest T5's,
-# BERT's and, in decoding, st_moe's.
-SAME_CODE = ['ul2', 'llama1', 'llama2_70b', 'smollm2', 'minilm']
+# Their code is that of others here: rotations and grouped heads are llama3_1's, norms and windows
+# gemma2's, positions m2m100's, the rest T5's, BERT's and, in decoding, st_moe's.
+SAME_CODE = ['ul2', 'llama1', 'llama2_70b', 'smollm2', 'minilm', 'blenderbot', 'marian',
+             'marian_big', 'pegasus', 'roberta', 'distilbert', 'qwen2', 'qwen2_7b', 'qwen3_8b',
+             'gemma']
 SAME_DECODING = [*SAME_CODE, 't5_1_0', 'switch', 'longt5_local', 'longt5_tglobal']
 DECODES = [name for name, c in CONFIGS.items() if c.dec_layers]
 
@@ -48,7 +50,7 @@ def features(c, encoder, decoder):
   for on, name, given in ((c.enc_layers, 'encoder', encoder), (c.dec_layers, 'decoder', decoder)):
     if on:
       out |= {f'{name}_{k}': v for k, v in given.items()}
-  if c.types:
+  if c.types > 1:
     out['encoder_token_types'] = (out['encoder_positions'] > 2).astype(np.int32)
   return out
 

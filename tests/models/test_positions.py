@@ -9,11 +9,11 @@ from small_models import CONFIGS, random_params
 
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
-from t5lab.models.positions import relative_bucket, rope, rope_frequencies, sinusoids
+from t5lab.models.positions import relative_bucket, rope, rope_frequencies, rotation, sinusoids
 from t5lab.models.transformer import Transformer
 
 bucket_of = jax.jit(relative_bucket, static_argnames='bidirectional')
-rotated = jax.jit(rope, static_argnums=2)
+rotated = jax.jit(lambda x, p, c: rope(x, rotation(p, c)), static_argnums=2)
 
 
 def test_relative_buckets_of_the_paper():

@@ -15,7 +15,8 @@ from small_models import BATCH, next_sentence
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.tools.interop import hf_tensors, t5x, tensor_map
+from t5lab.tools.interop import t5x, tensor_map
+from t5lab.tools.interop.formats import bert, gpt2, llama
 
 T5_1_0 = TransformerConfig(vocab_size=48, d_model=16, d_ff=32, n_heads=2, d_head=8, enc_layers=2,
                            dec_layers=2)
@@ -92,10 +93,10 @@ def test_t5x(config, first, second, total):
 
 
 @pytest.mark.parametrize('config, table, norm, first, second, total', [
-    (GPT2, hf_tensors.gpt2, 'scale',
+    (GPT2, gpt2.tensor_rows, 'scale',
      [-3.689631, -4.084224, -3.945988, -3.292959, -2.210330, -0.839341],
      [-3.852344, -3.681278, -3.029952, -1.983338, -0.677978, 0.715831], 1359.93208),
-    (LLAMA, hf_tensors.llama, 'weight',
+    (LLAMA, llama.tensor_rows, 'weight',
      [-0.109416, -0.119862, -0.114086, -0.092868, -0.059082, -0.017299],
      [-0.049785, -0.051491, -0.046228, -0.034708, -0.018491, 0.000230], 91.324669),
 ], ids=['gpt2', 'llama'])
@@ -108,7 +109,7 @@ def test_decoders_of_hugging_face(config, table, norm, first, second, total):
 
 def test_bert_of_hugging_face():
   """Its gelu is exact: the tanh approximation would give -5.845035 first."""
-  params = golden_params(BERT, hf_tensors.bert(BERT))
+  params = golden_params(BERT, bert.BERT.tensor_rows(BERT))
   batch = {'encoder_input_tokens': IDS, 'encoder_token_types': TYPES, 'encoder_segment_ids': MASK}
   y = run(BERT, params, batch)
   np.testing.assert_allclose(

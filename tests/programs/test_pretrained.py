@@ -20,7 +20,8 @@ from t5lab import cli
 from t5lab.parallel import sharding
 from t5lab.programs import loading
 from t5lab.programs.lab import Lab
-from t5lab.tools.interop import certify, convert, gguf, hf_tensors, reference, tensor_map
+from t5lab.tools.interop import certify, convert, gguf, reference, tensor_map
+from t5lab.tools.interop.formats import llama
 
 pytestmark = pytest.mark.weights
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,7 +107,7 @@ def test_smollm2_has_the_tensors_and_logits_of_transformers(converted):
     empty = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
   stored = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)['tensors']
   stored = {name: tensor.numpy() for name, tensor in stored.items()}
-  ours = dict(tensor_map.write(hf_tensors.llama(m), lab.params))
+  ours = dict(tensor_map.write(llama.tensor_rows(m), lab.params))
   assert ours.keys() == stored.keys()
   assert all(np.array_equal(array, stored[name]) for name, array in ours.items())
 

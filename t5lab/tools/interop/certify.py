@@ -43,7 +43,7 @@ def features(c: TransformerConfig) -> dict[str, np.ndarray]:
   if c.enc_layers:
     batch['encoder_input_tokens'] = draw()
     batch['encoder_input_tokens'][1, LENGTH - 3:] = c.pad_id
-    if c.types:
+    if c.types > 1:
       types = np.arange(LENGTH) >= LENGTH // 2
       batch['encoder_token_types'] = np.tile(types, (2, 1)).astype(np.int32)
   if c.dec_layers:

@@ -2,7 +2,7 @@
 
 Where torch is not installed a conversion is certified against them: tensors that are filled by a
 rule over Hugging Face's names go through the same rows and the same Transformer as a checkpoint.
-The numbers were computed in float64 by transformers 5.24 and torch 2.13 on 2026-11-24
+The numbers were computed in float64 by transformers 5.24 and torch 2.13 in November 2026
 (`python -m t5lab.tools.interop.golden` prints them again).
 """
 
@@ -20,6 +20,7 @@ from t5lab.tools.interop import hf, tensor_map
 _SIZE = dict(vocab_size=40, d_model=16, d_ff=32, n_heads=2, d_head=8, dropout=0.)
 _BOTH = dict(_SIZE, enc_layers=2, dec_layers=2)
 _START = dict(pad_id=0, start_id=0, eos_id=1)
+_DECODER = dict(_SIZE, dec_layers=2, n_heads=4, n_kv_heads=2, d_head=4, rope_theta=100., **_START)
 CONFIGS = {
     't5_1_0': ('t5_1_0/small', _BOTH),
     't5_1_1': ('t5_1_1/small', _BOTH),
@@ -28,9 +29,29 @@ CONFIGS = {
     'longt5_tglobal': ('longt5_tglobal/base', dict(_BOTH, local_radius=2, global_block=4)),
     'bart': ('bart/base', dict(_BOTH, max_length=16, **_START)),
     'gpt2': ('gpt2/small', dict(_SIZE, dec_layers=2, max_length=16, **_START)),
-    'llama': ('llama3_1/8b', dict(_SIZE, dec_layers=2, n_heads=4, n_kv_heads=2, d_head=4,
-                                  rope_theta=100., rope_scaling=(8., 1., 4., 16.), **_START)),
+    'llama': ('llama3_1/8b', dict(_DECODER, rope_scaling=(8., 1., 4., 16.))),
     'bert': ('bert/base', dict(_SIZE, enc_layers=2, max_length=16, eos_id=1)),
+    'mbart': ('mbart/large', dict(_BOTH, max_length=16, **_START)),
+    'blenderbot': ('blenderbot/400m', dict(_BOTH, max_length=16, **_START)),
+    'marian': ('marian/base', dict(_BOTH, max_length=16, **_START)),
+    'marian_big': ('marian/big', dict(_BOTH, max_length=16, **_START)),
+    'pegasus': ('pegasus/large', dict(_BOTH, max_length=16, **_START)),
+    'm2m100': ('m2m100/418m', dict(_BOTH, max_length=64, pad_id=38, position_offset=39, start_id=0,
+                                   eos_id=1)),
+    'llama_linear': ('llama2/7b', dict(_DECODER, rope_type='linear', rope_scaling=(4.,))),
+    'llama_dynamic': ('llama2/7b', dict(_DECODER, rope_type='dynamic', rope_scaling=(4., 4.))),
+    'llama_yarn': ('llama2/7b', dict(_DECODER, rope_type='yarn',
+                                     rope_scaling=(4., 32., 1., 16., 1.25))),
+    'llama_bias': ('llama2/7b', dict(_DECODER, attn_bias='qkvo')),
+    'mistral': ('mistral/7b', dict(_DECODER, window=3)),
+    'qwen2': ('qwen2/0_5b', _DECODER),
+    'qwen3': ('qwen3/0_6b', _DECODER),
+    'gemma': ('gemma/2b', _DECODER),
+    'gemma2': ('gemma2/2b', dict(_DECODER, window=3, attn_scalar=10.)),
+    'gemma3': ('gemma3/1b', dict(_DECODER, window=3, window_pattern=(True, False), attn_scalar=10.,
+                                 rope_local_theta=10.)),
+    # In a smaller window the last padding sees only padding, which is NaN in float64 there.
+    't5gemma': ('t5gemma/2b_2b', dict(_DECODER, enc_layers=2, window=5, attn_scalar=10.)),
 }
 
 ENCODER = np.array([[5, 7, 9, 11, 13, 6, 8, 17, 2, 3, 1], [6, 8, 10, 4, 12, 1, 0, 0, 0, 0, 0]],
@@ -67,6 +88,57 @@ VECTORS = {
     'bert': (
         (-1.7037303, 2.6315635, 4.2379643, -1.5398396, -2.7962531, -0.6224763),
         (3.3165158, 3.5789787, 2.2495510, -1.1517922, 0.7030208, -6.1036028), 1594.423),
+    'mbart': (
+        (-1.6758587, -0.2840748, 2.0065636, 2.7458336, -7.9813535, -2.1672216),
+        (-3.4387925, -0.7382286, -1.7014745, 4.8883819, -7.8339422, -1.6382525), 1341.118),
+    'blenderbot': (
+        (2.1281299, 0.1449345, 8.6666245, 0.3228741, 1.5643480, 0.7015343),
+        (4.1261636, 1.5052897, 1.2665823, -5.3918360, -6.8056541, 3.4949531), 1385.06),
+    'marian': (
+        (1.3098190, -1.5373703, -4.6969836, -0.2742933, -0.7905780, 1.2749048),
+        (-0.2668484, -3.0605742, -2.7794545, -0.6538403, 1.8712307, 2.1869306), 1254.483),
+    'marian_big': (
+        (-0.9745482, -1.3345299, -6.3092482, -0.7373789, 1.4442508, 0.6353143),
+        (-0.5287486, -3.2456994, -3.9438346, -0.7002353, 1.5136101, 1.3287377), 1291.643),
+    'pegasus': (
+        (-4.1119768, 2.6735343, -1.5319417, -1.7821234, -1.0435058, 4.6126351),
+        (1.7661864, 2.5130231, -3.1046598, -3.6275356, 1.8789443, -0.6950180), 1344.704),
+    'm2m100': (
+        (4.2800800, 1.9983970, 5.3884920, 1.4547837, 0.1039354, 1.3888841),
+        (6.4198601, 5.6755205, -2.1991153, -2.3205135, 0.1118012, 2.2729536), 1363.046),
+    'llama_linear': (
+        (2.0546716, -0.0571699, 0.4012639, -1.3278531, 1.4080132, -0.4238127),
+        (2.2769765, 0.6608673, 1.1818750, -0.2801642, 2.3730856, 1.1782464), 623.3635),
+    'llama_dynamic': (
+        (2.4937191, 0.3097552, 1.4300700, 0.0260171, 1.0683956, -0.8069774),
+        (0.8136376, 0.3170262, 3.5571868, -2.0098310, 2.6410170, -0.5476370), 582.6748),
+    'llama_yarn': (
+        (2.5565714, 0.5467522, 1.1163624, 0.1965984, 0.9479258, -1.0772205),
+        (0.4785672, 0.3214552, 3.3895911, -1.7762279, 2.4287714, -0.5787882), 594.3155),
+    'llama_bias': (
+        (-1.6345007, 1.4397351, -0.3743579, 1.1574087, 1.7739965, -2.3669235),
+        (0.7059979, -0.8921429, 1.0435579, 0.8701597, 3.7318346, 0.6704087), 628.9951),
+    'mistral': (
+        (2.6038271, 0.3879495, 0.7769580, -0.7238287, 0.9202149, -0.7208629),
+        (0.8514295, 0.3298674, 3.5651211, -1.9991594, 2.6401962, -0.5470183), 616.0903),
+    'qwen2': (
+        (-3.5774881, -2.4317040, 1.5094844, 0.9686527, -4.1260620, -2.1298904),
+        (0.5676009, 3.5934920, 2.6925800, 1.6819001, 1.8818275, 3.8979516), 1367.199),
+    'qwen3': (
+        (0.5131788, -1.4660951, -1.3685818, -0.0561867, 0.0869101, 4.5243412),
+        (1.3846067, 1.2447847, -1.3369746, -2.1016909, 1.9731530, 3.4431443), 1147.082),
+    'gemma': (
+        (1.3940234, 2.9617858, -9.8432600, 4.3674181, -6.5168186, 12.5892042),
+        (5.0795661, 8.6063619, 1.7940225, 10.5261405, -5.2624585, 3.6250767), 2771.508),
+    'gemma2': (
+        (5.0002560, -5.3290351, 10.1561408, 2.0226312, -3.0150753, 1.8245277),
+        (4.5052433, 6.4038411, -2.8459591, 4.5258585, -9.6214286, 10.4682114), 2594.336),
+    'gemma3': (
+        (6.4336404, 0.7174399, 5.9779166, 3.4676554, -7.4330744, 12.6957545),
+        (5.8486988, 6.1094471, 4.3470341, 4.3318100, -9.3852453, 8.4873087), 2673.667),
+    't5gemma': (
+        (-2.9220581, -0.4335723, -3.4739731, -2.1649027, 4.1399159, 1.1071833),
+        (4.6134304, 3.2524940, -6.0573751, 7.7759975, -8.5393522, 1.6281223), 2587.179),
 }
 
 
@@ -75,15 +147,37 @@ def config(name: str) -> TransformerConfig:
   return TransformerConfig(**{**row(family), **changes})
 
 
+# Fields that are sizes, whatever their value; and those that are sizes unless they are 0 or ().
+_SIZES = {*_BOTH, *_START, 'max_length', 'n_kv_heads', 'rope_theta', 'norm_eps', 'local_radius',
+          'global_block', 'init_std', 'remat', 'dtype', 'logit_bias', 'mlm_head', 'pooler', 'nsp',
+          'pooler_act', 'classes', 'pool', 'types', 'rel_buckets', 'rel_max_distance',
+          'position_offset', 'embed_scale', 'tied', 'window_pattern', 'rope_type', 'rope_scaling',
+          'shared_embedding'}
+_SWITCHES = ('window', 'attn_scalar', 'attn_softcap', 'logit_softcap', 'rope_local_theta')
+
+
+def _formula(c: TransformerConfig) -> dict:
+  """Returns what c computes, whatever its sizes."""
+  out = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)
+         if field.name not in _SIZES}
+  out.update({name: bool(out[name]) for name in _SWITCHES})
+  # Rotations without scaling are those of every vector with them.
+  out['rope_type'] = c.rope_type if c.rope_scaling else 'llama3'
+  out['mixed windows'] = c.window > 0 and len(set(c.window_pattern)) > 1
+  if c.kind == 'encoder':
+    del out['scale_logits']
+  return out
+
+
 def matching_name(c: TransformerConfig) -> str | None:
-  """Returns the golden architecture that c is another size of, or None."""
-  sizes = {*_BOTH, *_START, 'max_length', 'n_kv_heads', 'rope_theta', 'rope_scaling', 'norm_eps',
-           'local_radius', 'global_block', 'init_std', 'remat', 'dtype', 'logit_bias', 'mlm_head',
-           'pooler', 'nsp', 'classes', 'pool', 'types', 'rel_buckets', 'rel_max_distance',
-           'position_offset', 'embed_scale', 'tied'}
-  formula = [field.name for field in dataclasses.fields(c) if field.name not in sizes]
-  matches = lambda other: other.kind == c.kind and all(
-      getattr(other, field) == getattr(c, field) for field in formula)
+  """Returns the golden architecture that c is another size of, or None.
+
+  An encoder of T5 without a decoder is a part of the one with it.
+  """
+  def matches(other):
+    if c.kind == 'encoder' and c.positions == 'relative':
+      other = dataclasses.replace(other, dec_layers=0) if other.enc_layers else other
+    return other.kind == c.kind and _formula(other) == _formula(c)
   return next((name for name in CONFIGS if matches(config(name))), None)
 
 

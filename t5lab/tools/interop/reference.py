@@ -32,6 +32,23 @@ def _import_libraries():
   return torch, transformers
 
 
+@contextlib.contextmanager
+def _parameters_without_memory(torch):
+  """Parameters that are made inside get no memory; buffers and frozen sinusoids do."""
+  register = torch.nn.Module.register_parameter
+
+  def register_on_meta(module, name, parameter):
+    if parameter is not None and parameter.requires_grad:
+      parameter = torch.nn.Parameter(parameter.to('meta'), parameter.requires_grad)
+    register(module, name, parameter)
+
+  torch.nn.Module.register_parameter = register_on_meta
+  try:
+    yield
+  finally:
+    torch.nn.Module.register_parameter = register
+
+
 class Reference:
   """A Hugging Face model on the CPU; `close` frees its memory."""
 
@@ -53,6 +70,8 @@ class Reference:
       name = 'decoder_input_ids' if c.enc_layers else 'input_ids'
       inputs[name] = tensor(features['decoder_input_tokens'])
       inputs['use_cache'] = False
+      if c.enc_layers:       # T5Gemma would mask a start token that is the padding
+        inputs['decoder_attention_mask'] = self._torch.ones_like(inputs[name])
     with self._torch.no_grad():
       out = self._model(**inputs)
     fields = (getattr(out, f, None) for f in ('prediction_logits', 'logits', 'last_hidden_state'))
@@ -83,10 +102,11 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   cls = getattr(transformers, name)
   hf_config = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_ARGUMENTS})
   hf_config._attn_implementation = 'eager'
-  with torch.device('meta'):
+  with _parameters_without_memory(torch):
     model = cls(hf_config)
 
-  prefix = 'bert.' if name == 'BertModel' else ''     # on its own it does not prefix its tensors
+  # A bare BERT, unlike one with a head, does not prefix its tensors.
+  prefix = '' if hasattr(model, cls.base_model_prefix) else f'{cls.base_model_prefix}.'
   state = {}
   with warnings.catch_warnings():       # about arrays of jax, which are read-only
     warnings.simplefilter('ignore', UserWarning)
@@ -100,14 +120,4 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   unset = [key for key, x in model.named_parameters() if x.is_meta]
   if unset:
     raise UsageError(f'{name} does not fit: unexpected {unexpected[:4]}, unset {unset[:4]}')
-
-  # Buffers that no checkpoint holds (rotations, position ids) come from a model of one layer.
-  empty = [key for key, x in model.named_buffers() if x.is_meta]
-  if empty:
-    one_layer = {k: 1 for k in ('num_hidden_layers', 'n_layer') if hasattr(hf_config, k)}
-    small = cls(type(hf_config)(**{**hf_config.to_dict(), **one_layer}))
-    buffers = dict(small.named_buffers())
-    for key in empty:
-      module, _, leaf = key.rpartition('.')
-      setattr(model.get_submodule(module), leaf, buffers[key])
   return Reference(model, c)

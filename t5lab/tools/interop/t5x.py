@@ -28,7 +28,8 @@ FACTORS = ('v_row', 'v_col')
 # Fields that T5X's T5 fixes and that no parameter shows. Other fields change the paths of
 # parameters, so tensor_map.check sees them.
 FIXED = dict(norm='rms', norm_eps=1e-6, post_norm=False, embed_scale=False, positions='relative',
-             rel_max_distance=128, scale_attn=False, enc_attention='full', pad_id=0, start_id=0)
+             rel_max_distance=128, scale_attn=False, enc_attention='full', pad_id=0, start_id=0,
+             zero_centered_norm=False, attn_softcap=0., logit_softcap=0., window=0)
 
 
 # --- parameters --------------------------------------------------------------------------------

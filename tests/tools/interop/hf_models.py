@@ -45,6 +45,70 @@ MODELS = {
         **_BERT, num_labels=3)),
 }
 
+# The translation and summarization models with BART's tensors.
+for _name, _class, _config, _extra in (
+    ('mbart', hf.MBartForConditionalGeneration, hf.MBartConfig, {}),
+    ('pegasus', hf.PegasusForConditionalGeneration, hf.PegasusConfig, {}),
+    ('m2m100', hf.M2M100ForConditionalGeneration, hf.M2M100Config, {}),
+    ('blenderbot', hf.BlenderbotForConditionalGeneration, hf.BlenderbotConfig, {}),
+    ('marian', hf.MarianMTModel, hf.MarianConfig, dict(
+        activation_function='swish', pad_token_id=47, decoder_start_token_id=47, eos_token_id=0)),
+    ('marian_two_tables', hf.MarianMTModel, hf.MarianConfig, dict(
+        share_encoder_decoder_embeddings=False, pad_token_id=47, decoder_start_token_id=47,
+        eos_token_id=0))):
+  MODELS[_name] = functools.partial(
+      lambda cls, config, extra: cls(config(**{
+          **_BART, 'scale_embedding': True, 'decoder_start_token_id': 2, **extra})),
+      _class, _config, _extra)
+
+# Decoders with rotary positions. Windows are shorter than the inputs of the tests.
+_SCALINGS = {
+    'linear': dict(rope_type='linear', factor=4.),
+    'dynamic': dict(rope_type='dynamic', factor=4.),
+    'yarn': dict(rope_type='yarn', factor=4., original_max_position_embeddings=16)}
+for _name, _scaling in _SCALINGS.items():
+  MODELS[f'llama_{_name}'] = functools.partial(
+      lambda rope, length: hf.LlamaForCausalLM(hf.LlamaConfig(**{
+          **_LLAMA, 'max_position_embeddings': length, 'rope_parameters': rope})),
+      dict(_scaling, rope_theta=10000.), 4 if _name == 'dynamic' else 64)
+_SLIDING = dict(sliding_window=3, num_hidden_layers=3)
+_GEMMA = dict(_LLAMA, **_SLIDING, head_dim=16, query_pre_attn_scalar=10)
+MODELS.update({
+    'llama_bias': lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, attention_bias=True)),
+    'mistral': lambda: hf.MistralForCausalLM(hf.MistralConfig(**{
+        **_LLAMA, 'head_dim': 16, 'sliding_window': 3})),
+    'qwen2': lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**{
+        **_LLAMA, **_SLIDING}, use_sliding_window=True, max_window_layers=1, bos_token_id=0,
+        eos_token_id=1)),
+    'qwen3': lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(
+        **_LLAMA, head_dim=16, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)),
+    'gemma': lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_LLAMA, head_dim=16)),
+    'gemma2': lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**{**_GEMMA})),
+    'gemma3': lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(
+        **_GEMMA, layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
+        rope_parameters={
+            'full_attention': dict(rope_type='linear', factor=8., rope_theta=1e4),
+            'sliding_attention': dict(rope_type='default', rope_theta=100.)})),
+    't5gemma': lambda: hf.T5GemmaForConditionalGeneration(hf.T5GemmaConfig(
+        encoder=dict(_GEMMA), decoder=dict(_GEMMA, num_hidden_layers=2))),
+    't5_encoder': lambda: hf.T5EncoderModel(hf.T5Config(**_T5)),
+    'umt5_encoder': lambda: hf.UMT5EncoderModel(hf.UMT5Config(**_GATED)),
+})
+
+# Encoders with BERT's layers.
+_ROBERTA = dict(_BERT, type_vocab_size=1, pad_token_id=1)
+_DISTILBERT = dict(vocab_size=48, dim=32, hidden_dim=64, n_layers=2, n_heads=4,
+                   max_position_embeddings=32)
+MODELS.update({
+    'roberta': lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ROBERTA)),
+    'roberta_classifier': lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(**_ROBERTA, num_labels=3)),
+    'xlm_roberta': lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**_ROBERTA)),
+    'distilbert': lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(**_DISTILBERT)),
+    'distilbert_classifier': lambda: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(**_DISTILBERT, num_labels=3)),
+})
+
 
 UNTIED = ('t5_1_1', 'mt5', 'umt5')
 
@@ -56,6 +120,8 @@ def model(name: str):
   out = MODELS[name]().eval()
   with torch.no_grad():
     for key, p in out.named_parameters():
+      if not p.requires_grad:            # a table of sinusoids
+        continue
       std = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1
       ones = p.ndim == 1 and key.endswith('weight') and float(p.mean()) > 0.5
       p.copy_(torch.randn_like(p) * std + ones)
