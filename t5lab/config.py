@@ -117,7 +117,6 @@ def base(family: str, **model) -> ConfigDict:
   e.batch_size = 64
   e.max_length = 0                   # tokens to generate at most; 0: data.lengths.targets
   e.samples = 5                      # predictions shown with source and reference
-  e.stop_ids = ()                    # token ids that end a text; (): the vocabulary's end alone
   e.labels = ()                      # names of a classifier's classes, in order
   e.problem_type = ''                # of a classifier, see PROBLEM_TYPES; '': a single label
   e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py
@@ -171,8 +170,13 @@ def from_model(model: families.TransformerConfig, vocab: str = '') -> ConfigDict
   length = min(model.max_length or 512, 512)
   c.data.lengths.inputs = length if model.enc_layers else 0
   c.data.lengths.targets = length if model.dec_layers else 0
-  c.eval.max_length = min(128, length)
+  c.eval.max_length = usual_output_length(c)
   return c
+
+
+def usual_output_length(c: ConfigDict) -> int:
+  """The eval.max_length of converted weights that came without one."""
+  return min(128, c.data.lengths.targets)
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -317,6 +321,7 @@ def check(c: ConfigDict) -> None:
                          f'model.max_length={model.max_length} learned positions')
 
   check_classes(c)
+  options.Decoding(length=1, **{name: c.eval[name] for name in options.defaults()})
 
   # Initial weights and adapters.
   if c.init.optimizer not in ('fresh', 'restore'):

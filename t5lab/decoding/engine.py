@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5lab.decoding import processors
 from t5lab.decoding.beam import beam_search
 from t5lab.decoding.options import Decoding
 from t5lab.decoding.sample import is_end, sample
@@ -42,65 +43,73 @@ class Engine:
   prefill(params, tokens[B, P], cache) -> cache, which reads P positions at once
   start_id: the first input of an encoder-decoder's decoder. None for a decoder-only model, whose
   requests are prompts; `prefill` then reads the positions that all prompts of a batch have.
+  eos: ends a text unless the options have stop_ids, and is written where one of them ended it.
   """
 
   def __init__(self, start: Callable, step: Callable, prefill: Callable | None = None, *, eos: int,
-               stops: Sequence[int] = (), start_id: int | None, batch_size: int = 32,
-               max_width: int = 0):
-    """stops: the ids that end a text, written as eos; by default eos alone.
-
-    max_width: positions of the model, beyond which inputs are not padded; 0: no limit.
-    """
+               start_id: int | None, batch_size: int = 32, max_width: int = 0):
+    """max_width: positions of the model, beyond which inputs are not padded; 0: no limit."""
     self._start, self._step, self._prefill = start, step, prefill
-    self._eos, self._stops, self._start_id = eos, tuple(stops) or (eos,), start_id
+    self._eos, self._start_id = eos, start_id
     self.batch_size, self._max_width = batch_size, max_width
     self._run = jax.jit(self._decode, static_argnames=('decoding', 'prefilled', 'best'))
 
   def _decode(self, params, inputs, segments, places, decoding: Decoding, prefilled: int,
               best: int):
     """int32[B, best, length]. places: int[B, 2], the request and the sample of each row."""
-    # The cache, and the first tokens that the decoder reads.
+    # The cache, the first tokens that the decoder reads, and all up to them.
     rows, width = inputs.shape
-    prompt = None
+    prompt = limit = None
     if self._start_id is None:
       cache = self._start(params, inputs, segments, width + decoding.length)
       if prefilled:
         cache = self._prefill(params, inputs[:, :prefilled], cache)
-      first = inputs[:, prefilled]
+      history = inputs[:, :prefilled + 1]
       prompt = jnp.where(segments > 0, inputs, -1)[:, prefilled + 1:]
+      if decoding.max_total:
+        prompt_length = jnp.sum(segments > 0, axis=1)
+        limit = jnp.minimum(decoding.length, decoding.max_total - prompt_length)
     else:
       cache = self._start(params, inputs, segments, decoding.length)
-      first = jnp.full((rows,), self._start_id, jnp.int32)
+      start_id = self._start_id if decoding.start < 0 else decoding.start
+      history = jnp.full((rows, 1), start_id, jnp.int32)
+    first = history[:, -1]
 
     def step(tokens, cache, index):
-      logits, cache = self._step(params, tokens, cache, index + prefilled)
-      if decoding.forced_first >= 0:
-        others = jnp.arange(logits.shape[-1]) != decoding.forced_first
-        # -inf: beam search would take a finite number for a possible hypothesis.
-        logits = jnp.where((index == 0) & others, -jnp.inf, logits)
-      return logits, cache
+      return self._step(params, tokens, cache, index + prefilled)
 
     # Search or sample.
+    stops = decoding.stop_ids or (self._eos,)
+    process = processors.compose(decoding, stops, reads_start=self._start_id is not None)
     if decoding.beams > 1:
-      tokens, _ = beam_search(step, cache, first, beams=decoding.beams, length=decoding.length,
-                              eos=self._stops, alpha=decoding.alpha)
-      return self._end_with_eos(tokens[:, :best])
-    tokens, _ = sample(
-        step, cache, first, length=decoding.length, eos=self._stops,
-        keys=row_keys(decoding.seed, places), temperature=decoding.temperature,
-        top_k=decoding.top_k, top_p=decoding.top_p, prompt=prompt)
-    return self._end_with_eos(tokens[:, None])
-
-  def _end_with_eos(self, tokens):
-    return jnp.where(is_end(tokens, self._stops), self._eos, tokens)
+      tokens, _ = beam_search(
+          step, cache, first, beams=decoding.beams, length=decoding.length, eos=stops,
+          alpha=decoding.alpha, power=decoding.length_penalty,
+          early_stopping=decoding.early_stopping, process=process)
+      tokens = tokens[:, :best]
+    else:
+      tokens, _ = sample(
+          step, cache, first, length=decoding.length, eos=stops,
+          keys=row_keys(decoding.seed, places), temperature=decoding.temperature,
+          top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p, prompt=prompt,
+          limit=limit, process=process, history=history)
+      tokens = tokens[:, None]
+    tokens = jnp.where(is_end(tokens, stops), self._eos, tokens)
+    if limit is None:
+      return tokens
+    # Where max_total cut a text off, EOS shows where: PAD may be a token like others.
+    is_cut = (jnp.arange(decoding.length) == limit[:, None]) & ~jnp.any(
+        tokens[:, 0] == self._eos, axis=1, keepdims=True)
+    return jnp.where(is_cut[:, None], self._eos, tokens)
 
   def generate(self, params, requests: Sequence[Sequence[int]], decoding: Decoding, *,
                n: int | None = None, place: int = 0,
                tick: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
     """Token lists -> int32[requests, length], PAD after EOS, in the order of the requests.
 
-    A prompt of a decoder-only model must have at least one token. A sample depends on the seed, the
-    place of its request in `requests` and its number, not on other requests or the batch size.
+    A text that was cut off by max_total, not by its length, has EOS there. A prompt of a
+    decoder-only model must have at least one token. A sample depends on the seed, the place of its
+    request in `requests` and its number, not on other requests or the batch size.
     n: outputs per request: int32[requests, n, length], the n best hypotheses of beam search or n
     samples, of which the first is the one without n. place: that of the first request, where
     requests come in several calls.

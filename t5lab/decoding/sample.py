@@ -6,11 +6,13 @@ cache (it computes cross-attention keys from the encoder's output); later calls 
 """
 
 from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from t5lab.decoding.processors import Process, Read
 from t5lab.errors import UsageError
 
 Array = jax.Array
@@ -45,6 +47,14 @@ def keep_top_p(logits: Array, p: float) -> Array:
   return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
+def keep_min_p(logits: Array, p: float) -> Array:
+  """[..., V] with all set to -inf that are less than p times as probable as the best one.
+
+  [Nguyen et al. 2024]
+  """
+  return jnp.where(logits < jnp.max(logits, axis=-1, keepdims=True) + math.log(p), -jnp.inf, logits)
+
+
 def sample(
     step: Step,
     cache: Any,
@@ -56,12 +66,17 @@ def sample(
     temperature: float = 0.,
     top_k: int = 0,
     top_p: float = 1.,
+    min_p: float = 0.,
     prompt: Array | None = None,
+    limit: Array | None = None,
+    process: Process | None = None,
+    history: Array | None = None,
 ) -> tuple[Array, Array]:
   """(tokens int32[B, length], scores float32[B]); after `eos`, or one of several, a row holds PAD.
 
   Temperature 0 takes the most probable token. Otherwise tokens are drawn from softmax(logits /
-  temperature), restricted to the top_k (0: all) and then to the nucleus top_p (1: all).
+  temperature), restricted to the top_k (0: all), then to the nucleus top_p (1: all) and then to
+  those at least min_p times as probable as the best (0: all).
   keys: jax.random keys [B], needed for a temperature above 0. The draws of a row depend on its key,
   its logits and the number of tokens generated so far: not on other rows, nor on the prompt's
   padding.
@@ -69,13 +84,17 @@ def sample(
   distribution, without temperature and filters, so that scores are comparable.
   prompt: int[B, P], right-padded with -1, follows `start` and is not part of the output; each row
   continues its own prompt. The cache needs P + length positions. Each step reads one position.
+  limit: int[B], tokens that each row may generate, at most length; None: length.
+  process: changes the logits before a token is chosen. history: int[B, H], all that was read up to
+  and including `start`, which it sees before the prompt; None: `start` alone.
   Stops as soon as all rows have ended.
   """
-  _check(length, keys, temperature, top_k, top_p)
+  _check(length, keys, temperature, top_k, top_p, min_p)
   batch = start.shape[0]
   prompt = jnp.zeros((batch, 0), jnp.int32) if prompt is None else prompt.astype(jnp.int32)
   prompt_length = jnp.sum(prompt >= 0, axis=1)  # int[B]
-  limit = prompt.shape[1] + length
+  end = prompt_length + (length if limit is None else limit)
+  history = start[:, None] if history is None else history
 
   def choose(i, logits):
     if not temperature:
@@ -85,24 +104,31 @@ def sample(
       logits = keep_top_k(logits, top_k)
     if top_p < 1:
       logits = keep_top_p(logits, top_p)
+    if min_p:
+      logits = keep_min_p(logits, min_p)
     draw = lambda key, n, x: jax.random.categorical(jax.random.fold_in(key, n), x)
     return jax.vmap(draw)(keys, i - prompt_length, logits).astype(jnp.int32)
 
   def emit(i, logits, tokens, scores, ended):
     """Writes token i: that of the prompt, PAD after the end, or else one chosen from the logits."""
     logits = logits.astype(jnp.float32)
-    chosen = choose(i, logits)
+    processed = logits
+    if process:
+      read = Read(jnp.concatenate([history, tokens], axis=1), history.shape[1] + i,
+                  new=i - prompt_length, left=end - i)
+      processed = process(logits, read)
+    chosen = choose(i, processed)
     log_p = (jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
              - jax.nn.logsumexp(logits, axis=1))
     generates = (i >= prompt_length) & ~ended
     token = jnp.where(generates, chosen, tokens[:, i])
     scores += jnp.where(generates, log_p, 0.)
-    ended |= generates & (is_end(token, eos) | (i + 1 >= prompt_length + length))
+    ended |= generates & (is_end(token, eos) | (i + 1 >= end))
     return tokens.at[:, i].set(token), scores, ended
 
   def is_running(state):
     i, _, _, _, ended = state
-    return (i < limit) & ~jnp.all(ended)
+    return (i < prompt.shape[1] + length) & ~jnp.all(ended)
 
   def body(state):
     i, cache, tokens, *rest = state
@@ -118,12 +144,13 @@ def sample(
   return jnp.take_along_axis(tokens, output, axis=1), scores
 
 
-def _check(length, keys, temperature, k, p):
+def _check(length, keys, temperature, k, p, min_p):
   if length < 1:
     raise UsageError(f'the decoding length must be 1 or more, got {length}')
-  if temperature < 0 or k < 0 or not 0 < p <= 1:
-    raise UsageError('decoding needs temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1 (1 '
-                     f'is off), got temperature={temperature}, top_k={k}, top_p={p}')
+  if temperature < 0 or k < 0 or not 0 < p <= 1 or not 0 <= min_p <= 1:
+    raise UsageError('decoding needs temperature >= 0, top_k >= 0 (0 is off), 0 < top_p <= 1 (1 is '
+                     f'off) and 0 <= min_p <= 1, got temperature={temperature}, top_k={k}, '
+                     f'top_p={p}, min_p={min_p}')
   if temperature > 0 and keys is None:
     raise UsageError(f'temperature={temperature} needs keys, a jax.random.key for each row; 0 is '
                      'greedy')

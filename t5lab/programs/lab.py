@@ -54,33 +54,39 @@ class Lab:
   def decoding(self, **changes) -> Decoding:
     """The decoding settings of the config with changes.
 
-    Options: length, beams, alpha, temperature, top_k, top_p, seed, forced_first.
+    Options: the fields of decoding/options.py. A temperature turns beam search off, unless beams
+    are given too; see REPLACES there for others.
     """
-    e = self.config.eval
-    fields = {name: e[name] for name in options.defaults()}
-    fields['length'] = e.max_length or self.config.data.lengths.targets
-    if changes.get('temperature') and not changes.get('beams'):
-      fields['beams'] = 1                # the caller wants to sample: beam search would ignore it
-
-    # Unknown names, then values.
+    # Unknown names.
     known = [f.name for f in dataclasses.fields(Decoding)]
     for name in changes:
       if name not in known:
         raise UsageError(f'decoding has no option {name!r}.{did_you_mean(name, known)}')
-    fields.update({name: value for name, value in changes.items() if value is not None})
-    settings = Decoding(**fields)
+    changes = {name: value for name, value in changes.items() if value is not None}
+
+    e = self.config.eval
+    fields = {name: e[name] for name in options.defaults()}
+    fields['length'] = e.max_length or self.config.data.lengths.targets
+    for name, (other, off) in options.REPLACES.items():
+      if name in changes and (changes[name] or name != 'temperature'):
+        fields[other] = off
+
+    # Values.
+    settings = Decoding(**{**fields, **changes})
+    settings.check_ids(self.model.vocab_size)
     if self.model.kind == 'encoder':
       raise UsageError(f'{self.config.family} is encoder-only and generates no text; use embed, '
                        'fill_mask or classify')
-    if settings.beams > 1 and self.model.kind == 'decoder':
-      raise UsageError(f'beams={settings.beams}: beam search does not support decoder-only models; '
-                       'use beams=1')
-    if settings.forced_first >= 0 and self.model.kind == 'decoder':
-      raise UsageError(f'forced_first={settings.forced_first}: a decoder-only model continues its '
-                       'prompt; put the token at the end of the prompt')
-    if settings.forced_first >= self.model.vocab_size:
-      raise UsageError(f'forced_first must be less than the vocabulary size, '
-                       f'{self.model.vocab_size}, got {settings.forced_first}')
+    if self.model.kind == 'decoder':
+      if settings.beams > 1:
+        raise UsageError(f'beams={settings.beams}: beam search does not support decoder-only '
+                         'models; use beams=1')
+      for name in ('forced_first', 'start'):
+        if getattr(settings, name) >= 0:
+          raise UsageError(f'{name}={getattr(settings, name)}: a decoder-only model continues its '
+                           'prompt; put the token at the end of the prompt')
+    elif settings.max_total:
+      raise UsageError(f'max_total={settings.max_total} is for decoder-only models; give a length')
     return settings
 
   def tokens(self, text: str) -> list[int]:
@@ -110,8 +116,12 @@ class Lab:
     for i, request in enumerate(requests):
       _check_ids(request, self.model.vocab_size, f'request {i}')
     longest = max(map(len, requests), default=0)
+    if settings.max_total and longest >= settings.max_total:
+      raise UsageError(f'a prompt of {longest} tokens leaves nothing of max_total='
+                       f'{settings.max_total} to generate; shorten it, or give a length')
     if self.model.kind == 'decoder':       # prompt and output share the positions
-      self._check_length(longest + settings.length)
+      total = longest + settings.length
+      self._check_length(min(total, settings.max_total or total))
     else:
       self._check_length(max(longest, settings.length))
     self._engine = self._engine or make_engine(self.config)
@@ -162,13 +172,18 @@ class Lab:
   def chat(self, messages: Sequence[Mapping[str, str]], *, place: int = 0, **options) -> str:
     """[{'role': 'user', 'content': '…'}, …] -> the reply, with the model's own chat template.
 
-    The template writes everything that the model reads, including its start token. place: see
-    `generate`.
+    The template writes everything that the model reads, including its start token. The reply also
+    ends at the token that the template writes after a reply. place: see `generate`.
     """
     if self.model.kind != 'decoder':
       raise UsageError(f'chat needs a decoder-only model; {self.config.family} is not one')
     prompt = self.vocab.encode(self.vocab.chat(list(messages)))
-    return self.vocab.decode(self._run([prompt], self.decoding(**options), place=place)[0])
+    settings = self.decoding(**options)
+    stops = settings.stop_ids or (self.vocab.eos_id,)
+    if self.vocab.end_of_turn is not None:
+      stops = tuple(dict.fromkeys((*stops, self.vocab.end_of_turn)))
+    settings = dataclasses.replace(settings, stop_ids=stops)
+    return self.vocab.decode(self._run([prompt], settings, place=place)[0])
 
   # -- numbers out ------------------------------------------------------------------------------
 
@@ -395,10 +410,8 @@ def make_engine(c) -> Engine | None:
   start, step, prefill = decoding(model)
   eos = vocab.load(c.data.vocab).eos_id if c.data.vocab else model.eos_id
   if model.kind == 'decoder':
-    return Engine(start, step, prefill, eos=eos, stops=c.eval.stop_ids, start_id=None,
-                  batch_size=c.eval.batch_size)
-  return Engine(start, step, eos=eos, stops=c.eval.stop_ids, start_id=model.start_id,
-                batch_size=c.eval.batch_size,
+    return Engine(start, step, prefill, eos=eos, start_id=None, batch_size=c.eval.batch_size)
+  return Engine(start, step, eos=eos, start_id=model.start_id, batch_size=c.eval.batch_size,
                 max_width=model.max_length if model.positions == 'learned' else 0)
 
 

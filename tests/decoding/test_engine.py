@@ -137,7 +137,7 @@ def test_n_needs_beams_or_a_temperature(decoding, n):
 def test_any_of_several_ids_ends_a_text(beams):
   """Written as EOS, whichever it was; with beams all hypotheses may end in each of them at once."""
   start, step, _ = machine()
-  engine = Engine(start, step, eos=EOS, stops=(EOS, 9, 11), start_id=0, batch_size=2)
+  engine = Engine(start, step, eos=EOS, start_id=0, batch_size=2)
   requests = [[5, 9, 6], [11, 7], [8, 7]]
-  out = engine.generate({}, requests, Decoding(length=4, beams=beams))
+  out = engine.generate({}, requests, Decoding(length=4, beams=beams, stop_ids=(EOS, 9, 11)))
   assert out.tolist() == [[5, EOS, 0, 0], [EOS, 0, 0, 0], [8, 7, EOS, 0]]

@@ -34,7 +34,7 @@ def shared():
     return dataclasses.replace(programs[key], config=c)
 
   def engine(c):
-    key = _key(c, c.eval.batch_size, c.data.vocab, list(c.eval.stop_ids))
+    key = _key(c, c.eval.batch_size, c.data.vocab)
     if key not in engines:
       engines[key] = make_engine(c)
     return engines[key]

