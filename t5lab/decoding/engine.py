@@ -94,13 +94,12 @@ class Engine:
           top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p, prompt=prompt,
           limit=limit, process=process, history=history)
       tokens = tokens[:, None]
-    tokens = jnp.where(is_end(tokens, stops), self._eos, tokens)
-    if limit is None:
-      return tokens
-    # Where max_total cut a text off, EOS shows where: PAD may be a token like others.
-    is_cut = (jnp.arange(decoding.length) == limit[:, None]) & ~jnp.any(
-        tokens[:, 0] == self._eos, axis=1, keepdims=True)
-    return jnp.where(is_cut[:, None], self._eos, tokens)
+    ends = is_end(tokens, stops)
+    if limit is not None:
+      # Where max_total cut a text off, EOS shows where: PAD may be a token like others.
+      is_cut = ~jnp.any(ends, axis=-1, keepdims=True)
+      ends |= is_cut & (jnp.arange(decoding.length) == limit[:, None, None])
+    return jnp.where(ends, self._eos, tokens)
 
   def generate(self, params, requests: Sequence[Sequence[int]], decoding: Decoding, *,
                n: int | None = None, place: int = 0,

@@ -59,6 +59,9 @@ class Decoding:
     for name in ('max_total', 'min_length', 'min_new_tokens', 'no_repeat_ngram_size'):
       if getattr(self, name) < 0:
         raise UsageError(f'{name} must be 0 or more, got {getattr(self, name)}')
+    for name in ('forced_first', 'forced_last'):
+      if getattr(self, name) in self.suppress_tokens:
+        raise UsageError(f'{name}={getattr(self, name)} is among suppress_tokens')
     if not 0 <= self.min_p <= 1:
       raise UsageError(f'min_p must be between 0 (off) and 1, got {self.min_p}')
     if not 0 < self.repetition_penalty < math.inf:

@@ -164,10 +164,21 @@ class Lab:
       fill = lambda text: text
     requests = [self.tokens(fill(text)) for text in texts]
     outputs = self.generate_tokens(requests, n=n, place=place, tick=tick, **options)
-    decode = self.vocab.decode
+    settings = self.decoding(**options)
     if n is None:
-      return [decode(output) for output in outputs]
-    return [[decode(output) for output in group] for group in outputs]
+      return [self._text(output, settings) for output in outputs]
+    return [[self._text(output, settings) for output in group] for group in outputs]
+
+  def _text(self, output: np.ndarray, settings: Decoding) -> str:
+    """The text of one output of the engine."""
+    eos = self.vocab.eos_id
+    if not settings.stop_ids or eos in settings.stop_ids:
+      return self.vocab.decode(output)
+    # The vocabulary's end is a token like others: only one that padding follows is the engine's.
+    ends = np.flatnonzero(output == eos)
+    if len(ends) and not output[ends[-1] + 1:].any():
+      output = output[:ends[-1]]
+    return self.vocab.decoder(list(map(int, output)))
 
   def chat(self, messages: Sequence[Mapping[str, str]], *, place: int = 0, **options) -> str:
     """[{'role': 'user', 'content': '…'}, …] -> the reply, with the model's own chat template.
@@ -183,7 +194,7 @@ class Lab:
     if self.vocab.end_of_turn is not None:
       stops = tuple(dict.fromkeys((*stops, self.vocab.end_of_turn)))
     settings = dataclasses.replace(settings, stop_ids=stops)
-    return self.vocab.decode(self._run([prompt], settings, place=place)[0])
+    return self._text(self._run([prompt], settings, place=place)[0], settings)
 
   # -- numbers out ------------------------------------------------------------------------------
 

@@ -11,11 +11,14 @@ import functools
 import hashlib
 from pathlib import Path
 import re
+import shutil
 
 import flax.linen as nn
 import jax
 
 from t5lab import config, trees
+from t5lab.data import vocab
+from t5lab.decoding import options
 from t5lab.errors import CheckpointError, UsageError
 from t5lab.parallel import sharding
 from t5lab.programs import shapes
@@ -56,6 +59,56 @@ def stored_vocabulary(path, spec: str) -> str:
     if copy.is_file():
       return str(copy)
   return spec
+
+
+# Keys of the eval section that say how a run is evaluated; the others say what its model is for.
+OF_EVALUATION = ('mixture', 'split', 'every', 'examples', 'batch_size', 'samples', 'seed')
+
+
+def inherit(c, workdir) -> dict:
+  """Gives keys of c.eval that are at their defaults the values that init.path has.
+
+  Generation settings and stop ids need the vocabulary of init.path, names of classes as many
+  classes. A run whose init.path is gone keeps what it has saved in workdir.
+  Returns {key: value} of the keys that were set.
+  """
+  if not c.init.path:
+    return {}
+  path = c.init.path if (Path(c.init.path) / 'config.json').is_file() else workdir
+  if not (Path(path) / 'config.json').is_file():
+    return {}                              # load_base says what is wrong
+  source, default, changed = read_config(path), config.base('tiny').eval, {}
+  if not (source.data.vocab and c.data.vocab) or (
+      vocab.load(source.data.vocab).sha256 != vocab.load(c.data.vocab).sha256):
+    return {}
+
+  # What is set here, and what that replaces, is not taken from there.
+  key_of = {'length': 'max_length'}
+  is_set = lambda option: c.eval[key := key_of.get(option, option)] != default[key]
+  kept = {other for option, (other, _) in options.REPLACES.items() if is_set(option)}
+  kept |= {*OF_EVALUATION, *filter(is_set, default)}
+  if source.model.classes != c.model.classes:
+    kept |= {'labels', 'problem_type'}
+  if source.eval.max_length == config.usual_output_length(source):
+    kept.add('max_length')
+  for key, value in source.eval.items():
+    if key not in kept and value != c.eval[key]:
+      c.eval[key] = changed[key] = value
+  return changed
+
+
+def copy_vocabulary(c, workdir) -> None:
+  """Writes the vocabulary of a run into its folder, with the files that came with it to init.path.
+  """
+  folder = Path(workdir) / VOCABULARY
+  vocab.export(c.data.vocab, folder)
+  came_with = Path(c.init.path) / VOCABULARY
+  if not c.init.path or not came_with.is_dir() or (
+      read_config(c.init.path).data.vocab != c.data.vocab):
+    return
+  for path in came_with.iterdir():
+    if path.is_file() and not (folder / path.name).exists():
+      shutil.copyfile(path, folder / path.name)
 
 
 # --- checkpoints -------------------------------------------------------------------------------

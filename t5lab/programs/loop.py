@@ -15,7 +15,6 @@ import time
 import jax
 
 from t5lab import config
-from t5lab.data import vocab
 from t5lab.errors import DataError, NumericalError, Preempted, UsageError
 from t5lab.parallel import multihost, sharding
 from t5lab.programs import build, loading, scoring, streams
@@ -58,6 +57,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   # Refuse a workdir of another experiment, then write this config, the same in all processes.
   checkpoints = loading.open_checkpoints(c, workdir, log=log)
   streams.settle_vocabulary(c)
+  inherited = loading.inherit(c, workdir)
   _check_same_everywhere('config', config.digest(c), UsageError)
   multihost.broadcast(lambda: _prepare_workdir(c, workdir, resume, checkpoints))
 
@@ -70,7 +70,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
   rows = sharding.local_rows(program.mesh, c.data.batch_size)
   stream = streams.open_stream(c, rows)
   _check_same_everywhere('data', stream.batches.fingerprint, DataError)
-  multihost.broadcast(lambda: vocab.export(c.data.vocab, workdir / loading.VOCABULARY))
+  multihost.broadcast(lambda: loading.copy_vocabulary(c, workdir))
 
   # -- State --------------------------------------------------------------------------------------
   # The newest checkpoint that verifies, or else the weights of init.path or of the seed.
@@ -82,6 +82,9 @@ def _train(c, workdir, stop, resume, allow_data_change):
   else:
     run.begin()
     origin = _origin(c, run)
+  if inherited:
+    settings = ', '.join(f'eval.{key}={value}' for key, value in inherited.items())
+    origin += f'; settings of {c.init.path}: {settings}'
   for line in (_model_line(c, program, run), origin, *stream.batches.summary()):
     log(line)
 

@@ -234,6 +234,8 @@ def test_bad_settings_are_named():
   go = functools.partial(beam_search, markov_step(WORKED), {}, jnp.zeros(1, jnp.int32), eos=EOS)
   with pytest.raises(UsageError, match='beams=0, length=3'):
     go(beams=0, length=3)
+  with pytest.raises(UsageError, match="early_stopping must be one of exact, .*, got 'soon'"):
+    go(beams=2, length=3, early_stopping='soon')
   with pytest.raises(UsageError, match="no row matches 'k'"):
     beam_search(lambda t, c, i: (jnp.zeros((1, V)), c), {'k': jnp.zeros(1)},
                 jnp.zeros(1, jnp.int32), beams=2, length=2, eos=EOS, cache_axes=[('self', 0)])

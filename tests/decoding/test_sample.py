@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5lab.decoding.sample import keep_top_k, keep_top_p, sample
+from t5lab.decoding.sample import keep_min_p, keep_top_k, keep_top_p, sample
 from t5lab.errors import UsageError
 
 EOS = 1
@@ -172,6 +172,12 @@ def test_draws_depend_on_the_key_of_the_row_alone():
   # nor on its prompt, nor on how far the prompts are padded
   prompt = jnp.array([[-1, -1, -1], [3, -1, -1], [3, 4, 5], [5, 5, -1], [2, 2, 2]])
   assert go(keys, prompt) == five
+
+
+def test_min_p():
+  logits = jnp.log(jnp.array([[.5, .3, .2]]))
+  for p, kept in ((.3, 3), (.5, 2), (.7, 1), (1., 1)):
+    assert jnp.sum(keep_min_p(logits, p) > -jnp.inf) == kept
 
 
 def test_bad_settings_are_named():

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import string
+import types
 
 import jax
 import numpy as np
@@ -370,6 +371,54 @@ def test_the_first_token_can_be_forced(lab):
     np.testing.assert_array_equal(as_config.generate_tokens(inputs, length=6), forced)
 
 
+def test_an_option_turns_off_what_says_the_same_in_another_way(lab):
+  bart = lab('bart', eval__beams=4, eval__length_penalty=2., eval__min_length=5).decoding
+  gpt2 = lab('gpt2', eval__max_total=20).decoding
+  pick = lambda settings, *names: tuple(getattr(settings, name) for name in names)
+  assert pick(bart(), 'beams', 'alpha', 'length_penalty', 'min_length') == (4, 0.6, 2., 5)
+  assert pick(bart(alpha=1.), 'alpha', 'length_penalty') == (1., 0.)
+  assert pick(bart(length_penalty=0.), 'alpha', 'length_penalty') == (0., 0.)
+  assert pick(bart(min_new_tokens=2), 'min_length', 'min_new_tokens') == (0, 2)
+  assert pick(bart(temperature=0.5), 'beams', 'temperature') == (1, 0.5)
+  assert pick(bart(temperature=0.), 'beams') == (4,)
+  assert pick(bart(temperature=0.5, beams=3), 'beams') == (3,)
+  assert pick(gpt2(), 'max_total') == (20,) and pick(gpt2(length=5), 'max_total') == (0,)
+  assert pick(gpt2(length=5, max_total=9), 'max_total') == (9,)
+
+
+def stub(l, reply, **fields):
+  """The Lab with an engine that gives this reply, which keeps what it is asked in `asked`."""
+  asked = []
+
+  def generate(params, requests, settings, **options):
+    asked.append(settings)
+    return np.array([reply])
+  other = Lab(l.config, l.params, engine=types.SimpleNamespace(generate=generate))
+  other.__dict__['vocab'] = dataclasses.replace(l.vocab, **fields)
+  return other, asked
+
+
+def test_a_chat_also_ends_where_the_template_ends_a_turn(lab):
+  template = '{% for m in messages %}{{ m.content }}<s>{% endfor %}'
+  l, asked = stub(lab('llama'), [5, 6, 2, 0, 0], chat_template=template)
+  assert l.chat(USER) == l.vocab.decode([5, 6]) != ''
+  l.chat(USER, stop_ids=(9,))
+  assert [settings.stop_ids for settings in asked] == [(2, 1), (9, 1)]
+  l, asked = stub(lab('llama'), [5, 6, 2, 0, 0])
+  l.chat(USER)
+  assert asked[0].stop_ids == (2,)
+
+
+def test_the_end_of_a_vocabulary_may_end_no_text(lab):
+  """By the model's settings 9 ends a text: the tokenizer's end inside it is one token more."""
+  for reply, text in (([5, 2, 6, 2, 0], [5, 6]), ([5, 2, 6, 7, 8], [5, 6, 7, 8]),
+                      ([5, 6, 0, 0, 0], [5, 6, 0, 0, 0])):
+    l, _ = stub(lab('gpt2'), reply)
+    assert l.generate(['a'], stop_ids=(9,)) == [l.vocab.decoder(text)]
+  l, _ = stub(lab('gpt2'), [5, 2, 6, 2, 0])
+  assert l.generate(['a'], stop_ids=(9, 2)) == l.generate(['a']) == [l.vocab.decoder([5])]
+
+
 def test_n_samples_of_a_text(lab):
   l = lab('t5')
   options = dict(temperature=1., length=6)
@@ -409,6 +458,10 @@ USER = [{'role': 'user', 'content': 'hi'}]
     ('gpt2', lambda l: l.generate(['a'], beams=2), 'beam search does not support decoder-only'),
     ('gpt2', lambda l: l.generate(['a'], forced_first=5), 'put the token at the end'),
     ('bart', lambda l: l.generate(['a'], forced_first=48), 'less than the vocabulary size, 48'),
+    ('bart', lambda l: l.generate(['a'], max_total=9), 'max_total=9 is for decoder-only models'),
+    ('gpt2', lambda l: l.generate(['a'], start=5), 'put the token at the end of the prompt'),
+    ('gpt2', lambda l: l.generate(['abc'], length=9, max_total=3), 'a prompt of 3 tokens leaves'),
+    ('t5', lambda l: l.generate(['a'], suppress_tokens=(384,)), 'suppress_tokens must be less'),
     ('gpt2', lambda l: l.generate(['a' * 60], length=5), '65 tokens: .* learned positions'),
     ('gpt2', lambda l: l.score(['a' * 32], ['b' * 34]), '65 tokens: .* learned positions'),
     ('bart', lambda l: l.score(['a'], ['b' * 63]), '65 tokens: .* learned positions'),

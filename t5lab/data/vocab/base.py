@@ -4,6 +4,7 @@ The kinds are in tables.py, hf_tokenizers.py and gguf.py; vocab.load opens them 
 """
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -36,6 +37,7 @@ class Vocab:
   target_encoder: Callable[[str], list[int]] | None = None   # if targets have other ids
   chat_template: str | None = None
   names: dict[str, str] = dataclasses.field(default_factory=dict)   # 'eos' -> '</s>', for the chat
+  special: dict[str, int] = dataclasses.field(default_factory=dict)   # special and added tokens
 
   def __repr__(self):
     return f'Vocab({self.spec!r}, size={self.size}, sha256={self.sha256[:12]})'
@@ -97,6 +99,14 @@ class Vocab:
     if not self.chat_template:
       raise DataError(f'vocabulary {self.spec!r} has no chat template: give the model plain text')
     return chat.render(self.chat_template, messages, self.names, add_generation_prompt, self.spec)
+
+  @functools.cached_property
+  def end_of_turn(self) -> int | None:
+    """The special token that the chat template writes after a reply; None if it writes none.
+
+    It may be in no file that names the ids which end a text, e.g. <|im_end|>.
+    """
+    return chat.end_of_turn(lambda messages: self.chat(messages, False), self.special)
 
 
 def special_fields(ids: dict[str, int]) -> dict[str, Any]:

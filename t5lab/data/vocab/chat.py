@@ -3,6 +3,7 @@
 The template is untrusted text: it runs in jinja2's immutable sandbox, with Hugging Face's settings
 and names (transformers' chat templates). There is no clock, so it renders the same every day.
 """
+from collections.abc import Callable, Mapping
 import json
 
 import jinja2
@@ -63,3 +64,21 @@ def render(template: str, messages: list[dict[str, str]], tokens: dict[str, str]
     reason = ' '.join(str(e).split())[:300] or type(e).__name__
     raise DataError(f'the chat template of {what} failed: {reason}') from e
   return ''.join(pieces)
+
+
+REPLY = 'qxreplyxq'        # no template changes it
+
+
+def end_of_turn(render: Callable[[list], str], special: Mapping[str, int]) -> int | None:
+  """The id of the special token that follows a reply in a rendered conversation, or None.
+
+  Only white space may be between them. render: messages -> text, or DataError.
+  """
+  try:
+    text = render([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': REPLY}])
+  except DataError:            # no template, or one of another kind of conversation
+    return None
+  _, found, rest = text.rpartition(REPLY)
+  rest = rest.lstrip()
+  ends = [token for token in special if token and rest.startswith(token)]
+  return special[max(ends, key=len)] if found and ends else None

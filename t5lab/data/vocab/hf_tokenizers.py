@@ -75,6 +75,8 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
     ids['eos'] = suffix[0]
   elif prefix:
     ids['bos'] = prefix[0]
+  if 'eos' not in ids:            # e.g. GPT-2's files that name the padding alone
+    ids.update([('eos', known[text]) for text in CONVENTIONAL['eos'] if text in known][:1])
   if 'eos' not in ids:
     raise DataError(f'{spec} does not say which token ends a text: give eos_token in a '
                     'tokenizer_config.json beside it')
@@ -82,7 +84,8 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
 
   # Special ids are not printed, except for sentinels and a model's own unknown token.
   sentinels = numbered_sentinels(known)
-  special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+  added = tokenizer.get_added_tokens_decoder()
+  special = {i for i, token in added.items() if token.special}
   silent = (special | set(ids.values())) - set(sentinels)
   unknown = None                  # byte-level models use the role for some other special token
   model = tokenizer.model
@@ -109,7 +112,8 @@ def _vocab(spec, tokenizer, data, config) -> Vocab:
       prefix=tuple(prefix) if suffix else (),
       starts_with_bos=not suffix and (bool(prefix) or add_bos),
       chat_template=config.chat_template,
-      names={**names, **{role: texts[i] for role, i in ids.items()}}, **special_fields(ids))
+      names={**names, **{role: texts[i] for role, i in ids.items()}},
+      special={texts[i]: i for i in {*added, *ids.values()} if i in texts}, **special_fields(ids))
 
 
 def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:

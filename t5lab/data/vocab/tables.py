@@ -132,7 +132,13 @@ def sentencepiece_model(spec: str, model: bytes,
       spec, hashlib.sha256(model).hexdigest(), len(table), encoder=encode, decoder=decode,
       piece=piece, **special_fields(ids), sentinels=sentinels, chat_template=config.chat_template,
       starts_with_bos=not t5 and 'bos' in ids and config.settings.get('add_bos_token') is not False,
-      names={**{role: proto.pieces[i].piece for role, i in ids.items()}, **config.names})
+      names={**{role: proto.pieces[i].piece for role, i in ids.items()}, **config.names},
+      special={**controls, **_user_defined(proto)})
+
+
+def _user_defined(proto) -> dict[str, int]:
+  kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+  return {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == kind.USER_DEFINED}
 
 
 def _sentencepiece_table(spec, proto, sentinels):

@@ -133,12 +133,16 @@ class _Reader:
     return valid
 
   def _id(self, key) -> int | None:
-    """One id, or the first of a list; None for null or one that the model does not have."""
+    """One id; None for null or one that the model does not have.
+
+    Of a list the first that may be generated: all of them are forced, with equal probability.
+    """
     value = self.raw.get(key)
     if value is None:
       return None
     ids = self._list(key, value if isinstance(value, list) else [value])
-    return min(ids) if ids else None
+    suppressed = self.values.get('suppress_tokens', ())
+    return min(ids, key=lambda i: (i in suppressed, i), default=None)
 
   # -- groups of settings -------------------------------------------------------------------------
 
@@ -154,8 +158,8 @@ class _Reader:
     for key, (kind, least, option) in SAME.items():
       if (value := self._number(key, kind, least)) is not None:
         self.values[option] = value
-    if self.values.get('min_new_tokens'):
-      self.values.pop('min_length', None)                 # takes precedence there too
+    if 'min_new_tokens' in self.values:
+      self.values.pop('min_length', None)                 # the other takes precedence, even as 0
     if self.raw.get('top_p') is not None and not 0 < self.values['top_p'] <= 1:
       raise self._wrong('top_p', 'above 0 and at most 1')
     if self.raw.get('min_p') is not None and self.values['min_p'] > 1:

@@ -62,3 +62,22 @@ def test_a_template_that_fails_or_overreaches(template, message):
 def test_malformed_messages(messages):
   with pytest.raises(DataError, match='a chat must be a list of .*; got '):
     render('x', messages)
+
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+          "{% endfor %}")
+LLAMA_2 = ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+           "{% else %}{{ m.content + ' ' + eos_token }}{% endif %}{% endfor %}")
+SPECIAL = {'<|im_start|>': 4, '<|im_end|>': 5, '</s>': 2, '<end>': 6, '<end>x': 7, '': 8}
+
+
+@pytest.mark.parametrize('template, expected', [
+    (CHATML, 5), (LLAMA_2, 2), (CHATML.replace('<|im_end|>', '\n <|im_end|></s>'), 5),
+    (CHATML.replace('<|im_end|>', '<end>x'), 7), (CHATML.replace('<|im_end|>', '<other>'), None),
+    (CHATML.replace('<|im_end|>', ' bye<|im_end|>'), None),
+    ('{{ messages[0].content }}', None), ("{{ raise_exception('no replies') }}", None),
+    ('{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}', None)],
+    ids=['ChatML', 'LLaMA 2', 'spaces', 'longest', 'not special', 'text', 'no reply', 'fails',
+         'another text'])
+def test_the_token_that_ends_a_turn(template, expected):
+  assert chat.end_of_turn(lambda messages: render(template, messages, False), SPECIAL) == expected

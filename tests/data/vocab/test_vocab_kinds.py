@@ -213,6 +213,14 @@ def test_t5s_tokenizer_json_has_the_ids_of_its_sentencepiece_model(tmp_path):
   assert from_json.decode([2]) == ' \u2047 ' and from_json.decode([from_json.size]) == ' \u2047 '
 
 
+def test_a_gpt2_that_names_only_its_padding_ends_texts_as_its_class_does(tmp_path):
+  write(tmp_path, tokenizer__json=byte_level(special=('<|endoftext|>', '<pad>')),
+        tokenizer_config__json='{"pad_token": "<pad>"}')
+  v = vocab.load(str(tmp_path / 'tokenizer.json'))
+  assert v.pieces([v.eos_id, v.pad_id]) == ['<|endoftext|>', '<pad>']
+  assert v.special == {'<|endoftext|>': v.eos_id, '<pad>': v.pad_id} and v.end_of_turn is None
+
+
 def test_broken_tokenizer_files(tmp_path):
   path = tmp_path / 'tokenizer.json'
   for text in ('', '{', '{}', '[1]', '{"model": {"type": "BPE", "vocab": 3}}', '\x00'):

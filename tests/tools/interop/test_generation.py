@@ -70,8 +70,12 @@ def ours(folder, params, **changes):
   source = convert.read_hf(folder)
   source.config.data.start = False
   lab = Lab(source.config, params)
-  out = lab.generate_tokens(INPUTS, **changes).tolist()
-  eos = source.config.model.eos_id
+  out, eos = lab.generate_tokens(INPUTS, **changes).tolist(), source.config.model.eos_id
+  stops = lab.decoding(**changes).stop_ids
+  if stops and eos not in stops:         # then only the last one is an end
+    out = [row[:len(row) - row[::-1].index(eos) - 1] if eos in row and not any(
+        row[len(row) - row[::-1].index(eos):]) else row for row in out]
+    return out, source
   return [row[:row.index(eos)] if eos in row else row for row in out], source
 
 
@@ -82,6 +86,7 @@ CASES = {
     'bad_words_and_ends': {'bad_words_ids': [[9], [20], [7, 9]], 'eos_token_id': ENDS},
     'min_length': {'min_length': 9, 'eos_token_id': ENDS},
     'min_new_tokens': {'min_new_tokens': 4, 'min_length': 11, 'eos_token_id': ENDS},
+    'min_new_tokens_0': {'min_new_tokens': 0, 'min_length': 11, 'eos_token_id': ENDS},
     'ngram_1': {'no_repeat_ngram_size': 1}, 'ngram_2': {'no_repeat_ngram_size': 2},
     'ngram_20': {'no_repeat_ngram_size': 20},
     'penalty': {'repetition_penalty': 1.7}, 'bonus': {'repetition_penalty': 0.6},
