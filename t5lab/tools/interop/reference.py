@@ -85,6 +85,26 @@ class Reference:
       ctypes.CDLL(None).malloc_trim(0)
 
 
+def open_tokenizer(folder) -> tuple:
+  """Returns (the tokenizer that a directory declares, its name); UsageError if it does not open.
+
+  Only files of the directory are read, and none of them is run.
+  """
+  _, transformers = _import_libraries()
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    try:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(
+          folder, local_files_only=True, trust_remote_code=False)
+    except BaseException as e:           # its Rust library panics with a BaseException
+      if not isinstance(e, Exception) and type(e).__name__ != 'PanicException':
+        raise
+      why = ' '.join(str(e).split())[:200]
+      raise UsageError(f'transformers {transformers.__version__} does not open the tokenizer of '
+                       f'this directory: {why}') from e
+  return tokenizer, f'transformers {transformers.__version__} {type(tokenizer).__name__}'
+
+
 # Keys of config.json that are not arguments of the config class, or that we decide.
 NOT_ARGUMENTS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
                  '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')

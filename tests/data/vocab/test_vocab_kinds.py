@@ -152,8 +152,8 @@ def test_a_tokenizer_that_only_starts_texts(tmp_path):
       single='<|begin_of_text|> $A',
       special_tokens=[('<|begin_of_text|>', t.token_to_id('<|begin_of_text|>'))])
   write(tmp_path, tokenizer__json=byte_level(starts, ('<|begin_of_text|>', '<|eot|>', '<|user|>')),
-        tokenizer_config__json={'eos_token': {'content': '<|eot|>'}},
-        special_tokens_map__json={'eos_token': '<|user|>', 'pad_token': '<|user|>'},
+        tokenizer_config__json={'eos_token': {'content': '<|user|>'}},
+        special_tokens_map__json={'eos_token': '<|eot|>', 'pad_token': '<|user|>'},
         chat_template__jinja='{{ bos_token }}{{ messages[0]["content"] }}{{ eos_token }}')
   v = vocab.load(str(tmp_path / 'tokenizer.json'))
   assert (v.bos_id, v.eos_id, v.pad_id) == (v.size - 3, v.size - 2, v.size - 1)
