@@ -343,7 +343,8 @@ OF_MODELS = {
     'mbart': 'MBartTokenizer', 'mbart50': 'MBart50Tokenizer', 'nllb': 'NllbTokenizer',
     'pegasus': 'PegasusTokenizer', 'xlm-roberta': 'XLMRobertaTokenizer', 'byt5': 'ByT5Tokenizer',
     'marian': 'MarianTokenizer', 'm2m_100': 'M2M100Tokenizer', 'canine': 'CanineTokenizer',
-    'umt5': PLAIN}
+    **dict.fromkeys(('umt5', 'mistral', 'mixtral', 'ministral', 'granite', 'olmo2', 'stablelm'),
+                    PLAIN)}
 _NO_CLASS = (PLAIN, 'PreTrainedTokenizerFast', 'PreTrainedTokenizer', 'PythonBackend')
 # Their repositories name a wrong class so often that transformers ignores it.
 _DISTRUSTED = ('qwen2', 'modernbert', 'modernbert-decoder', 'phi3', 'phimoe')

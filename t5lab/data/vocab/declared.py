@@ -123,7 +123,7 @@ def _of_class(spec, class_name, parts, contents, settings):
 
   # The control and user-defined pieces of a sentencepiece model are special tokens.
   extra = tokens.extra
-  if parts.pieces and not tokens.lists_extra:
+  if parts.pieces and not tokens.lists_extra:      # also in place of special_tokens_map.json
     special = (tokenizer_files.CONTROL, tokenizer_files.USER_DEFINED)
     extra = [AddedToken(p.piece, normalized=False, special=p.type == tokenizer_files.CONTROL)
              for p in parts.pieces.pieces if p.type in special]
@@ -140,6 +140,11 @@ def _of_class(spec, class_name, parts, contents, settings):
   # A list of further special tokens, even an empty one, stands in place of the class's own.
   tokens.names, tokens.extra = draft.names, tokens.extra if tokens.lists_extra else draft.extra
   tokenizer = draft.tokenizer
+  if class_name == classes.PLAIN and parts.pieces.normalizer_spec.add_dummy_prefix:
+    # What lies between added tokens begins like a text.
+    flags = lambda token: {key: getattr(token, key) for key in tokenizer_files.FLAGS}
+    tokens.added = {i: AddedToken(token.content, **{**flags(token), 'normalized': False})
+                    for i, token in tokens.added.items()}
   names = _add_tokens(tokenizer, tokens)
 
   frame = draft.frame
@@ -179,6 +184,7 @@ class _Tokens:
 
   def __init__(self, spec, settings, contents, own, defaults):
     self.spec, self.own = spec, own
+    self.split_special = settings.get('split_special_tokens') is True
     listed = settings.get('added_tokens_decoder')
     legacy = listed is None
     named = files.parse_json(contents.get(MAP, b'{}'), MAP, DataError) if legacy else {}
@@ -187,13 +193,8 @@ class _Tokens:
     if not legacy and not isinstance(listed, dict):
       raise DataError(f'{what}: added_tokens_decoder must be an object')
 
-    keys = ('extra_special_tokens', 'additional_special_tokens')
-    self.lists_extra = any(key in values for key in keys)
-    extra = values.get('extra_special_tokens') or values.get('additional_special_tokens') or []
-    extra = extra.values() if isinstance(extra, dict) else extra
-    self.extra = [tokenizer_files.added_token(token, what) for token in extra]
-
-    special = {token.content for token in self.extra}
+    self.lists_extra, self.extra, more = _extra(settings, named, what)
+    special = {token.content for token in self.extra} if self.lists_extra else set()
     self.added = {}
     for key, value in (listed or {}).items():
       self.added[_id(key, what)] = tokenizer_files.added_token(value, what, special=False)
@@ -221,10 +222,27 @@ class _Tokens:
         self.names[role] = by_text.get(_text_of(value)) or value
         tokenizer_files.added_token(_text_of(self.names[role]), what)
     # Further tokens with names of their own, e.g. image_token.
-    for key, value in values.items():
-      if key.endswith('_token') and key[:-len('_token')] not in classes.ROLES:
+    for key, value in [*values.items(), *more.items()]:
+      if key in more or (key.endswith('_token') and key[:-len('_token')] not in classes.ROLES):
         if isinstance(value, str) and value:
           self.names[key] = value
+
+
+def _extra(settings, named, what) -> tuple[bool, list[AddedToken], dict]:
+  """Further special tokens: (whether they stand in place of the class's own, they, those by name).
+
+  named: special_tokens_map.json, whose list is added to the class's own.
+  """
+  own = named.get('extra_special_tokens', settings.get('extra_special_tokens'))
+  more = own if isinstance(own, dict) else {}
+  listed = own if isinstance(own, list) else settings.get('additional_special_tokens')
+  replaces = not more and ('extra_special_tokens' in {**settings, **named}
+                           or 'additional_special_tokens' in settings)
+  if not listed:
+    listed = named.get('additional_special_tokens') or []
+  if not isinstance(listed, list):
+    raise DataError(f'{what}: additional_special_tokens must be a list')
+  return replaces, [tokenizer_files.added_token(token, what) for token in listed], more
 
 
 def _text_of(value):
@@ -259,6 +277,7 @@ def _add_tokens(tokenizer: Tokenizer, tokens: _Tokens) -> dict[str, str]:
     final.append(token)
   if final:
     tokenizer.add_tokens(final)
+  tokenizer.encode_special_tokens = tokens.split_special
 
   # An id can only be the next one: others would need rows that have no token.
   for i, token in tokens.added.items():

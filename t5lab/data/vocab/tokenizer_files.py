@@ -18,7 +18,11 @@ import tokenizers
 from t5lab import files
 from t5lab.errors import DataError
 
+# What Rust's trim_end removes; Python's rstrip removes more.
+_WHITESPACE = '\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000' + ''.join(
+    map(chr, range(0x2000, 0x200b)))
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4      # sentencepiece's types of pieces
+FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')      # of an added token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,7 @@ def from_lines(vocab_txt: bytes, what: str) -> Parts:
   """Reads BERT's vocab.txt: a token's id is its line."""
   # str.splitlines would also split at U+2028 and the like, which are tokens of some vocabularies.
   lines = _text(vocab_txt, what).removesuffix('\n').split('\n')
-  return Parts('WordPiece', {line.rstrip('\r'): i for i, line in enumerate(lines)})
+  return Parts('WordPiece', {line.rstrip(_WHITESPACE): i for i, line in enumerate(lines)})
 
 
 def _text(data: bytes, what: str) -> str:
@@ -134,8 +138,7 @@ def added_token(value, what: str, special: bool = True) -> tokenizers.AddedToken
   """A token of tokenizer_config.json and its kin: a text, or an object with `content`."""
   fields = {'special': special}
   if isinstance(value, dict):
-    keys = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
-    fields |= {key: value[key] for key in keys if key in value}
+    fields |= {key: value[key] for key in FLAGS if key in value}
     if not all(type(x) is bool for x in fields.values()):
       raise DataError(f'{what} has an added token whose flags are not true or false: '
                       f'{json.dumps(value)[:200]}')

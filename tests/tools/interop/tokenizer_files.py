@@ -202,3 +202,70 @@ DIRECTORIES = {
     'nllb': _nllb,
     'pegasus': lambda: {**_t5('pegasus', tokenizer_class='PegasusTokenizer')},
 }
+
+# Forms that people publish: {name: files}. The name begins with the model's family.
+VARIANTS = {
+    't5_only_extra_ids': lambda: {**DIRECTORIES['t5'](),
+                                  'tokenizer_config.json': {'extra_ids': 20}},
+    't5_listed_special': lambda: _t5(additional_special_tokens=[*sentinels(100), '<foo>']),
+    't5_other_special': lambda: _t5(additional_special_tokens=['<foo>']),
+    't5_null_special': lambda: _t5(additional_special_tokens=None),
+    't5_special_by_name': lambda: _t5(extra_special_tokens={'image_token': '<image>'}),
+    't5_image_token': lambda: _t5(image_token='<image>', mask_token='<mask>'),
+    't5_special_map': lambda: {
+        **_t5(), 'added_tokens.json': {'<n>': size(t5()) + 100},
+        'special_tokens_map.json': {'eos_token': {'content': '</s>'},
+                                    'additional_special_tokens': ['<n>']}},
+    't5_unsplit': lambda: _t5(split_special_tokens=True),
+    't5_stripped': lambda: _t5(
+        added_tokens_decoder={
+            **added(size(t5()), *reversed(sentinels(100)), lstrip=True, rstrip=True),
+            **added(size(t5()) + 100, 'new', special=False, single_word=True)},
+        additional_special_tokens=sentinels(100)),
+    't5_class_of_config': lambda: {'spiece.model': t5(), 'config.json': {
+        'model_type': 'longt5', 'tokenizer_class': 'T5TokenizerFast'}},
+    't5_bpe': lambda: _t5(model=t5(model_type='bpe')),
+    'llama_new_pad': lambda: _llama(pad_token='[PAD]'),
+    'llama_legacy_listed': lambda: _llama(legacy=True, added_tokens_decoder={
+        **added(0, '<unk>', '<s>', '</s>', normalized=True), **added(size(llama()), '<|x|>'),
+        **added(size(llama()) + 1, 'y z', special=False)}),
+    'llama_fast_no_bos': lambda: _llama(tokenizer_class='LlamaTokenizerFast', bos_token=None,
+                                        add_bos_token=False),
+    'llama_alone_chatml': lambda: {**DIRECTORIES['llama'](), 'added_tokens.json': {
+        text: size(llama()) + i for i, text in enumerate(CHATML)}},
+    'llama_alone_inside': lambda: {**DIRECTORIES['llama'](), 'tokenizer.model': llama(
+        user_defined_symbols=','.join(CHATML))},
+    'llama_alone_unigram': lambda: {**DIRECTORIES['llama'](),
+                                    'tokenizer.model': _train(byte_fallback=True)},
+    'llama_alone_no_prefix': lambda: {**DIRECTORIES['llama'](),
+                                      'tokenizer.model': llama(add_dummy_prefix=False)},
+    'llama_unigram': lambda: _llama(model=_train(byte_fallback=True)),
+    'llama_mistral': lambda: {**_llama(), 'config.json': {'model_type': 'mistral'}},
+    'gpt2_no_end': lambda: _bpe('gpt2', byte_level()),
+    'gpt2_other_end': lambda: _bpe('gpt2', byte_level((), ('<|endoftext|>', '<|eot|>')),
+                                   tokenizer_class='GPT2TokenizerFast', eos_token='<|eot|>'),
+    'gpt2_windows': lambda: _bpe('gpt2', (byte_level(*GPT2)[0],
+                                          byte_level(*GPT2)[1].replace('\n', '\r\n'))),
+    'gpt2_new_pad': lambda: _bpe('gpt2', byte_level(*GPT2), pad_token='<pad>',
+                                 extra_special_tokens=['<a>', '<b>']),
+    'roberta_prefix': lambda: _bpe(
+        'roberta', byte_level(*ROBERTA), add_prefix_space=True,
+        mask_token=token('<mask>', lstrip=True, __type='AddedToken')),
+    'qwen2_wrong_class': lambda: _bpe('qwen2', byte_level(), tokenizer_class='GPT2Tokenizer',
+                                      added_tokens_decoder=added(400, '<|endoftext|>', *CHATML)),
+    'bert_accents': lambda: _bert(strip_accents=False, tokenize_chinese_chars=False),
+    'bert_cased_stripped': lambda: _bert(do_lower_case=False, strip_accents=True),
+    'bert_map': lambda: _bert(more={'special_tokens_map.json': {
+        'cls_token': '[CLS]', 'additional_special_tokens': ['[E1]', '[E2]']}}.items()),
+    'bert_lower_added': lambda: _bert(added_tokens_decoder={
+        **added(0, *WORDS[:5]), **added(len(WORDS), 'ÉTÉ', special=False)}),
+    'bert_lines': lambda: {**_bert(), 'vocab.txt': '\r\n'.join(
+        [*WORDS, 'a', '', 'b ', '\u2028', '\u3000']) + '\n'},
+    'byt5_of_config': lambda: {'config.json': {
+        'model_type': 't5', 'tokenizer_class': 'ByT5Tokenizer'}},
+    'byt5_none': lambda: {'config.json': {'model_type': 't5'}, 'tokenizer_config.json': {
+        'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': 0}},
+    'pegasus_listed': lambda: _t5(
+        'pegasus', tokenizer_class='PegasusTokenizer', mask_token='<mask_2>',
+        additional_special_tokens=['<mask_1>', *(f'<unk_{i}>' for i in range(2, 103))]),
+}
