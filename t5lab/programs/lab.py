@@ -243,7 +243,7 @@ class Lab:
     text, from the first one that differs from the prompt's own.
     """
     if self.model.kind != 'decoder' or self.config.data.lengths.inputs:
-      return self.tokens(text), [*self.vocab.prefix, *self.vocab.encode_target(target)]
+      return self.tokens(text), [*self.vocab.target_prefix, *self.vocab.encode_target(target)]
     prompt, whole = self.vocab.encode(text), self.vocab.encode(text + target)
     if not target:
       return prompt, []

@@ -35,6 +35,7 @@ with _stderr_discarded():
 import numpy as np  # noqa: E402
 
 from t5lab.data import vocab  # noqa: E402
+from t5lab.errors import UsageError  # noqa: E402
 
 
 def by_columns(fn, columns, kinds) -> list:
@@ -98,7 +99,12 @@ class SeqioVocabulary(seqio.Vocabulary):
   def __init__(self, spec: str, feature: str = ''):
     self.vocab = v = vocab.load(spec)
     super().__init__(extra_ids=v.num_sentinels)
-    self._prefix = list(v.prefix) if feature else []
+    self._prefix = []
+    if feature:
+      self._prefix = list(v.target_prefix if feature == 'targets' else v.prefix)
+    if feature == 'inputs' and v.suffix:
+      raise UsageError(f'vocabulary {spec!r} puts {v.suffix} after the end of an input: t5lab does '
+                       'not train with it')
     self._encodes_targets = feature == 'targets' and v.target_encoder is not None
     self._key = (v.sha256, tuple(self._prefix), self._encodes_targets)
 

@@ -24,7 +24,7 @@ import pathlib
 import re
 
 from t5lab import files
-from t5lab.data.vocab import declared, gguf, hf_tokenizers, tables, tokenizer_config
+from t5lab.data.vocab import declared, gguf, hf_tokenizers, pieces, tables, tokenizer_config
 from t5lab.data.vocab.base import Vocab
 from t5lab.data.vocab.tables import NUM_SENTINELS, sentencepiece_model
 from t5lab.errors import DataError, UsageError, did_you_mean
@@ -79,7 +79,11 @@ def load(spec: str = DEFAULT) -> Vocab:
   config = tokenizer_config.config(dict(siblings), path.parent)
   if name.endswith('characters.json'):
     return tables.characters(spec, data)
-  built = declared.build(spec, name, data, dict(siblings), config.settings)
+  contents = dict(siblings)
+  class_name = declared.class_of(contents, config.settings)
+  if class_name in pieces.CLASSES and not name.endswith('tokenizer.json'):
+    return pieces.load(spec, class_name, {name: data, **contents}, config.settings)
+  built = declared.build(spec, name, data, contents, config.settings)
   if built is None:
     return sentencepiece_model(spec, data, config)
   return hf_tokenizers.vocabulary(spec, built, config)
@@ -110,7 +114,9 @@ def source_files(spec: str) -> list[pathlib.Path]:
     return [path]
   names = [*tokenizer_config.SIBLINGS, declared.ADDED]
   if spec.endswith('vocab.json'):
-    names.append(declared.MERGES)
+    names += [declared.MERGES, pieces.SOURCE, pieces.TARGET, pieces.TARGET_VOCAB]
+  elif spec.endswith(pieces.MODEL):
+    names.append('vocab.json')
   beside = [path.parent / name for name in names]
   if declared.is_model_config(path.parent / declared.MODEL):
     beside.append(path.parent / declared.MODEL)

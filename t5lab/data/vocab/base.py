@@ -33,6 +33,8 @@ class Vocab:
   sep_id: int | None = None
   sentinels: Sequence[int] = ()            # ids of <extra_id_0>, <extra_id_1>, …
   prefix: tuple[int, ...] = ()             # ids before an encoder's input and a decoder's target
+  suffix: tuple[int, ...] = ()             # ids after the end of an encoder's input
+  target_language: int | None = None       # id before a decoder's target, in place of the prefix
   starts_with_bos: bool = False            # texts start with bos_id and have no end of sequence
   target_encoder: Callable[[str], list[int]] | None = None   # if targets have other ids
   chat_template: str | None = None
@@ -73,11 +75,16 @@ class Vocab:
     return list(encoder(text)) if text else []
 
   def frame(self, *texts: str) -> list[int]:
-    """An encoder's input: the prefix, then each text followed by the end of sequence."""
+    """An encoder's input: the prefix, each text followed by the end of sequence, the suffix."""
     ids = list(self.prefix)
     for text in texts:
       ids += [*self.encode(text), self.eos_id]
-    return ids
+    return [*ids, *self.suffix]
+
+  @property
+  def target_prefix(self) -> tuple[int, ...]:
+    """The ids before a decoder's target."""
+    return self.prefix if self.target_language is None else (self.target_language,)
 
   def decode(self, ids) -> str:
     """The text up to the first end of sequence.

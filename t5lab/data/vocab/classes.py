@@ -326,6 +326,8 @@ CLASSES = {
     'XLMRobertaTokenizer': Class('Unigram', _FAIRSEQ, _xlm_roberta),
 }
 
+# Their texts are marked with a language.
+TRANSLATORS = ('MBart50Tokenizer', 'MBartTokenizer', 'NllbTokenizer')
 # Other names of the same classes.
 ALIASES = {'BartTokenizer': 'RobertaTokenizer', 'LEDTokenizer': 'RobertaTokenizer',
            'LongformerTokenizer': 'RobertaTokenizer', 'MT5Tokenizer': 'T5Tokenizer',

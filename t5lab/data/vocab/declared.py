@@ -24,10 +24,20 @@ STARTED_WITH_BOS = ('LlamaTokenizer', 'GemmaTokenizer')      # unless add_bos_to
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-  """A tokenizer, its special tokens by role, and the bytes that decide its ids."""
+  """A tokenizer, its special tokens by role, and the bytes that decide its ids.
+
+  target_language: the code of tgt_lang, for a class whose texts are marked with their language.
+  """
   tokenizer: Tokenizer
   names: dict[str, str]
   data: bytes
+  target_language: str = ''
+
+
+def class_of(contents: Mapping[str, bytes], settings: dict, byte_level: bool = False) -> str:
+  """The class that the files of a directory declare, see classes.name_of."""
+  model = files.parse_json(contents.get(MODEL, b'{}'), MODEL, DataError)
+  return classes.name_of(settings, model, byte_level)
 
 
 def build(spec: str, name: str, data: bytes, contents: Mapping[str, bytes], settings: dict
@@ -38,12 +48,11 @@ def build(spec: str, name: str, data: bytes, contents: Mapping[str, bytes], sett
   sentencepiece model in a directory that declares nothing.
   Errors: UsageError for a class that t5lab does not implement, DataError for files that disagree.
   """
-  model = files.parse_json(contents.get(MODEL, b'{}'), MODEL, DataError)
   is_json = name.endswith('tokenizer.json')
   tokenizer = _open(data, spec) if is_json else None
   byte_level = is_json and 'ByteLevel' in (type(tokenizer.pre_tokenizer).__name__,
                                            type(tokenizer.decoder).__name__)
-  class_name = classes.name_of(settings, model, byte_level)
+  class_name = class_of(contents, settings, byte_level)
 
   if is_json:
     if class_name not in classes.CLASSES:
@@ -53,7 +62,7 @@ def build(spec: str, name: str, data: bytes, contents: Mapping[str, bytes], sett
       return Built(tokenizer, names, data if unchanged else tokenizer.to_str().encode())
     parts = tokenizer_files.from_json(data, tokenizer, spec)
   elif name.endswith('.model'):
-    if class_name == classes.PLAIN and not (settings.get('tokenizer_class') or model):
+    if class_name == classes.PLAIN and not (settings.get('tokenizer_class') or MODEL in contents):
       return None
     parts = tokenizer_files.from_sentencepiece(data, _kind(class_name), spec)
     if class_name == classes.PLAIN and _is_t5(parts.pieces):
@@ -155,7 +164,10 @@ def _of_class(spec, class_name, parts, contents, settings):
       frame = ['bos', '$A']
   if frame:
     _set_frame(spec, tokenizer, [names.get(part, part) for part in frame])
-  return Built(tokenizer, names, tokenizer.to_str().encode())
+  target = settings.get('tgt_lang') if class_name in classes.TRANSLATORS else ''
+  if target and tokenizer.token_to_id(str(target)) is None:
+    raise DataError(f'{spec} has no {target!r}, its tgt_lang')
+  return Built(tokenizer, names, tokenizer.to_str().encode(), target or '')
 
 
 def _check_word_pieces(spec, parts, names):
@@ -185,28 +197,15 @@ class _Tokens:
   def __init__(self, spec, settings, contents, own, defaults):
     self.spec, self.own = spec, own
     self.split_special = settings.get('split_special_tokens') is True
-    listed = settings.get('added_tokens_decoder')
-    legacy = listed is None
+    legacy = settings.get('added_tokens_decoder') is None
     named = files.parse_json(contents.get(MAP, b'{}'), MAP, DataError) if legacy else {}
     values = {**settings, **named}          # the map has the last word where it is read
     what = f'tokenizer_config.json beside {spec}'
-    if not legacy and not isinstance(listed, dict):
-      raise DataError(f'{what}: added_tokens_decoder must be an object')
-
     self.lists_extra, self.extra, more = _extra(settings, named, what)
     special = {token.content for token in self.extra} if self.lists_extra else set()
-    self.added = {}
-    for key, value in (listed or {}).items():
-      self.added[_id(key, what)] = tokenizer_files.added_token(value, what, special=False)
-    if legacy:
-      plain = files.parse_json(contents.get(ADDED, b'{}'), ADDED, DataError)
-      texts = {role: _text_of(values.get(f'{role}_token')) for role in classes.ROLES}
-      special |= {text for text in texts.values() if text}
-      for text, i in plain.items():
-        is_special = text in special
-        self.added[_id(i, f'{ADDED} beside {spec}')] = tokenizer_files.added_token(
-            {'content': text, 'normalized': not is_special, 'special': is_special}, ADDED)
-      self.added |= own
+    special |= {text for role in classes.ROLES
+                if (text := _text_of(values.get(f'{role}_token')))}
+    self.added = listed_tokens(spec, settings, contents, special) | (own if legacy else {})
 
     # An added token of the same text also says how spaces around a special token are read.
     by_text = {token.content: token for token in self.added.values()}
@@ -226,6 +225,22 @@ class _Tokens:
       if key in more or (key.endswith('_token') and key[:-len('_token')] not in classes.ROLES):
         if isinstance(value, str) and value:
           self.names[key] = value
+
+
+def listed_tokens(spec, settings, contents, special=()) -> dict[int, AddedToken]:
+  """The added tokens of tokenizer_config.json, else of added_tokens.json, by id.
+
+  special: the texts of special tokens, which added_tokens.json does not mark.
+  """
+  what, listed = f'tokenizer_config.json beside {spec}', settings.get('added_tokens_decoder')
+  if listed is None:
+    plain = files.parse_json(contents.get(ADDED, b'{}'), ADDED, DataError)
+    what = f'{ADDED} beside {spec}'
+    listed = {str(i): {'content': text, 'special': text in special} for text, i in plain.items()}
+  if not isinstance(listed, dict):
+    raise DataError(f'{what}: added_tokens_decoder must be an object')
+  return {_id(key, what): tokenizer_files.added_token(value, what, special=False)
+          for key, value in listed.items()}
 
 
 def _extra(settings, named, what) -> tuple[bool, list[AddedToken], dict]:

@@ -70,11 +70,13 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
                    else UNKNOWN * len(list(run)) for valid, run in runs)
 
   framing = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
+  framing += built.target_language.encode()
   return Vocab(
       spec, hashlib.sha256(built.data + framing).hexdigest(), size=max(texts) + 1,
       encoder=lambda text: _encode(spec, tokenizer, text).ids, decoder=decode,
       piece=lambda i: texts.get(i, UNKNOWN), sentinels=tuple(sentinels),
-      prefix=tuple(prefix) if suffix else (),
+      prefix=tuple(prefix) if suffix else (), suffix=tuple(suffix[1:]),
+      target_language=known.get(built.target_language),
       starts_with_bos=not suffix and (bool(prefix) or add_bos),
       chat_template=config.chat_template,
       names={**names, **{role: texts[i] for role, i in ids.items()}},
@@ -105,7 +107,7 @@ def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
   if unknown := [i for i in (*prefix, *suffix) if i not in texts]:
     raise DataError(f'{spec} puts id {unknown[0]} around texts, which none of its {len(texts):,} '
                     'tokens has')
-  if len(suffix) > 1 or (len(prefix) > 1 and not suffix):
+  if len(suffix) > 2 or (len(prefix) > 1 and not suffix):
     raise DataError(f'{spec} puts {len(prefix)} tokens before a text and {len(suffix)} after it; '
-                    'supported: one after it, or one before it and none after it')
+                    'supported: one or two after it, or one before it and none after it')
   return prefix, suffix

@@ -25,7 +25,7 @@ SPACE = '\u2581'
 _UNKNOWN = UNKNOWN.encode()
 
 
-def _decoder(table: Sequence[bytes], strip_prefix: bytes = b''):
+def byte_decoder(table: Sequence[bytes], strip_prefix: bytes = b''):
   """Returns (ids -> text, id -> its own text) for a table of the bytes of each id."""
   def id_bytes(i):
     return table[i] if 0 <= i < len(table) else _UNKNOWN
@@ -43,7 +43,7 @@ def _append_sentinels(table: list[bytes], count: int) -> dict[str, int]:
   return {f'<extra_id_{n}>': size - 1 - n for n in range(count)}
 
 
-def _split_encoder(encode_text, special: dict[str, int], marks: str = '', add_prefix: str = ''):
+def split_encoder(encode_text, special: dict[str, int], marks: str = '', add_prefix: str = ''):
   """Returns text -> ids, split at special tokens (the longest that matches) and runs of `marks`."""
   patterns = [re.escape(text) for text in sorted(special, key=len, reverse=True) if text]
   if marks:
@@ -69,8 +69,8 @@ def byte(spec: str = 'byte', sentinels: int = NUM_SENTINELS) -> Vocab:
   count = b'' if sentinels == NUM_SENTINELS else f'{sentinels} sentinels'.encode()
   sha256 = hashlib.sha256(b''.join(table) + count).hexdigest()
   special = _append_sentinels(table, sentinels)
-  decode, piece = _decoder(table)
-  encode = _split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
+  decode, piece = byte_decoder(table)
+  encode = split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
   return Vocab(spec, sha256, len(table), EOS, encode, decode, piece, pad_id=PAD, unk_id=UNK,
                sentinels=tuple(special.values()))
 
@@ -86,8 +86,8 @@ def byt5(spec: str, sentinels: int) -> Vocab:
   table += [text.encode() for text in special]
   roles = {'<pad>': PAD, '</s>': EOS, '<unk>': UNK}
   around = re.compile(rf'\s*({"|".join(roles)})\s*')
-  decode, piece = _decoder(table)
-  encode_text = _split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
+  decode, piece = byte_decoder(table)
+  encode_text = split_encoder(lambda text: [3 + b for b in text.encode('utf-8')], special)
 
   def encode(text):
     ids = []
@@ -147,10 +147,10 @@ def sentencepiece_model(spec: str, model: bytes,
     return sp.encode(text)
 
   if t5:
-    encode = _split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '')
+    encode = split_encoder(encode_text, special, SPACE + '\0', ' ' if own_prefix else '')
   else:
-    encode = _split_encoder(encode_text, special | controls)
-  decode, piece = _decoder(table, strip_prefix)
+    encode = split_encoder(encode_text, special | controls)
+  decode, piece = byte_decoder(table, strip_prefix)
   ids = {'bos': sp.bos_id(), 'eos': sp.eos_id(), 'unk': sp.unk_id(), 'pad': sp.pad_id()}
   ids = {role: i for role, i in ids.items() if i >= 0}
   return Vocab(
@@ -223,7 +223,7 @@ def characters(spec: str, data: bytes) -> Vocab:
   for i, character in enumerate(settings['targets']):
     if i != unk:
       table[i] = b'' if i in special else character.encode('utf-8')
-  decode, piece = _decoder(table)
+  decode, piece = byte_decoder(table)
   return Vocab(
       spec, hashlib.sha256(data).hexdigest(), len(table), eos, encoder('inputs'), decode, piece,
       pad_id=pad, unk_id=unk, bos_id=bos, prefix=(bos,), target_encoder=encoder('targets'))

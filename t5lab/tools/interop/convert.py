@@ -50,8 +50,9 @@ from t5lab.training import adafactor
 # the weights and config.json of a Hugging Face directory.
 VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
                 'vocab.txt', 'vocab.json', 'characters.json')
+PAIRS = ('source.spm', 'target.spm', 'target_vocab.json')      # beside Marian's vocab.json
 COPIED = (*VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
-          'added_tokens.json', 'chat_template.jinja', 'merges.txt')
+          'added_tokens.json', 'chat_template.jinja', 'merges.txt', *PAIRS)
 
 
 @dataclasses.dataclass

@@ -177,10 +177,11 @@ def test_a_tokenizer_that_closes_texts(tmp_path):
   assert not v.starts_with_bos
   assert v.frame('a', 'b') == [first, *v.encode('a'), first + 1, *v.encode('b'), first + 1]
   twice = lambda t: processors.TemplateProcessing(
-      single='$A </s> <mask>', special_tokens=[('</s>', first + 1), ('<mask>', first + 3)])
+      single='$A </s> <mask> <mask>',
+      special_tokens=[('</s>', first + 1), ('<mask>', first + 3)])
   write(tmp_path, tokenizer__json=byte_level(twice, ('<s>', '</s>', '<pad>', '<mask>')))
   vocab.load.cache_clear()
-  with pytest.raises(DataError, match='puts 0 tokens before a text and 2 after it'):
+  with pytest.raises(DataError, match='puts 0 tokens before a text and 3 after it'):
     vocab.load(str(tmp_path / 'tokenizer.json'))
 
 

@@ -119,8 +119,34 @@ def test_framing(directory):
   assert load(directory('bart')).prefix == (0,)
   v = load(directory('gpt2_bos'))
   assert (v.starts_with_bos, v.prefix, v.bos_id) == (True, (), v.eos_id)
+
+
+def test_languages_around_a_text(directory):
   v = load(directory('mbart50'))
   assert v.piece(v.prefix[0]) == 'de_DE' and v.frame('a')[-1] == v.eos_id == 2
+  assert v.target_prefix == v.prefix                         # without tgt_lang
+  v = load(directory('mbart'))
+  assert v.prefix == () and v.pieces(v.frame('a')[-2:]) == ['</s>', 'de_DE']
+  assert v.pieces(v.target_prefix) == ['ro_RO']
+  v = load(directory('nllb_legacy'))
+  assert v.pieces(v.frame('a')[-2:]) == ['</s>', 'deu_Latn']
+  assert v.pieces(v.target_prefix) == ['fra_Latn']
+  v, other = load(directory('m2m_100_de')), load(directory('m2m_100'))
+  first = len(v.encode('a')) and v.size - 100
+  assert v.prefix == (first + 16,) and v.target_prefix == (first + 24,)
+  assert other.prefix == other.target_prefix == (first + 18,) and other.sha256 != v.sha256
+  assert v.decode([first + 24, *v.encode('Ein Text'), v.eos_id]) == 'Ein Text'
+
+
+def test_marian_has_a_side_for_each_language(directory):
+  v, separate = load(directory('marian')), load(directory('marian_separate'))
+  text = 'the same words'
+  assert v.encode('>>fr<<' + text) == [v.size - 2, *v.encode(text)]
+  assert v.decode(v.encode_target(text)) == text == separate.decode(separate.encode_target(text))
+  assert v.encode(text) == separate.encode(text) != separate.encode_target(text)
+  assert (v.eos_id, v.unk_id, v.pad_id, v.frame('')) == (0, 1, v.size - 1, [0])
+  again = vocab.load(vocab.export(v.spec, directory('marian').parent / 'copy'))
+  assert again.sha256 == v.sha256 and again.encode_target(text) == v.encode_target(text)
 
 
 @pytest.mark.parametrize('name', ['t5_listed', 'llama', 'gpt2_added', 'bert_added', 'umt5'])
@@ -153,6 +179,16 @@ def test_word_lists_of_other_tokenizers_are_refused_by_name(name, tmp_path):
     ('gpt2', {'merges.txt': 'zz yy\n'}, 'does not make a GPT2Tokenizer'),
     ('gpt2', {'vocab.json': {'a': 'b'}}, 'must hold an object of tokens and ids'),
     ('bert', {'vocab.txt': 'a\nb\n'}, r'has no \[UNK\], \[CLS\], \[SEP\] among its 2 lines'),
+    ('marian', {'source.spm': b'x'}, 'source.spm of .* is not a sentencepiece model'),
+    ('marian', {'vocab.json': {'a': 0}}, "has no '<unk>', its unk_token, in vocab.json"),
+    ('marian', {'vocab.json': {'a': []}}, 'must hold an object of tokens and ids'),
+    ('marian_separate', {'target_vocab.json': {'a': 0}}, "has no '<unk>' in target_vocab.json"),
+    ('m2m_100', {'tokenizer_config.json': {'tokenizer_class': 'M2M100Tokenizer',
+                                           'src_lang': 'xx'}}, 'src_lang must be one of af am'),
+    ('m2m_100', {'tokenizer_config.json': {'tokenizer_class': 'M2M100Tokenizer',
+                                           'language_codes': 'x'}}, 'must be m2m100 or wmt21'),
+    ('mbart', {'tokenizer_config.json': {'tokenizer_class': 'MBartTokenizer',
+                                         'tgt_lang': 'xx'}}, "has no 'xx', its tgt_lang"),
     ('mbart50', {'tokenizer_config.json': {'tokenizer_class': 'MBart50Tokenizer',
                                            'src_lang': 'xx'}}, "has no 'xx'"),
 ])

@@ -121,6 +121,34 @@ def _nllb(**config):
   return files
 
 
+def _marian(separate=False, **config):
+  """Each side has a sentencepiece model; vocab.json has the pieces of both, in another order."""
+  models = [_train(model_type='bpe', vocab_size=n) for n in (300, 400)]
+  pieces = [piece for model in models for piece in pieces_of(model)]
+  listed = ['</s>', '<unk>', *sorted({*pieces} - {'</s>', '<unk>', '<s>'}), '>>fr<<', '<pad>']
+  out = {'source.spm': models[0], 'target.spm': models[1], 'config.json': {'model_type': 'marian'},
+         'vocab.json': {piece: i for i, piece in enumerate(listed)},
+         'tokenizer_config.json': {'source_lang': 'en', 'target_lang': 'fr', **config}}
+  if separate:
+    out['tokenizer_config.json'] |= {'separate_vocabs': True}
+    reverse = ['</s>', '<unk>', *reversed(listed[2:-2]), '<pad>']
+    out['target_vocab.json'] = {piece: i for i, piece in enumerate(reverse)}
+  return out
+
+
+def pieces_of(model):
+  sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+  return [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+
+
+def _m2m100(**config):
+  model = _train(unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+  listed = ['<s>', '<pad>', '</s>', '<unk>', *sorted(pieces_of(model)[3:])]
+  return {'sentencepiece.bpe.model': model, 'config.json': {'model_type': 'm2m_100'},
+          'vocab.json': {piece: i for i, piece in enumerate(listed)},
+          'tokenizer_config.json': {'tokenizer_class': 'M2M100Tokenizer', **config}}
+
+
 GPT2 = ((), ('<|endoftext|>',))
 ROBERTA = (('<s>', '<pad>', '</s>', '<unk>'), ('<mask>',))
 CHATML = ('<|im_start|>', '<|im_end|>')
@@ -199,7 +227,14 @@ DIRECTORIES = {
     'distilbert': lambda: _bert('distilbert', tokenizer_class='DistilBertTokenizer'),
     'xlm_roberta': lambda: _fairseq('xlm-roberta', 'XLMRobertaTokenizer'),
     'mbart50': lambda: _fairseq('mbart', 'MBart50Tokenizer', src_lang='de_DE'),
+    'mbart': lambda: _fairseq('mbart', 'MBartTokenizer', src_lang='de_DE', tgt_lang='ro_RO'),
     'nllb': _nllb,
+    'nllb_legacy': lambda: _nllb(legacy_behaviour=True, tgt_lang='fra_Latn'),
+    'marian': _marian,
+    'marian_separate': lambda: _marian(True),
+    'm2m_100': _m2m100,
+    'm2m_100_de': lambda: _m2m100(src_lang='de', tgt_lang='fr'),
+    'm2m_100_wmt21': lambda: _m2m100(language_codes='wmt21', src_lang='ha'),
     'pegasus': lambda: {**_t5('pegasus', tokenizer_class='PegasusTokenizer')},
 }
 
