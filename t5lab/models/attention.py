@@ -22,15 +22,34 @@ def segment_mask(query_segments, key_segments):
   return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
-def window_mask(query_index, key_index, window: int, causal: bool):
+def window_mask(query_index, key_index, c: TransformerConfig, causal: bool):
   """int[T], int[S] -> bool[1, 1, T, S], true for the keys in a query's window.
 
-  Causal: the last `window` positions, the query's own included; otherwise `window` to each side.
-  [Beltagy et al. 2020, 2004.05150; the sizes are those of Mistral and Gemma]
+  Causal: the last W positions, the query's own included; otherwise W to each side, or W in all.
+  [Beltagy et al. 2020, 2004.05150; the sizes are those of Mistral, Gemma and T5Gemma]
   """
   distance = query_index[:, None] - key_index[None, :]
-  near = distance < window if causal else jnp.abs(distance) <= window
+  if causal:
+    near = distance < c.window
+  elif c.encoder_window == 'each_side':
+    near = jnp.abs(distance) <= c.window
+  else:
+    near = (distance < (c.window + 1) // 2) & (-distance <= c.window // 2)
   return near[None, None]
+
+
+def append_memory(x, kv, mask, memory, memory_mask):
+  """(keys and values, mask) of x[B, T, D] itself and of its memory, one after the other.
+
+  memory may have fewer rows than x: each serves consecutive rows (beams).
+  """
+  rows, length = x.shape[:2]
+  beams = rows // memory['k'].shape[0]
+  memory = jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), memory)
+  kv = jax.tree.map(lambda own, other: jnp.concatenate([own, other], axis=2), kv, memory)
+  whole = lambda mask: jnp.broadcast_to(mask, (rows, 1, length, mask.shape[-1]))
+  memory_mask = jnp.repeat(memory_mask, rows // memory_mask.shape[0], axis=0)
+  return kv, jnp.concatenate([whole(mask), whole(memory_mask)], axis=-1)
 
 
 def add_bias(scores, bias):

@@ -50,8 +50,10 @@ class TransformerConfig:
   scale_attn: bool = False            # scores times 1 / sqrt(H); T5 has it in the query's init
   attn_scalar: float = 0.             # Gemma 2: the scale is 1 / sqrt(attn_scalar); 0: of H
   attn_softcap: float = 0.            # Gemma 2: scores are cap * tanh(scores / cap); 0: no cap
-  window: int = 0                     # W; a query sees the last W positions, its own included, in
-                                      # an encoder W to each side; 0: all
+  merged_attention: bool = False      # T5Gemma 2: the decoder reads itself and the encoder at once
+  window: int = 0                     # W; a query sees the last W positions, its own included; 0:
+                                      # all
+  encoder_window: str = 'each_side'   # each_side: W to each side; total: W / 2 to each side
   window_pattern: tuple[bool, ...] = (True,)   # which layers have it, repeated over the stack
   enc_attention: str = 'full'         # full | local | transient_global (LongT5)
   local_radius: int = 127             # keys to each side of a query in local attention
@@ -124,6 +126,8 @@ class TransformerConfig:
                        f'model.enc_attention={self.enc_attention}; use 0')
     if self.sandwich_norm and self.post_norm:
       raise UsageError('model.sandwich_norm=True and model.post_norm=True exclude each other')
+    if self.merged_attention and self.kind != 'encoder_decoder':
+      raise UsageError('model.merged_attention=True needs an encoder and a decoder')
     if not self.shared_embedding and self.kind != 'encoder_decoder':
       raise UsageError('model.shared_embedding=False needs an encoder and a decoder')
     if self.experts and not 1 <= self.expert_top_k <= min(2, self.experts):
@@ -174,6 +178,7 @@ CHOICES = {
     # frequencies of tensor2tensor and fairseq (M2M100).
     'sinusoids': ('interleaved', 'concatenated', 'fairseq'),
     'rope_type': tuple(ROPE_SCALING),
+    'encoder_window': ('each_side', 'total'),
     'attn_bias': ('none', 'qkv', 'qkvo'),
     'enc_attention': ('full', 'local', 'transient_global'),
     'pool': ('mean', 'first', 'pooler'),
@@ -257,6 +262,11 @@ ROWS = {
     # Zhang et al. 2025 (2504.06225): two stacks of Gemma 2 with a table of embeddings each.
     't5gemma/2b_2b': ('gemma2/2b', dict(enc_layers=26, shared_embedding=False)),
     't5gemma/9b_9b': ('gemma2/9b', dict(enc_layers=42, shared_embedding=False)),
+    # Zhang et al. 2025 (2512.14856): two stacks of Gemma 3, without their image encoder.
+    't5gemma2/270m_270m': ('gemma3/270m', dict(enc_layers=18, merged_attention=True,
+                                               encoder_window='total')),
+    't5gemma2/1b_1b': ('gemma3/1b', dict(enc_layers=26, merged_attention=True,
+                                         encoder_window='total')),
     # Vaswani et al. 2017 (1706.03762, table 3), with the shared 37k pieces of English-German.
     'transformer_2017/base': ('', dict(**_POST, vocab_size=37000, embed_scale=True,
                                        positions='sinusoid', dropout=0.1)),

@@ -16,7 +16,13 @@ import numpy as np
 
 from t5lab.errors import UsageError
 from t5lab.models import long_attention
-from t5lab.models.attention import Attention, segment_mask, softcap, window_mask
+from t5lab.models.attention import (
+  Attention,
+  append_memory,
+  segment_mask,
+  softcap,
+  window_mask,
+)
 from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init, up_init
 from t5lab.models.moe import Moe
@@ -97,16 +103,20 @@ class Block(nn.Module):
       if c.per_layer_bias:
         bias = _relative_bias(RelativeBias(c, not self.causal, name='relpos'),
                               shared['relative'], _bias_copies(self.train))
+      if self.cross and c.merged_attention:
+        kv, mask = append_memory(
+            h, kv, mask, memory_of(attn), shared['cross_mask'])
       return attn(h, kv, mask, bias, angle)
+
+    def memory_of(attn):
+      if cache and 'cross' in cache:
+        return cache['cross']             # not returned: the scan would copy it for every token
+      new_cache['cross'] = attn.keys_values(shared['memory'])
+      return new_cache['cross']
 
     def attend_memory(h):
       attn = Attention(c, self.train, name='cross')
-      if cache and 'cross' in cache:
-        kv = cache['cross']               # not returned: the scan would copy it for every token
-      else:
-        kv = attn.keys_values(shared['memory'])
-        new_cache['cross'] = kv
-      return attn(h, kv, shared['cross_mask'])
+      return attn(h, memory_of(attn), shared['cross_mask'])
 
     def feed_forward(h):
       if self.moe:
@@ -115,7 +125,7 @@ class Block(nn.Module):
 
     x = constrain(x, 'batch', 'length', 'act_embed')
     x = residual('attn', x, attend)
-    if self.cross:
+    if self.cross and not c.merged_attention:
       x = residual('cross', x, attend_memory)
     x = residual('mlp', x, feed_forward)
     return x, (new_cache if cache is not None else None)
@@ -173,7 +183,7 @@ class Stack(nn.Module):
               'angle': rotation(positions, c) if c.positions == 'rope' else None}
     has_window = None
     if c.window:
-      near = window_mask(query_index, key_index, c.window, self.causal)
+      near = window_mask(query_index, key_index, c, self.causal)
       if all(c.window_pattern):
         shared['mask'] = mask & near
       else:

@@ -22,7 +22,7 @@ KINDS = {
     'm2m100': 'm2m100/418m', 'roberta': 'roberta/base', 'distilbert': 'distilbert/base',
     'mistral': 'mistral/7b', 'qwen2': 'qwen2/0_5b', 'qwen2_7b': 'qwen2/7b',
     'qwen3': 'qwen3/0_6b', 'qwen3_8b': 'qwen3/8b', 'gemma': 'gemma/2b', 'gemma2': 'gemma2/2b',
-    'gemma3': 'gemma3/1b'}
+    'gemma3': 'gemma3/1b', 't5gemma2': 't5gemma2/1b_1b'}
 
 
 def shrink(row: str) -> TransformerConfig:

@@ -85,6 +85,9 @@ COUNTS = {
     'switch/large': moe_size(T5_1_1['large'], 1024, 2816, 128, 24),
     'st_moe/large': moe_size(t5_size(32128, 1024, 2816, 1024, 16, 27, 27), 1024, 2816, 32, 12),
     't5gemma/2b_2b': t5gemma_size(256_000, 2304, 9216, 8, 4, 26),
+    # one table, and the layers of Gemma 3 twice
+    **{f't5gemma2/{name}_{name}': 2 * n - 262144 * D for name, n, D in (
+        ('270m', 268_098_176, 640), ('1b', 999_885_952, 1152))},
     't5gemma/9b_9b': t5gemma_size(256_000, 3584, 14336, 16, 8, 42),
     'transformer_2017/base': transformer_2017_size(37000, 512, 2048, 6),
     'transformer_2017/big': transformer_2017_size(37000, 1024, 4096, 6),

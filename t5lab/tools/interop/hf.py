@@ -9,14 +9,14 @@ import itertools
 
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.families import TransformerConfig
-from t5lab.tools.interop.formats import bart, bert, gpt2, llama, t5
+from t5lab.tools.interop.formats import bart, bert, gpt2, llama, t5, t5gemma
 from t5lab.tools.interop.formats.format import Format
 from t5lab.tools.interop.tensor_map import RenamedReader
 
 # model_type -> format
 FORMATS = {
     't5': t5.T5, 'mt5': t5.T5, 'umt5': t5.T5, 'longt5': t5.T5, 'switch_transformers': t5.T5,
-    't5gemma': llama.T5GEMMA,
+    't5gemma': t5gemma.T5GEMMA, 't5gemma2': t5gemma.T5GEMMA2,
     'bart': bart.BART, 'mbart': bart.MBART, 'marian': bart.MARIAN, 'pegasus': bart.PEGASUS,
     'm2m_100': bart.M2M100, 'blenderbot': bart.BLENDERBOT,
     'gpt2': gpt2.GPT2, 'llama': llama.LLAMA, 'mistral': llama.MISTRAL, 'qwen2': llama.QWEN2,
@@ -30,7 +30,7 @@ CANDIDATES = {
     ('encoder_decoder', 'relative'): (t5.T5,), ('encoder', 'relative'): (t5.T5,),
     ('encoder_decoder', 'learned'): (bart.BART, bart.MBART, bart.BLENDERBOT),
     ('encoder_decoder', 'sinusoid'): (bart.MARIAN, bart.PEGASUS, bart.M2M100),
-    ('encoder_decoder', 'rope'): (llama.T5GEMMA,),
+    ('encoder_decoder', 'rope'): (t5gemma.T5GEMMA,),
     ('decoder', 'learned'): (gpt2.GPT2,),
     ('decoder', 'rope'): (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, llama.GEMMA,
                           llama.GEMMA2, llama.GEMMA3),

@@ -127,10 +127,12 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
 
   # A bare BERT, unlike one with a head, does not prefix its tensors.
   prefix = '' if hasattr(model, cls.base_model_prefix) else f'{cls.base_model_prefix}.'
+  rename = hf.FORMATS[config['model_type']].reference_name
   state = {}
   with warnings.catch_warnings():       # about arrays of jax, which are read-only
     warnings.simplefilter('ignore', UserWarning)
     for tensor_name, x in tensors:
+      tensor_name = rename(tensor_name)
       state[tensor_name.removeprefix(prefix)] = torch.from_numpy(
           np.asarray(x, np.float32)).to(getattr(torch, dtype))
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

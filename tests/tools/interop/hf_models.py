@@ -73,6 +73,9 @@ for _name, _scaling in _SCALINGS.items():
       dict(_scaling, rope_theta=10000.), 4 if _name == 'dynamic' else 64)
 _SLIDING = dict(sliding_window=3, num_hidden_layers=3)
 _GEMMA = dict(_LLAMA, **_SLIDING, head_dim=16, query_pre_attn_scalar=10)
+_T5GEMMA2 = dict(_GEMMA, layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
+_VISION = dict(model_type='siglip_vision_model', hidden_size=16, intermediate_size=16,
+               num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 MODELS.update({
     'llama_bias': lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, attention_bias=True)),
     'mistral': lambda: hf.MistralForCausalLM(hf.MistralConfig(**{
@@ -91,6 +94,10 @@ MODELS.update({
             'sliding_attention': dict(rope_type='default', rope_theta=100.)})),
     't5gemma': lambda: hf.T5GemmaForConditionalGeneration(hf.T5GemmaConfig(
         encoder=dict(_GEMMA), decoder=dict(_GEMMA, num_hidden_layers=2))),
+    't5gemma2': lambda: hf.T5Gemma2ForConditionalGeneration(hf.T5Gemma2Config(
+        encoder=dict(text_config=dict(_T5GEMMA2), vision_config=_VISION, mm_tokens_per_image=1,
+                     eoi_token_index=46, boi_token_index=45, image_token_index=47),
+        decoder=dict(_T5GEMMA2), image_token_index=47)),
     't5_encoder': lambda: hf.T5EncoderModel(hf.T5Config(**_T5)),
     'umt5_encoder': lambda: hf.UMT5EncoderModel(hf.UMT5Config(**_GATED)),
 })

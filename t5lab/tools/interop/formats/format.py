@@ -30,7 +30,8 @@ class Format:
   other_fields(config, shapes) has it. act: the key of the activation. constants, other_keys(c): the
   rest of config.json. class_name(c, model_type): the class of transformers. canonical, aliases: see
   RenamedReader. ignore: regexes of tensors that may stay unread. check(c, reader): a UsageError for
-  tensors that the rows do not map and that would change the output.
+  tensors that the rows do not map and that would change the output. reference_name: from a
+  canonical name to that of transformers' class, where its files have others.
   """
   tensor_rows: Callable[[TransformerConfig], list[TensorRow]]
   family: str
@@ -44,6 +45,7 @@ class Format:
   aliases: Callable[[TransformerConfig], dict[str, str]] = lambda c: {}
   ignore: tuple[str, ...] = ()
   check: Callable[[TransformerConfig, TensorReader], None] = lambda c, reader: None
+  reference_name: Callable[[str], str] = lambda name: name
 
   def fields(self, config: Mapping, shapes: Mapping) -> dict:
     """Returns the fields of a TransformerConfig from config.json and tensor shapes."""

@@ -1,4 +1,4 @@
-"""Decoders with rotary positions: LLaMA, Mistral, Qwen 2 and 3, Gemma 1 to 3; and T5Gemma."""
+"""Decoders with rotary positions: LLaMA, Mistral, Qwen 2 and 3, Gemma 1 to 3."""
 
 from collections.abc import Callable, Mapping
 import itertools
@@ -31,11 +31,11 @@ def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
               'mlp_norm': 'pre_feedforward_layernorm',
               'mlp_output_norm': 'post_feedforward_layernorm'}
   for i in range(c.dec_layers):
-    rows += _layer_rows(c, 'decoder/layers/', f'model.layers.{i}.', norms, i)
+    rows += layer_rows(c, 'decoder/layers/', f'model.layers.{i}.', norms, i)
   return rows
 
 
-def _layer_rows(c, path, name, norms, i):
+def layer_rows(c, path, name, norms, i):
   biased = {'none': '', 'qkv': 'qkv', 'qkvo': 'qkvo'}[c.attn_bias]
   rows = module_rows(path, name, {**ATTENTION, **GATED_MLP, **norms}, i, bias=False)
   if c.qk_norm:
@@ -244,66 +244,3 @@ GEMMA3 = _format(
     'gemma3_text', 'gemma3/1b', 'Gemma3ForCausalLM', kv_heads=4, d_head=256, tied=True,
     act='hidden_activation', theta=1e6, local_theta=1e4,
     pattern=lambda config, layer: (layer + 1) % config.get('sliding_window_pattern', 6) != 0)
-
-
-# -- T5Gemma ------------------------------------------------------------------------------------
-
-
-def _t5gemma_rows(c):
-  rows = [TensorRow('embedding', 'model.encoder.embed_tokens.weight'),
-          TensorRow('target_embedding', 'model.decoder.embed_tokens.weight')]
-  if not c.tied:
-    rows.append(TensorRow('logits/kernel', 'lm_head.out_proj.weight', op=TRANSPOSE))
-  norms = {}
-  for ours, theirs in (('attn', 'self_attn'), ('mlp', 'feedforward')):
-    norms |= {f'{ours}_norm': f'pre_{theirs}_layernorm',
-              f'{ours}_output_norm': f'post_{theirs}_layernorm'}
-  cross = {f'cross/{p}': f'cross_attn.{p}_proj' for p in 'qkvo'} | {
-      'cross_norm': 'pre_cross_attn_layernorm', 'cross_output_norm': 'post_cross_attn_layernorm'}
-  for stack, layers in (('encoder', c.enc_layers), ('decoder', c.dec_layers)):
-    rows.append(TensorRow(f'{stack}/norm/scale', f'model.{stack}.norm.weight'))
-    for i in range(layers):
-      path, name = f'{stack}/layers/', f'model.{stack}.layers.{i}.'
-      rows += _layer_rows(c, path, name, norms, i)
-      if stack == 'decoder':
-        rows += module_rows(path, name, cross, i, bias=False)
-  return rows
-
-
-def _t5gemma_fields(config, shapes):
-  """Both stacks are configs of Gemma 2, which must have one width."""
-  require(config, is_encoder_decoder=True)
-  declared = {'tie_word_embeddings': config.get('tie_word_embeddings', True)}
-  stacks = {name: GEMMA2.fields({'final_logit_softcapping': None, **config[name], **declared}, {})
-            for name in ('encoder', 'decoder')}
-  encoder, decoder = stacks['encoder'], stacks['decoder']
-  free = ('dec_layers', 'logit_softcap', 'start_id', 'eos_id', 'max_length', 'init_std', 'dropout')
-  unlike = [name for name in decoder if name not in free and encoder[name] != decoder[name]]
-  if unlike:
-    field = unlike[0]
-    raise UsageError(f'config.json: the encoder has {field}={encoder[field]!r}, the decoder '
-                     f'{decoder[field]!r}; both stacks must be equal (an unbalanced T5Gemma is not '
-                     'supported)')
-  require(config['decoder'], attention_bias=False)
-  cap = config['decoder'].get('final_logit_softcapping', 30.)
-  return dict(decoder, enc_layers=encoder['dec_layers'], shared_embedding=False,
-              pad_id=integer(config['encoder'], 'pad_token_id', 0), logit_softcap=float(cap or 0.))
-
-
-def _t5gemma_keys(c):
-  stack = GEMMA2.config(c) | dict(cross_attention_hidden_size=None, pad_token_id=c.pad_id)
-  del stack['architectures'], stack['model_type']
-  types = {name: layer_types(c, layers) for name, layers in (('encoder', c.enc_layers),
-                                                             ('decoder', c.dec_layers))}
-  encoder = dict(stack, num_hidden_layers=c.enc_layers, layer_types=types['encoder'])
-  decoder = dict(stack, num_hidden_layers=c.dec_layers, layer_types=types['decoder'],
-                 is_decoder=True, cross_attention_hidden_size=c.d_model)
-  return dict(encoder=encoder, decoder=decoder, tie_word_embeddings=c.tied, vocab_size=c.vocab_size)
-
-
-T5GEMMA = Format(
-    _t5gemma_rows, 't5gemma/2b_2b', {}, _t5gemma_fields,
-    dict(model_type='t5gemma', is_encoder_decoder=True),
-    lambda c, kind: 'T5GemmaForConditionalGeneration', other_keys=_t5gemma_keys,
-    aliases=lambda c: (
-        {'lm_head.out_proj.weight': 'model.decoder.embed_tokens.weight'} if c.tied else {}))
