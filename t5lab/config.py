@@ -120,6 +120,15 @@ def base(family: str, **model) -> ConfigDict:
   e.labels = ()                      # names of a classifier's classes, in order
   e.problem_type = ''                # of a classifier, see PROBLEM_TYPES; '': a single label
   e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py
+
+  c.embed = v = ConfigDict()         # how Lab.embed reads texts, as sentence-transformers would
+  v.max_length = 0                   # tokens of a text with its special ones; 0: all of them
+  v.normalize = True                 # vectors of length 1
+  v.prompts = ()                     # (name, text) pairs: texts that may be put before an input
+  v.default_prompt = ''              # the name of the one before every input; '': none
+  v.pool_prompt = True               # False: the tokens of the prompt are not pooled
+  v.lowercase = False
+  v.modules = False                  # `convert --to hf` writes sentence-transformers' modules.json
   c.lock()
   return c
 
@@ -156,7 +165,8 @@ def from_model(model: families.TransformerConfig, vocab: str = '') -> ConfigDict
   Its family is the row of models/families.py that has these fields, or else 'converted'.
   """
   fields = dataclasses.asdict(model)
-  free = ('dropout', 'dtype', 'remat', 'init_std', 'max_length', 'pool')
+  free = ('dropout', 'dtype', 'remat', 'init_std', 'max_length', 'pool', 'dense', 'dense_acts',
+          'dense_bias')
 
   def is_row(name):
     row = families.row(name)
@@ -282,6 +292,19 @@ def check_classes(c: ConfigDict) -> None:
                      f'{c.model.classes}')
 
 
+def check_embed(c: ConfigDict) -> None:
+  """UsageError for a negative embed.max_length, malformed prompts or an unknown default one."""
+  e = c.embed
+  if e.max_length < 0:
+    raise UsageError(f'embed.max_length must be 0 (no limit) or more, got {e.max_length}')
+  for pair in e.prompts:
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(
+        isinstance(text, str) for text in pair):
+      raise UsageError(f'embed.prompts must be pairs of a name and a text, got {pair!r}')
+  if e.default_prompt and e.default_prompt not in dict(e.prompts):
+    raise UsageError(f'embed.default_prompt={e.default_prompt!r} is not a name in embed.prompts')
+
+
 def check(c: ConfigDict) -> None:
   """Checks what can be checked without data or devices. UsageError names the value and the limit.
   """
@@ -322,6 +345,7 @@ def check(c: ConfigDict) -> None:
 
   check_classes(c)
   options.Decoding(length=1, **{name: c.eval[name] for name in options.defaults()})
+  check_embed(c)
 
   # Initial weights and adapters.
   if c.init.optimizer not in ('fresh', 'restore'):

@@ -83,24 +83,31 @@ def read_bytes(path, limit: int, error=UsageError) -> bytes:
   return data
 
 
-def parse_json(data: bytes, name, error=UsageError) -> dict:
-  """A JSON object from the bytes of the file `name`. Errors: `error`, in one line."""
+def parse_json(data: bytes, name, error=UsageError, kind: type = dict):
+  """A JSON object (or list, by kind) from the bytes of the file `name`.
+
+  Errors: `error`, in one line.
+  """
   try:
     value = json.loads(data)
   except (ValueError, RecursionError) as e:
     raise error(f'{name} is not valid JSON: {" ".join(str(e).split())[:200]}') from None
-  if not isinstance(value, dict):
-    raise error(f'{name} must hold a JSON object, got {type(value).__name__}')
+  if not isinstance(value, kind):
+    expected = 'object' if kind is dict else kind.__name__
+    raise error(f'{name} must hold a JSON {expected}, got {type(value).__name__}')
   return value
 
 
-def read_json(path, limit: int = CONFIG_BYTES, error=UsageError) -> dict:
-  """The JSON object in a file of at most `limit` bytes. Errors: `error`, in one line."""
+def read_json(path, limit: int = CONFIG_BYTES, error=UsageError, kind: type = dict):
+  """The JSON object (or list, by kind) in a file of at most `limit` bytes.
+
+  Errors: `error`, in one line.
+  """
   try:
     data = read_bytes(path, limit, error)
   except OSError as e:
     raise error(f'cannot read {path}: {e.strerror}') from None
-  return parse_json(data, path, error)
+  return parse_json(data, path, error, kind)
 
 
 # --- progress ----------------------------------------------------------------------------------

@@ -74,7 +74,12 @@ class TransformerConfig:
   pooler_act: str = 'tanh'
   nsp: bool = False                   # BERT: next-sentence head on the pooler
   classes: int = 0                    # more than 0: classifies whole inputs
-  pool: str = 'mean'                  # vector of a whole input: mean | first | pooler
+  # Vector of a whole input: mean | max | mean_sqrt | weighted_mean | first | last | pooler, or
+  # several of them, concatenated: 'first+mean'.
+  pool: str = 'mean'
+  dense: tuple[int, ...] = ()         # widths of dense layers on that vector (sentence-T5, LaBSE)
+  dense_acts: tuple[str, ...] = ()    # the activation of each
+  dense_bias: tuple[bool, ...] = ()   # whether each has a bias
   # token ids that the weights were trained with
   pad_id: int = 0                     # padding in encoder tokens that come without segments
   start_id: int = 0                   # the decoder's input at position 0
@@ -87,14 +92,17 @@ class TransformerConfig:
   remat: str = 'none'                 # see CHOICES
 
   def __post_init__(self):
-    for field, known in CHOICES.items():
-      value = getattr(self, field)
+    choices = [(field, getattr(self, field)) for field in CHOICES if field != 'pool']
+    choices += [('pool', mode) for mode in str(self.pool).split('+')]
+    for field, value in choices:
+      known = CHOICES[field]
       if value not in known:
         raise UsageError(f'model.{field}={value!r} is unknown.{did_you_mean(str(value), known)}'
                          + ' float16 is not supported: T5 overflows in it.' * (field == 'dtype'))
-    for act in (*self.acts, self.pooler_act):
+    for act in (*self.acts, self.pooler_act, *self.dense_acts):
       if act not in ACTS:
-        raise UsageError(f'model.acts or pooler_act has {act!r}.{did_you_mean(act, ACTS)}')
+        raise UsageError(f'model.acts, pooler_act or dense_acts has {act!r}.'
+                         f'{did_you_mean(act, ACTS)}')
     if self.dec_layers < 0 or self.enc_layers < 0 or not self.dec_layers + self.enc_layers:
       raise UsageError(f'model.enc_layers={self.enc_layers}, model.dec_layers={self.dec_layers}: '
                        'at least one stack must have a layer')
@@ -139,7 +147,13 @@ class TransformerConfig:
                          f'would have no layer with experts; choose 1 to {getattr(self, stack)}')
     if self.experts and self.moe_every < 1:
       raise UsageError(f'model.moe_every must be 1 or more, got {self.moe_every}')
-    if (self.pool == 'pooler' or self.nsp) and not self.pooler:
+    if not len(self.dense) == len(self.dense_acts) == len(self.dense_bias):
+      raise UsageError('model.dense, model.dense_acts and model.dense_bias must have an entry for '
+                       f'each dense layer, got {self.dense}, {self.dense_acts}, {self.dense_bias}')
+    for width in self.dense:
+      if type(width) is not int or width < 1:
+        raise UsageError(f'model.dense must have widths of 1 or more, got {self.dense}')
+    if ('pooler' in self.pool.split('+') or self.nsp) and not self.pooler:
       raise UsageError('model.pool=pooler and model.nsp need model.pooler=True')
     if self.classes and self.dec_layers:
       raise UsageError(f'model.classes={self.classes} needs an encoder-only model: set '
@@ -151,6 +165,11 @@ class TransformerConfig:
     if self.enc_layers and self.dec_layers:
       return 'encoder_decoder'
     return 'encoder' if self.enc_layers else 'decoder'
+
+  @property
+  def vector_size(self) -> int:
+    """The width of the vector of a whole input."""
+    return (self.dense or (self.d_model * len(self.pool.split('+')),))[-1]
 
   @property
   def kv_heads(self) -> int:
@@ -181,7 +200,7 @@ CHOICES = {
     'encoder_window': ('each_side', 'total'),
     'attn_bias': ('none', 'qkv', 'qkvo'),
     'enc_attention': ('full', 'local', 'transient_global'),
-    'pool': ('mean', 'first', 'pooler'),
+    'pool': ('mean', 'max', 'mean_sqrt', 'weighted_mean', 'first', 'last', 'pooler'),
 }
 REMAT = CHOICES['remat']
 

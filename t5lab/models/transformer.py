@@ -26,6 +26,7 @@ from t5lab.models.attention import (
 from t5lab.models.families import TransformerConfig
 from t5lab.models.layers import ACTIVATIONS, Dense, Mlp, Norm, dropout, kernel_init, up_init
 from t5lab.models.moe import Moe
+from t5lab.models.pooling import pool
 from t5lab.models.positions import RelativeBias, local_config, rotation, sinusoids
 from t5lab.parallel.sharding import batch_shards, constrain, product
 
@@ -305,6 +306,9 @@ class Transformer(nn.Module):
       self.nsp = head(2, None, 'float32')
     if c.classes:
       self.classifier = head(c.classes, None, 'float32')
+    self.dense = [
+        Dense(width, ('embed', 'norm'), kernel_init(c, c.d_model ** -0.5), c.dtype, bias)
+        for width, bias in zip(c.dense, c.dense_bias)]
 
     # The softmax matrix.
     if not c.tied:
@@ -365,7 +369,7 @@ class Transformer(nn.Module):
     c = self.config
     if not c.dec_layers:
       x, segments = self._encode(batch)
-      return self._pool(x, segments)[:, None] if c.classes else x
+      return self._vector(x, segments)[:, None] if c.classes else x
 
     # Causal, and within segments.
     tokens = batch['decoder_input_tokens']
@@ -392,26 +396,42 @@ class Transformer(nn.Module):
   def __call__(self, batch: dict[str, Array]) -> Array:
     """Model features -> float32 logits[B, T, V] of the token after each decoder input, or of the
     token at each position in encoder-only models."""
-    x = self.hidden(batch)
-    if self.is_initializing() and self.config.pooler:     # heads that the logits do not use
+    if self.is_initializing():
+      self._use_all_heads()
+    return self.unembed(self.hidden(batch))
+
+  def _use_all_heads(self):
+    """Initializes the heads that the logits do not use."""
+    c = self.config
+    x = jnp.zeros((1, 1, c.d_model), c.dtype)
+    if c.pooler:
       self.next_logits(x)
-    return self.unembed(x)
+    self._vector(x, jnp.ones((1, 1), jnp.int32))
 
   def pooled(self, batch: dict[str, Array]) -> Array:
-    """Model features -> [B, D], one vector per input, pooled by TransformerConfig.pool."""
+    """Model features -> [B, TransformerConfig.vector_size], one vector per input.
+
+    The vectors of its tokens are pooled, and the dense layers follow. pool_from, int[B], optional:
+    the tokens before this position, those of a prompt, are not pooled.
+    """
     if self.config.enc_layers:
-      return self._pool(*self._encode(batch))
+      return self._vector(*self._encode(batch), batch.get('pool_from'))
     segments = batch.get('decoder_segment_ids')
     if segments is None:
       segments = jnp.ones_like(batch['decoder_input_tokens'])
-    return self._pool(self.hidden(batch), segments)
+    return self._vector(self.hidden(batch), segments, batch.get('pool_from'))
 
-  def _pool(self, x, segments):
+  def _vector(self, x, segments, pool_from=None):
     c = self.config
-    if c.pool == 'mean':
-      is_token = (segments > 0)[..., None].astype(x.dtype)
-      return jnp.sum(x * is_token, axis=1) / jnp.maximum(jnp.sum(is_token, axis=1), 1)
-    return self._pooler_output(x) if c.pool == 'pooler' else x[:, 0]
+    mask = segments > 0
+    if pool_from is not None:
+      mask &= jnp.arange(mask.shape[1]) >= pool_from[:, None]
+    vectors = [self._pooler_output(x) if mode == 'pooler' else pool(mode, x, mask)
+               for mode in c.pool.split('+')]
+    vector = jnp.concatenate(vectors, axis=-1)
+    for layer, act in zip(self.dense, c.dense_acts):
+      vector = ACTIVATIONS[act](layer(vector))
+    return vector
 
   def _pooler_output(self, x):
     return ACTIVATIONS[self.config.pooler_act](self.pooler(x[:, 0]))

@@ -16,12 +16,12 @@ from t5lab.data import vocab
 from t5lab.data.batches import features
 from t5lab.data.tasks import own_files, prompts
 from t5lab.decoding import options
-from t5lab.decoding.engine import SHORTEST, Engine, buckets
+from t5lab.decoding.engine import Engine
 from t5lab.decoding.options import Decoding
-from t5lab.errors import DataError, UsageError, did_you_mean
+from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
-from t5lab.programs import loading
+from t5lab.programs import batching, embedding, loading
 
 Texts = Sequence[str]
 Pairs = Sequence[tuple[str, str]]
@@ -114,7 +114,7 @@ class Lab:
 
   def _run(self, requests, settings: Decoding, **engine_options) -> np.ndarray:
     for i, request in enumerate(requests):
-      _check_ids(request, self.model.vocab_size, f'request {i}')
+      batching.check_ids(request, self.model.vocab_size, f'request {i}')
     longest = max(map(len, requests), default=0)
     if settings.max_total and longest >= settings.max_total:
       raise UsageError(f'a prompt of {longest} tokens leaves nothing of max_total='
@@ -259,14 +259,70 @@ class Lab:
     chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(chosen * weights, axis=-1)
 
-  def embed(self, texts: Texts) -> np.ndarray:
-    """float32[n, D], a unit vector for each text, pooled according to model.pool."""
-    texts = _strings(texts, 'embed')
+  def embed(self, texts: Texts, *, prompt: str | None = None, prompt_name: str | None = None,
+            normalize: bool | None = None) -> np.ndarray:
+    """float32[n, model.vector_size], a vector for each text, as sentence-transformers' encode.
+
+    The vectors of its tokens are pooled by model.pool and pass through the layers of model.dense.
+    Texts are cut to embed.max_length tokens, if it is set. prompt, prompt_name: a text that is put
+    before each, or the name of one in embed.prompts; None: embed.default_prompt. normalize: whether
+    vectors get length 1; None: embed.normalize, which is True unless the weights came from a
+    sentence-transformers model without a Normalize module.
+    """
+    texts, e, m = _strings(texts, 'embed'), self.config.embed, self.model
+    prompt = embedding.prompt_text(e, prompt, prompt_name)
     if not texts:
-      return np.zeros((0, self.model.d_model), np.float32)
-    rows = [self._row(text) for text in texts]
-    x = self._map(rows, lambda batch: self._apply('pooled', batch).astype(jnp.float32))
+      return np.zeros((0, m.vector_size), np.float32)
+
+    def row(text):
+      return {'inputs': self._text_ids(text.lower() if e.lowercase else text, e.max_length)}
+
+    rows, pool_from = [row(prompt + text) for text in texts], 0
+    if prompt and not e.pool_prompt:
+      pool_from = len(row(prompt)['inputs']) - (m.kind != 'decoder' or self.vocab.ends_with_eos)
+    x = self._map(rows, lambda batch: self._apply(
+        'pooled', embedding.pooling_features(batch, m, pool_from)).astype(jnp.float32))
+    if not (e.normalize if normalize is None else normalize):
+      return x
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+  def encode(self, texts: Texts, *, length: int = 0, attend_padding: bool = False,
+             dtype: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder's output: (hidden[n, T, D], mask bool[n, T], false at padding).
+
+    T is the length of the longest text, or `length`: then longer texts are cut before their special
+    tokens. hidden is 0 at padding. attend_padding: padding is read like text and keeps its vectors,
+    as in pipelines that give a text encoder no mask (Flux, Stable Diffusion 3). dtype: of the
+    activations and of hidden, 'float32' or 'bfloat16'; None: model.dtype.
+
+    Inside your own jit: with ids int32[n, T] of `tokens`, padded with model.pad_id,
+      encode = jax.jit(functools.partial(Transformer(lab.model).apply, method='encode'))
+      hidden, segments = encode({'params': lab.params}, ids)       # segments: 0 at padding
+    """
+    texts, m = _strings(texts, 'encode'), self.model
+    if m.kind == 'decoder':
+      raise UsageError(f'encode needs an encoder; {self.config.family} is decoder-only: use embed')
+    if length < 0:
+      raise UsageError(f'encode: length must be 0 (the longest text) or more, got {length}')
+    m = dataclasses.replace(m, dtype=dtype or m.dtype)
+    if not texts:
+      return np.zeros((0, length, m.d_model), jnp.dtype(m.dtype)), np.zeros((0, length), bool)
+    rows = [self._text_ids(text, length) for text in texts]
+    if length and length < max(map(len, rows)):
+      raise UsageError(f'encode: length={length} is less than the special tokens of a text')
+    ids = embedding.padded(rows, length, m.pad_id)
+    mask = np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])
+    inputs = list(ids) if attend_padding else rows
+    hidden = self._map([{'inputs': row} for row in inputs], lambda batch: self._apply(
+        '_encode', batch, m.dtype)[0])[:, :ids.shape[1]]
+    hidden = np.pad(hidden, ((0, 0), (0, ids.shape[1] - hidden.shape[1]), (0, 0)))
+    if not attend_padding:
+      hidden[~mask] = 0
+    return hidden, mask
+
+  def _text_ids(self, text: str, limit: int) -> np.ndarray:
+    return np.array(embedding.text_ids(self.vocab, text, self.model, start=self.config.data.start,
+                                       limit=limit), np.int32)
 
   def classify(self, texts: Texts | Pairs) -> np.ndarray:
     """float32[n, classes], a number for each class. texts: strings, or pairs of strings.
@@ -332,63 +388,32 @@ class Lab:
   # -- batches ----------------------------------------------------------------------------------
 
   def _row(self, *texts: str) -> dict[str, np.ndarray]:
-    if self.model.kind != 'decoder':
-      return {'inputs': np.array(self.vocab.frame(*texts), np.int32)}
-    return {'inputs': np.array(self.vocab.encode(texts[0]), np.int32),
-            'targets': np.array([self.vocab.eos_id], np.int32)}     # no position reads it
+    return {'inputs': np.array(self.vocab.frame(*texts), np.int32)}
 
   def _map(self, rows, f):
-    """f(model features of a batch) of one row or more of any length, in order.
-
-    As in the engine, rows are sorted by length and padded to a few shapes, to compile few programs.
-    """
-    batch_size = self.config.eval.batch_size
-    order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i].values())))
-    results = [None] * len(rows)
-    for first in range(0, len(order), batch_size):
-      chosen = order[first:first + batch_size]
-      widths = {name: buckets(max(len(rows[i][name]) for i in chosen), SHORTEST)
-                for name in rows[chosen[0]]}
-
-      # Fill the batch up with copies of its first row.
-      built = [self._build(rows[i], widths) for i in chosen]
-      size = min(buckets(len(built), 1, 4), batch_size)
-      built += built[:1] * (size - len(built))
-      batch = {name: np.stack([row[name] for row in built]) for name in built[0]}
-      outputs = jax.tree.map(np.asarray, f(batch))
-      for j, i in enumerate(chosen):
-        results[i] = jax.tree.map(lambda x, j=j: x[j], outputs)
-    return jax.tree.map(_stack_padded, *results)
+    return batching.map_rows(rows, f, build=self._build, batch_size=self.config.eval.batch_size)
 
   def _build(self, row, widths):
-    start_id, m = self.model.start_id, self.model
-    if m.kind == 'decoder' and not self.config.data.start and len(row['inputs']):
+    m, kind = self.model, self.model.kind
+    if 'targets' not in row:                    # only the encoder is run, or a decoder like one
+      return features.build_row([row], widths, kind='encoder', eos=self.vocab.eos_id)
+    start_id = m.start_id
+    if kind == 'decoder' and not self.config.data.start and len(row['inputs']):
       start_id, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # no start token
-    kind = m.kind if 'targets' in row else 'encoder'          # to embed, only the encoder is run
-    return features.build_row([row], widths, kind=kind, start_id=start_id,
-                              eos=self.vocab.eos_id)
+    return features.build_row([row], widths, kind=kind, start_id=start_id, eos=self.vocab.eos_id)
 
-  def _apply(self, method: str, batch):
+  def _apply(self, method: str, batch, dtype: str = ''):
     for name, x in batch.items():
       if name.endswith('_tokens'):
-        _check_ids(x, self.model.vocab_size, name)
+        batching.check_ids(x, self.model.vocab_size, name)
       if name.endswith('_positions'):
         self._check_length(int(np.max(x, initial=-1)) + 1)
-    if method not in self._jitted:
-      apply = functools.partial(Transformer(self.model).apply, method=method)
-      self._jitted[method] = jax.jit(apply)
+    model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
+    key = (method, model.dtype)
+    if key not in self._jitted:
+      self._jitted[key] = jax.jit(functools.partial(Transformer(model).apply, method=method))
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
-    return self._jitted[method]({'params': self.params}, batch)
-
-
-def _stack_padded(*xs: np.ndarray) -> np.ndarray:
-  """Stacks arrays whose first axes differ, padded with zeros to the longest."""
-  if not xs[0].ndim:
-    return np.stack(xs)
-  stacked = np.zeros((len(xs), max(map(len, xs)), *xs[0].shape[1:]), xs[0].dtype)
-  for row, x in zip(stacked, xs):
-    row[:len(x)] = x
-  return stacked
+    return self._jitted[key]({'params': self.params}, batch)
 
 
 def _as_list(texts, use: str) -> list:
@@ -403,14 +428,6 @@ def _strings(texts, use: str) -> list[str]:
     if not isinstance(text, str):
       raise UsageError(f'{use} takes strings, got {type(text).__name__} {str(text)[:60]}')
   return texts
-
-
-def _check_ids(ids, size: int, name: str) -> None:
-  """DataError for an invalid token id, which a gather in JAX would silently clamp or fill."""
-  ids = np.asarray(ids)
-  if len(invalid := ids[(ids < 0) | (ids >= size)]):
-    raise DataError(f'{name} holds the token id {invalid[0]}; the ids of this model are 0 to '
-                    f'{size - 1:,}')
 
 
 def make_engine(c) -> Engine | None:

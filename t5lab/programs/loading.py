@@ -33,8 +33,9 @@ VOCABULARY = 'vocabulary'      # the folder of a run's own copy of its vocabular
 # arrays show the difference, or it concerns training alone.
 MAY_DIFFER = ('vocab_size', 'd_model', 'd_ff', 'enc_layers', 'dec_layers', 'max_length', 'types',
               'experts', 'moe_every', 'capacity_factor', 'eval_capacity_factor', 'tied',
-              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'pad_id', 'start_id',
-              'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype', 'remat')
+              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'dense', 'dense_bias',
+              'pad_id', 'start_id', 'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype',
+              'remat')
 
 
 # --- config and vocabulary ---------------------------------------------------------------------
@@ -274,6 +275,8 @@ def _check_architecture(ours, source, path) -> None:
   """UsageError if arrays of equal shapes would be used in another computation."""
   ours, source = (dataclasses.asdict(model) | {'n_kv_heads': model.kv_heads}
                   for model in (ours, source))
+  if not (ours['dense'] and source['dense']):      # one of them has no activation to differ
+    ours['dense_acts'] = source['dense_acts'] = ()
   differences = [f'model.{field}={source[field]!r} there, {ours[field]!r} here' for field in ours
                  if field not in MAY_DIFFER and ours[field] != source[field]]
   if differences:

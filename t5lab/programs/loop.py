@@ -29,7 +29,7 @@ from t5lab.runs.watchdog import Watchdog
 
 # What a resumed run may change: its length, and nothing else that the weights depend on. A cache of
 # tokens may move, because its content is checked.
-MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'mesh', 'rules', 'loss.chunks',
+MAY_CHANGE = ('total_steps', 'log', 'checkpoint', 'eval', 'embed', 'mesh', 'rules', 'loss.chunks',
               'model.remat', 'data.cache', 'guard', 'plan')
 STEPS_AHEAD = 2    # steps that may be running on the devices before the host waits for one
 

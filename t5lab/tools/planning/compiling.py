@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parents[2]
 # The program depends on the code of these modules and of all that they import.
 PROGRAMS = ('t5lab.programs.build', 't5lab.tools.planning.decode')
 # Sections and keys of a config that no program depends on.
-NOT_COMPILED = ('plan', 'guard', 'log', 'checkpoint', 'total_steps', 'init')
+NOT_COMPILED = ('plan', 'guard', 'log', 'checkpoint', 'total_steps', 'init', 'embed')
 REMATERIALIZED = 'Involuntary full rematerialization'
 
 

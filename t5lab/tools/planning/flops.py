@@ -79,7 +79,7 @@ def row_flops(m: TransformerConfig, enc: int, dec: int) -> Flops:
     head = 2 * m.d_model * m.classes
   elif m.mlm_head:
     head += 2 * m.d_model ** 2 * predicted
-  if m.pooler and (m.nsp or m.pool == 'pooler'):
+  if m.pooler and (m.nsp or 'pooler' in m.pool):
     head += 2 * m.d_model ** 2
   return Flops(float(weights + attention), float(attention), float(head), enc + dec)
 
