@@ -121,14 +121,13 @@ def base(family: str, **model) -> ConfigDict:
   e.problem_type = ''                # of a classifier, see PROBLEM_TYPES; '': a single label
   e.update(options.defaults())       # beams, alpha, temperature, …: see decoding/options.py
 
-  c.embed = v = ConfigDict()         # how Lab.embed reads texts, as sentence-transformers would
+  c.embed = v = ConfigDict()         # how Lab.embed reads texts
   v.max_length = 0                   # tokens of a text with its special ones; 0: all of them
   v.normalize = True                 # vectors of length 1
   v.prompts = ()                     # (name, text) pairs: texts that may be put before an input
   v.default_prompt = ''              # the name of the one before every input; '': none
   v.pool_prompt = True               # False: the tokens of the prompt are not pooled
-  v.lowercase = False
-  v.modules = False                  # `convert --to hf` writes sentence-transformers' modules.json
+  v.lowercase, v.modules = False, False    # modules: `convert --to hf` writes modules.json
   c.lock()
   return c
 
@@ -293,15 +292,14 @@ def check_classes(c: ConfigDict) -> None:
 
 
 def check_embed(c: ConfigDict) -> None:
-  """UsageError for a negative embed.max_length, malformed prompts or an unknown default one."""
+  """UsageError for a negative length, malformed prompts or an unknown default one."""
   e = c.embed
   if e.max_length < 0:
     raise UsageError(f'embed.max_length must be 0 (no limit) or more, got {e.max_length}')
   for pair in e.prompts:
-    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(
-        isinstance(text, str) for text in pair):
+    if type(pair) not in (list, tuple) or [*map(type, pair)] != [str, str]:
       raise UsageError(f'embed.prompts must be pairs of a name and a text, got {pair!r}')
-  if e.default_prompt and e.default_prompt not in dict(e.prompts):
+  if e.default_prompt not in {'', *dict(e.prompts)}:
     raise UsageError(f'embed.default_prompt={e.default_prompt!r} is not a name in embed.prompts')
 
 

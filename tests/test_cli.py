@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import shared_programs
 import small_models
@@ -15,6 +16,7 @@ import tokenizers
 import t5lab
 from t5lab import cli, config
 from t5lab.commands import infer, train
+from t5lab.programs import lab as lab_module
 from t5lab.programs import loop, scoring
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
@@ -164,12 +166,12 @@ LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 TEMPLATE = '{% for m in messages %}<s>{{ m.content }}{{ eos_token }}{% endfor %}a'
 
 
-def saved(folder, family, spec, **fields):
+def saved(folder, family, spec, labels=(), **fields):
   """Makes a folder like that of `t5lab convert`, with a tiny model and random parameters."""
   model = small_models.shrink(family)
   model = model.__class__(**{**vars(model), **fields})
   c = config.from_model(model, spec)
-  c.eval.max_length = 5
+  c.eval.max_length, c.eval.labels = 5, labels
   rundir.write_config(folder, config.to_dict(c))
   checkpoints = Checkpoints(folder / 'checkpoints', keep=0)
   checkpoints.save(0, {'params': small_models.random_params(model)}, meta={})
@@ -246,6 +248,57 @@ def test_fill_mask_shows_the_best_words_of_each_mask(filler, capsys, monkeypatch
       for masks in expected]
 
 
+@pytest.fixture(scope='module')
+def judge(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('judge')
+  (folder / 'vocabulary').mkdir()
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS]
+  (folder / 'vocabulary' / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  return saved(folder, 'minilm/l6', 'vocab.txt', eos_id=3, max_length=32, classes=3,
+               labels=('good', 'bad', 'fair'))
+
+
+def test_an_encoder_classifies_or_embeds(judge, filler, capsys, monkeypatch, tmp_path):
+  lab = t5lab.load(judge)
+  texts = ['a b', 'c d e']
+  best = [sorted(zip(lab.labels, map(float, row)), key=lambda pair: -pair[1])
+          for row in lab.classify(texts)]
+  type_in('\n'.join(texts), monkeypatch)
+  code, out, err = call('infer', '--workdir', judge, capsys=capsys)
+  assert code == 0, err
+  assert out.splitlines() == [' · '.join(f'{label} {p:.4f}' for label, p in row) for row in best]
+
+  # Records, of single texts and of pairs.
+  source, target = tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
+  source.write_text('{"inputs": "a b", "id": 7}\n{"inputs": ["a b", "c d e"]}\n')
+  code, _, err = call('infer', '--workdir', judge, '--classify', '--input', str(source),
+                      '--output', str(target), capsys=capsys)
+  assert code == 0, err
+  rows = [json.loads(line) for line in target.read_text().splitlines()]
+  assert rows[0]['id'] == 7 and rows[0]['output'] == [
+      {'label': label, 'probability': round(p, 4)} for label, p in best[0]]
+  pair = lab.classify([('a b', 'c d e')])[0]
+  assert {c['label']: c['probability'] for c in rows[1]['output']} == {
+      label: round(float(p), 4) for label, p in zip(lab.labels, pair)}
+
+  # Vectors, of which no digit is lost.
+  type_in('\n'.join(texts), monkeypatch)
+  code, out, err = call('infer', '--workdir', filler, '--embed', capsys=capsys)
+  assert code == 0, err
+  got = np.array([json.loads(line) for line in out.splitlines()], np.float32)
+  np.testing.assert_array_equal(got, t5lab.load(filler).embed(texts))
+
+
+@pytest.mark.parametrize('problem_type, classes', [('regression', 3), ('', 1)])
+def test_scores_are_not_called_probabilities(problem_type, classes):
+  c = config.base('minilm/l6', classes=classes)
+  c.eval.problem_type = problem_type
+  rows = infer._classes(lab_module.Lab(c, {}), np.array([1.5, -2., 3.][:classes]))
+  assert [row['score'] for row in rows] == sorted([1.5, -2., 3.][:classes], reverse=True)
+  assert rows[0]['label'] == ('LABEL_2' if classes == 3 else 'LABEL_0')
+  assert infer._one_line(rows).startswith('LABEL_2 3.0000 · ' if classes == 3 else 'LABEL_0 1.5000')
+
+
 @pytest.mark.parametrize('model, flags, data, code, message', [
     ('talker', ['--chat'], '{"text": "hi"}', 3,
      'row 1 must be {"inputs": TEXT}, got {"text": "hi"}'),
@@ -256,7 +309,14 @@ def test_fill_mask_shows_the_best_words_of_each_mask(filler, capsys, monkeypatch
     ('talker', ['--chat', '--task', 'ha_ende'], '{"inputs": "a"}', 2,
      '--task ha_ende adds a prompt'),
     ('filler', ['--chat'], '{"inputs": "a"}', 2, 'chat needs a decoder-only model'),
-    ('filler', [], '{"inputs": "a"}', 2, 'is encoder-only and generates no text'),
+    ('filler', [], '{"inputs": "a"}', 2, 'is encoder-only and generates no text: use --fill-mask'),
+    ('filler', ['--classify'], '{"inputs": "a"}', 2, 'has no classifier'),
+    ('filler', ['--embed'], '{"inputs": ["a", "b"]}', 3, 'row 1 must be {"inputs": TEXT}, got'),
+    ('judge', ['--task', 'ha_ende'], '{"inputs": "a"}', 2, 'this model can only classify'),
+    ('judge', [], '{"inputs": ["a", 3]}', 3, 'TEXT} or {"inputs": [TEXT, TEXT]}, got {"inputs": ['),
+    ('judge', ['--date', '2026-12-01'], '{"inputs": "a"}', 2, '--date is for --chat'),
+    ('talker', ['--chat', '--date', '1.12.'], '{"inputs": "a"}', 2, 'date must be YYYY-MM-DD'),
+    ('talker', ['--chat', '--template', 'rag'], '{"inputs": "a"}', 3, "no chat template 'rag'"),
     ('filler', ['--fill-mask'], '{"inputs": "[MASK]"}\n{"inputs": "a"}', 2,
      "text 2 of 2 has no [MASK]: 'a'"),
     ('workdir', ['--chat'], '{"inputs": "a"}', 2, 'chat needs a decoder-only model'),
@@ -279,8 +339,8 @@ def test_a_use_that_the_model_lacks_is_one_line(model, flags, data, code, messag
     (dict(enc_layers=2), 'ha_ende', "echo 'Turn on the light' | "),
     (dict(enc_layers=2), 'g2p_en_us', "echo 'lighthouse' | "),
     (dict(enc_layers=2), 'numpydoc_qa', '--input rows.jsonl'),
-    (dict(enc_layers=2, dec_layers=0, classes=2), 'docs_match', '.classify(['),
-    (dict(enc_layers=2, dec_layers=0), 'books_lm', '.embed(['),
+    (dict(enc_layers=2, dec_layers=0, classes=2), 'docs_match', '--classify'),
+    (dict(enc_layers=2, dec_layers=0), 'books_lm', '--embed'),
 ])
 def test_the_summary_suggests_a_use_of_the_model(fields, mixture, shown, capsys):
   c = config.base('tiny', **fields)

@@ -3,9 +3,16 @@ t5lab infer --workdir DIR --input x.jsonl --output y.jsonl
 t5lab infer --workdir DIR --chat < lines          each line is a user message, in the chat template
 t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for each [MASK]; masks are
                                                   separated by '|', or a list in JSONL
+t5lab infer --workdir DIR --classify < lines      labels with their probabilities, the best first:
+                                                  good 0.9912 · bad 0.0088, or in JSONL
+                                                  [{"label": "good", "probability": 0.9912}, …];
+                                                  a regression or a single label has a "score"
+t5lab infer --workdir DIR --embed < lines         the vector of each line as a JSON list
 
-DIR is a run or a checkpoint written by `t5lab convert`. Every input line or record gives one output
-line, in order. Records of JSONL, CSV, TSV or Parquet hold the fields of the task (translation: en;
+DIR is a run or a checkpoint written by `t5lab convert`. Encoder-only models classify if they have
+classes, and embed if they have no head at all, without being told to. A record for --classify may
+hold a pair of texts, {"inputs": [TEXT, TEXT]}. Every input line or record gives one output line, in
+order. Records of JSONL, CSV, TSV or Parquet hold the fields of the task (translation: en;
 question answering: question and context; your own files: your columns), or {"inputs": TEXT} with
 the exact input of the model. Each is returned as JSON with "output" added. Plain lines fill the
 only field of a task. To build inputs from other columns than in training:
@@ -34,9 +41,11 @@ def main(argv: list[str]) -> int:
   for key in overrides:
     if key not in MAY_CHANGE:
       raise UsageError(f'--config.{key} cannot be set for infer, only {" and ".join(MAY_CHANGE)}')
-  if args.task is not None and (args.chat or args.fill_mask):
-    raise UsageError(f'--task {args.task} adds a prompt, but --chat and --fill-mask take texts as '
-                     'they are')
+  if args.task is not None and args.use:
+    raise UsageError(f'--task {args.task} adds a prompt, but --{args.use} takes texts as they are')
+  for name in ('date', 'template'):
+    if getattr(args, name) and args.use != 'chat':
+      raise UsageError(f'--{name} is for --chat')
 
   from t5lab.programs import lab
   use_compilation_cache()
@@ -48,7 +57,10 @@ def main(argv: list[str]) -> int:
     config.override(model.config, key, value)
     model.config.data.mixture = own_files.NAME
 
-  outputs = _outputs(model, args, inputs)
+  use = args.use or _default_use(model)
+  if args.task is not None and use != 'generate':
+    raise UsageError(f'--task {args.task} adds a prompt, but this model can only {use}')
+  outputs = _outputs(model, use, args, inputs)
   stdout = contextlib.nullcontext(sys.stdout)
   with (files.replacing(args.output, 'w') if args.output else stdout as out,
         files.Progress('infer', 'inputs', len(inputs)) as progress):
@@ -60,7 +72,7 @@ def main(argv: list[str]) -> int:
       print(line, file=out, flush=not args.output)
       if args.output:        # on a terminal the outputs themselves show the progress
         progress.add(1)
-  if not (args.chat or args.fill_mask):
+  if use == 'generate':
     _warn_of_long_inputs(model, inputs)
   return 0
 
@@ -78,9 +90,15 @@ def _parse(argv):
       help='.jsonl, .csv, .tsv or .parquet, otherwise text (default: text from standard input)')
   add('--output', metavar='FILE', help='default: standard output')
   use = parser.add_mutually_exclusive_group()
-  use.add_argument('--chat', action='store_true', help='treat each input as a user message')
-  use.add_argument('--fill-mask', action='store_true',
-                   help='predict words and their probabilities for each mask')
+  for name, text in (('chat', 'treat each input as a user message'),
+                     ('fill-mask', 'predict words and their probabilities for each mask'),
+                     ('classify', 'the labels of each input with their probabilities'),
+                     ('embed', 'the vector of each input')):
+    use.add_argument(f'--{name}', action='store_const', dest='use', const=name, help=text)
+  add('--template', default='', metavar='NAME',
+      help='with --chat: one of several chat templates (default: the one named default)')
+  add('--date', metavar='YYYY-MM-DD',
+      help='with --chat: what a template that prints the date prints (default: today)')
   add('--max-length', type=int, metavar='TOKENS',
       help='maximum length of an output (default: eval.max_length of the config)')
   add('--beams', type=int, metavar='N', help='above 1: beam search (default: eval.beams)')
@@ -93,18 +111,47 @@ def _parse(argv):
   return parser.parse_args(argv)
 
 
-def _outputs(model, args, inputs: list) -> Iterator:
+def _default_use(lab) -> str:
+  """What a model does if no option says it."""
+  model = lab.model
+  if model.classes:
+    return 'classify'
+  if model.kind != 'encoder':
+    return 'generate'
+  if model.mlm_head:
+    raise UsageError(f'{lab.config.family} is encoder-only and generates no text: use --fill-mask '
+                     'or --embed')
+  return 'embed'
+
+
+def _outputs(model, use: str, args, inputs: list) -> Iterator:
   """Returns an iterator of outputs, one per input, in order."""
   options = dict(length=args.max_length, beams=args.beams, temperature=args.temperature,
                  top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-  if not (args.chat or args.fill_mask):
+  if use == 'generate':
     return _generate(model, inputs, args.task, options)
-  texts = [_text(item, number) for number, item in enumerate(inputs, start=1)]
-  if args.chat:
+  texts = [_text(item, number, pairs=use == 'classify')
+           for number, item in enumerate(inputs, start=1)]
+  if use == 'chat':
+    options |= dict(template=args.template, date=args.date)
     return (model.chat([{'role': 'user', 'content': text}], place=place, **options)
             for place, text in enumerate(texts))
-  return ([[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
-          for masks in model.fill_mask(texts))
+  if use == 'fill-mask':
+    return ([[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
+            for masks in model.fill_mask(texts))
+  run = model.classify if use == 'classify' else model.embed
+  rows = (row for first in range(0, len(texts), CHUNK) for row in run(texts[first:first + CHUNK]))
+  if use == 'classify':
+    return (_classes(model, row) for row in rows)
+  return ([float(str(x)) for x in row] for row in rows)      # the shortest float32 digits
+
+
+def _classes(model, row) -> list[dict]:
+  """[{'label', 'probability'}, …], the best first; a score if there is no probability."""
+  is_score = len(row) == 1 or model.config.eval.problem_type == 'regression'
+  name = 'score' if is_score else 'probability'
+  classes = [{'label': label, name: round(float(x), 4)} for label, x in zip(model.labels, row)]
+  return sorted(classes, key=lambda c: -c[name])
 
 
 def _generate(model, inputs, task, options) -> Iterator[str]:
@@ -120,11 +167,13 @@ def _model_input(item):
   return item['inputs'] if isinstance(item, dict) and 'inputs' in item else item
 
 
-def _text(item, number: int) -> str:
+def _text(item, number: int, pairs: bool = False):
   text = item if isinstance(item, str) else item.get('inputs')
-  if not isinstance(text, str):
-    raise DataError(f'row {number} must be {{"inputs": TEXT}}, got '
-                    f'{json.dumps(item, ensure_ascii=False)[:80]}')
+  is_pair = pairs and isinstance(text, list) and len(text) == 2
+  if not all(isinstance(part, str) for part in (text if is_pair else [text])):
+    form = '{"inputs": TEXT}' + ' or {"inputs": [TEXT, TEXT]}' * pairs
+    raise DataError(f'row {number} must be {form}, got '
+                    f'{json.dumps(item, ensure_ascii=False, default=str)[:80]}')
   return text
 
 
@@ -132,8 +181,12 @@ def _one_line(output) -> str:
   """Formats an output as a single line."""
   if isinstance(output, str):
     return output.replace('\n', ' ')
-  return ' | '.join(' · '.join(f'{best["word"]} {best["probability"]:.4f}' for best in mask)
-                    for mask in output)
+  if not output or isinstance(output[0], float):
+    return json.dumps(output)
+  groups = [output] if isinstance(output[0], dict) else output
+  return ' | '.join(' · '.join(' '.join(x if isinstance(x, str) else f'{x:.4f}'
+                                        for x in best.values()) for best in group)
+                    for group in groups)
 
 
 def _warn_of_long_inputs(model, inputs):

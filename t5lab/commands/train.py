@@ -54,8 +54,8 @@ def summary(c, workdir, result) -> None:
     program = os.path.relpath(sys.argv[0])
   command = f'{program} infer --workdir {workdir}'
   if not c.model.dec_layers:
-    method = 'classify' if c.model.classes else 'embed'
-    print(f"Try your own:  t5lab.load('{workdir}').{method}(['Turn on the light'])  in Python")
+    use = '--classify' if c.model.classes else '--embed'
+    print(f"Try your own:  echo 'Turn on the light' | {command} {use}")
   elif c.data.mixture in prompts.PROMPTS and len(prompts.fields(c.data.mixture)) == 1:
     example = 'lighthouse' if c.data.mixture == 'g2p_en_us' else 'Turn on the light'
     print(f"Try your own:  echo '{example}' | {command}")

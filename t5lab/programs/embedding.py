@@ -3,7 +3,7 @@
 Texts are tokenized and cut as sentence-transformers does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,19 +12,26 @@ from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.families import TransformerConfig
 
 
+def ends(vocabulary: Vocab, model: TransformerConfig) -> int:
+  """The number of special tokens after a text."""
+  if model.kind == 'decoder' and not vocabulary.ends_with_eos:
+    return 0
+  return 1 + len(vocabulary.suffix)
+
+
 def text_ids(vocabulary: Vocab, text: str, model: TransformerConfig, *, start: bool,
-             limit: int = 0) -> list[int]:
+             limit: int = 0) -> np.ndarray:
   """The ids of a text with the special ones of its tokenizer; with a limit, its end is cut off.
 
   start: whether a decoder-only model reads its start token first.
   """
-  prefix, suffix = list(vocabulary.prefix), [vocabulary.eos_id]
-  if model.kind == 'decoder' and not vocabulary.ends_with_eos:
+  prefix, suffix = list(vocabulary.prefix), [vocabulary.eos_id, *vocabulary.suffix]
+  if not ends(vocabulary, model):
     prefix, suffix = [model.start_id] * start, []
   ids = vocabulary.encode(text)
   if limit:
     ids = ids[:max(limit - len(prefix) - len(suffix), 0)]
-  return [*prefix, *ids, *suffix] or [model.start_id]
+  return np.array([*prefix, *ids, *suffix] or [model.start_id], np.int32)
 
 
 def prompt_text(settings, prompt: str | None, name: str | None) -> str:
@@ -56,9 +63,21 @@ def pooling_features(batch: dict[str, np.ndarray], model: TransformerConfig,
   return batch
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> np.ndarray:
-  """Lists of ids -> int32[n, length]. length: 0 is that of the longest list."""
-  ids = np.full((len(rows), length or max(map(len, rows))), pad_id, np.int32)
-  for row, tokens in zip(ids, rows):
-    row[:len(tokens)] = tokens
-  return ids
+def encode(run: Callable, rows: Sequence[np.ndarray], *, length: int, pad_id: int,
+           attend_padding: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Ids of texts -> (hidden[n, T, D], mask bool[n, T]), see `Lab.encode`.
+
+  run: [{'inputs': ids}, …] -> hidden[n, length of the longest or more, D].
+  """
+  longest = max(map(len, rows))
+  if length and length < longest:
+    raise UsageError(f'encode: length={length} is less than the special tokens of a text')
+  length = length or longest
+  mask = np.arange(length) < np.array([[len(row)] for row in rows])
+  if attend_padding:
+    rows = [np.pad(row, (0, length - len(row)), constant_values=pad_id) for row in rows]
+  hidden = run([{'inputs': row} for row in rows])[:, :length]
+  hidden = np.pad(hidden, ((0, 0), (0, length - hidden.shape[1]), (0, 0)))
+  if not attend_padding:
+    hidden[~mask] = 0
+  return hidden, mask

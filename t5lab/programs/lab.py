@@ -180,15 +180,20 @@ class Lab:
       output = output[:ends[-1]]
     return self.vocab.decoder(list(map(int, output)))
 
-  def chat(self, messages: Sequence[Mapping[str, str]], *, place: int = 0, **options) -> str:
+  def chat(self, messages: Sequence[Mapping[str, str]], *, template: str = '',
+           tools: Sequence[dict] | None = None, documents: Sequence[dict] | None = None,
+           date: str | None = None, place: int = 0, **options) -> str:
     """[{'role': 'user', 'content': '…'}, …] -> the reply, with the model's own chat template.
 
     The template writes everything that the model reads, including its start token. The reply also
-    ends at the token that the template writes after a reply. place: see `generate`.
+    ends at the token that the template writes after a reply. template: the name of one of several;
+    '' is tool_use with tools, or else default. tools, documents: for the template. date:
+    'YYYY-MM-DD', what a template that prints the date prints; None: today. place: see `generate`.
     """
     if self.model.kind != 'decoder':
       raise UsageError(f'chat needs a decoder-only model; {self.config.family} is not one')
-    prompt = self.vocab.encode(self.vocab.chat(list(messages)))
+    prompt = self.vocab.encode(self.vocab.chat(
+        list(messages), template=template, tools=tools, documents=documents, date=date))
     settings = self.decoding(**options)
     stops = settings.stop_ids or (self.vocab.eos_id,)
     if self.vocab.end_of_turn is not None:
@@ -274,13 +279,10 @@ class Lab:
     if not texts:
       return np.zeros((0, m.vector_size), np.float32)
 
-    def row(text):
-      return {'inputs': self._text_ids(text.lower() if e.lowercase else text, e.max_length)}
-
-    rows, pool_from = [row(prompt + text) for text in texts], 0
-    if prompt and not e.pool_prompt:
-      pool_from = len(row(prompt)['inputs']) - (m.kind != 'decoder' or self.vocab.ends_with_eos)
-    x = self._map(rows, lambda batch: self._apply(
+    ids = lambda text: self._text_ids(text.lower() if e.lowercase else text, e.max_length)
+    skips = prompt and not e.pool_prompt
+    pool_from = len(ids(prompt)) - embedding.ends(self.vocab, m) if skips else 0
+    x = self._map([{'inputs': ids(prompt + text)} for text in texts], lambda batch: self._apply(
         'pooled', embedding.pooling_features(batch, m, pool_from)).astype(jnp.float32))
     if not (e.normalize if normalize is None else normalize):
       return x
@@ -292,10 +294,9 @@ class Lab:
 
     T is the length of the longest text, or `length`: then longer texts are cut before their special
     tokens. hidden is 0 at padding. attend_padding: padding is read like text and keeps its vectors,
-    as in pipelines that give a text encoder no mask (Flux, Stable Diffusion 3). dtype: of the
-    activations and of hidden, 'float32' or 'bfloat16'; None: model.dtype.
-
-    Inside your own jit: with ids int32[n, T] of `tokens`, padded with model.pad_id,
+    as in pipelines without a mask (Flux, Stable Diffusion 3). dtype: of the activations and of
+    hidden, 'float32' or 'bfloat16'; None: model.dtype. Inside your own jit, with ids int32[n, T] of
+    `tokens` padded with model.pad_id:
       encode = jax.jit(functools.partial(Transformer(lab.model).apply, method='encode'))
       hidden, segments = encode({'params': lab.params}, ids)       # segments: 0 at padding
     """
@@ -308,21 +309,13 @@ class Lab:
     if not texts:
       return np.zeros((0, length, m.d_model), jnp.dtype(m.dtype)), np.zeros((0, length), bool)
     rows = [self._text_ids(text, length) for text in texts]
-    if length and length < max(map(len, rows)):
-      raise UsageError(f'encode: length={length} is less than the special tokens of a text')
-    ids = embedding.padded(rows, length, m.pad_id)
-    mask = np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])
-    inputs = list(ids) if attend_padding else rows
-    hidden = self._map([{'inputs': row} for row in inputs], lambda batch: self._apply(
-        '_encode', batch, m.dtype)[0])[:, :ids.shape[1]]
-    hidden = np.pad(hidden, ((0, 0), (0, ids.shape[1] - hidden.shape[1]), (0, 0)))
-    if not attend_padding:
-      hidden[~mask] = 0
-    return hidden, mask
+    run = lambda rows: self._map(rows, lambda batch: self._apply('_encode', batch, m.dtype)[0])
+    return embedding.encode(run, rows, length=length, pad_id=m.pad_id,
+                            attend_padding=attend_padding)
 
   def _text_ids(self, text: str, limit: int) -> np.ndarray:
-    return np.array(embedding.text_ids(self.vocab, text, self.model, start=self.config.data.start,
-                                       limit=limit), np.int32)
+    return embedding.text_ids(self.vocab, text, self.model, start=self.config.data.start,
+                              limit=limit)
 
   def classify(self, texts: Texts | Pairs) -> np.ndarray:
     """float32[n, classes], a number for each class. texts: strings, or pairs of strings.

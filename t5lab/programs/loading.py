@@ -20,6 +20,7 @@ from t5lab import config, trees
 from t5lab.data import vocab
 from t5lab.decoding import options
 from t5lab.errors import CheckpointError, UsageError
+from t5lab.models import families
 from t5lab.parallel import sharding
 from t5lab.programs import shapes
 from t5lab.runs import manifests, rundir
@@ -96,6 +97,30 @@ def inherit(c, workdir) -> dict:
     if key not in kept and value != c.eval[key]:
       c.eval[key] = changed[key] = value
   return changed
+
+
+def inherit_embedding(c, workdir) -> dict:
+  """Gives `c` the way in which the sentence-transformers model of init.path embeds.
+
+  That is the embed section if it is at its defaults and, without a classifier, model.pool and
+  model.dense if they are those of the family. Returns {key: value} of the keys that were set.
+  """
+  paths = [path for path in (c.init.path, workdir) if c.init.path
+           and (Path(path) / 'config.json').is_file()]
+  source = read_config(paths[0]) if paths else c
+  if not source.embed.modules:
+    return {}
+  default, changed = config.base(c.family if c.family in families.ROWS else 'tiny'), {}
+  fields = ('pool', 'dense', 'dense_acts', 'dense_bias')
+  if c.embed.to_dict() == default.embed.to_dict():
+    changed.update({('embed', key): value for key, value in source.embed.items()})
+  if not c.model.classes and all(c.model[name] == default.model[name] for name in fields):
+    changed.update({('model', name): source.model[name] for name in fields})
+  changed = {(section, key): value for (section, key), value in changed.items()
+             if c[section][key] != value}
+  for (section, key), value in changed.items():
+    c[section][key] = value
+  return {'.'.join(names): value for names, value in changed.items()}
 
 
 def copy_vocabulary(c, workdir) -> None:

@@ -57,7 +57,8 @@ def _train(c, workdir, stop, resume, allow_data_change):
   # Refuse a workdir of another experiment, then write this config, the same in all processes.
   checkpoints = loading.open_checkpoints(c, workdir, log=log)
   streams.settle_vocabulary(c)
-  inherited = loading.inherit(c, workdir)
+  inherited = {f'eval.{key}': value for key, value in loading.inherit(c, workdir).items()}
+  inherited.update(loading.inherit_embedding(c, workdir))
   _check_same_everywhere('config', config.digest(c), UsageError)
   multihost.broadcast(lambda: _prepare_workdir(c, workdir, resume, checkpoints))
 
@@ -83,7 +84,7 @@ def _train(c, workdir, stop, resume, allow_data_change):
     run.begin()
     origin = _origin(c, run)
   if inherited:
-    settings = ', '.join(f'eval.{key}={value}' for key, value in inherited.items())
+    settings = ', '.join(f'{key}={value}' for key, value in inherited.items())
     origin += f'; settings of {c.init.path}: {settings}'
   for line in (_model_line(c, program, run), origin, *stream.batches.summary()):
     log(line)

@@ -3,10 +3,8 @@
 TensorFlow is imported where data is opened, not before.
 """
 import dataclasses
-from pathlib import Path
 
 from t5lab import config
-from t5lab.models import families
 from t5lab.programs import loading
 
 
@@ -24,24 +22,6 @@ def settle_vocabulary(c) -> str:
   if c.data.vocab == 'init':
     c.data.vocab = loading.read_config(c.init.path).data.vocab
   return c.data.vocab
-
-
-def settle_embedding(c) -> None:
-  """Takes over from init.path how a sentence-transformers model embeds, where `c` has defaults.
-
-  That is the embed section, and without a classifier also model.pool and model.dense.
-  """
-  if not (Path(c.init.path or '.') / 'config.json').is_file() or not c.init.path:
-    return
-  source = loading.read_config(c.init.path)
-  if not source.embed.modules:
-    return
-  default = config.base(c.family) if c.family in families.ROWS else config.base('tiny')
-  if c.embed.to_dict() == default.embed.to_dict():
-    c.embed.update(source.embed.to_dict())
-  fields = ('pool', 'dense', 'dense_acts', 'dense_bias')
-  if not c.model.classes and all(c.model[name] == default.model[name] for name in fields):
-    c.model.update({name: source.model[name] for name in fields})
 
 
 def open_stream(c, rows=None) -> Stream:

@@ -101,8 +101,9 @@ def _contents(spec: str) -> dict[str, bytes]:
   if spec.endswith('.gguf'):
     return gguf.tokenizer_files(gguf.metadata(_path(spec)), spec)
   limits = itertools.chain([MODEL_BYTES], itertools.repeat(SIBLING_BYTES))
-  return {path.name: files.read_bytes(path, limit, DataError)
-          for path, limit in zip(source_files(spec), limits)}
+  paths = source_files(spec)
+  return {str(path.relative_to(paths[0].parent)): files.read_bytes(path, limit, DataError)
+          for path, limit in zip(paths, limits)}
 
 
 def source_files(spec: str) -> list[pathlib.Path]:
@@ -120,6 +121,7 @@ def source_files(spec: str) -> list[pathlib.Path]:
   beside = [path.parent / name for name in names]
   if declared.is_model_config(path.parent / declared.MODEL):
     beside.append(path.parent / declared.MODEL)
+  beside += tokenizer_config.template_files(path.parent)
   return [path, *(file for file in beside if file.is_file())]
 
 
@@ -135,6 +137,7 @@ def export(spec: str, folder) -> str:
   here = [path.resolve() for path in source_files(spec)]
   for name, data in contents.items():
     if (folder / name).resolve() not in here:
+      (folder / name).parent.mkdir(exist_ok=True)
       (folder / name).write_bytes(data)
   return str(folder / next(iter(contents))) if contents else spec
 

@@ -38,7 +38,7 @@ class Vocab:
   starts_with_bos: bool = False            # texts start with bos_id and have no end of sequence
   ends_with_eos: bool = False              # the tokenizer itself puts eos_id after a text
   target_encoder: Callable[[str], list[int]] | None = None   # if targets have other ids
-  chat_template: str | None = None
+  chat_template: str | dict[str, str] | None = None    # one, or several by name
   names: dict[str, str] = dataclasses.field(default_factory=dict)   # 'eos' -> '</s>', for the chat
   special: dict[str, int] = dataclasses.field(default_factory=dict)   # special and added tokens
 
@@ -99,14 +99,15 @@ class Vocab:
     """The text of each id by itself, for showing what a model sees."""
     return [self.piece(int(i)) for i in ids]
 
-  def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+  def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True, *,
+           template: str = '', **options) -> str:
     """Renders [{'role', 'content'}, …] with the model's chat template.
 
+    template: the name of one of several. options: tools, documents and date, see `chat.render`.
     DataError if there is no template, if it fails, or if the messages are malformed.
     """
-    if not self.chat_template:
-      raise DataError(f'vocabulary {self.spec!r} has no chat template: give the model plain text')
-    return chat.render(self.chat_template, messages, self.names, add_generation_prompt, self.spec)
+    text = chat.choose(self.chat_template, template, bool(options.get('tools')), self.spec)
+    return chat.render(text, messages, self.names, add_generation_prompt, self.spec, **options)
 
   @functools.cached_property
   def end_of_turn(self) -> int | None:

@@ -30,15 +30,13 @@ from t5lab.programs import loading, shapes
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import (
+  came_with,
   certify,
   generation,
   gguf,
   hf,
-  hf_tokenizer,
-  probe_texts,
   reference,
   sanotts,
-  screen,
   sentence,
   t5x,
   tensor_files,
@@ -46,14 +44,6 @@ from t5lab.tools.interop import (
   token_ids,
 )
 from t5lab.training import adafactor
-
-# The vocabulary is read from the first of these that exists. All of COPIED are copied along with
-# the weights and config.json of a Hugging Face directory.
-VOCABULARIES = ('tokenizer.json', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model',
-                'vocab.txt', 'vocab.json', 'characters.json')
-PAIRS = ('source.spm', 'target.spm', 'target_vocab.json')      # beside Marian's vocab.json
-COPIED = (*VOCABULARIES, 'tokenizer_config.json', 'special_tokens_map.json',
-          'added_tokens.json', 'chat_template.jinja', 'merges.txt', sentence.CONFIG, *PAIRS)
 
 
 @dataclasses.dataclass
@@ -94,12 +84,12 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     raise UsageError(f'{path} is a file: give the directory that contains its config.json')
   stored = tensor_files.open_hf(path, allow_pickle=allow_pickle)
   if path.is_dir():
-    copied = tuple(path / name for name in COPIED if (path / name).is_file())
+    copied = came_with.files_of(path)
     has_generation = (path / generation.NAME).is_file()
-    for name in ('config.json', *[generation.NAME] * has_generation, *(p.name for p in copied)):
-      tensor_files.resolve_inside(path, name)    # a link must not make us copy a file elsewhere
+    for file in (path / 'config.json', *[path / generation.NAME] * has_generation, *copied):
+      came_with.check_link(path, file)
     hf_config = files.read_json(path / 'config.json')
-    spec, ignore, temporary = _vocabulary_spec(path, copied), (), None
+    spec, ignore, temporary = came_with.vocabulary_spec(path, copied), (), None
     said = files.read_json(path / generation.NAME) if has_generation else None
     said = generation.raw_settings(said, hf_config)
   else:
@@ -145,16 +135,6 @@ def _read_generation(source: Source, said: Mapping, what: str, default_eos: int)
   c.model.start_id = start
   c.eval.update(settings.values)
   source.generation, source.notes = settings.raw, settings.notes + ((note,) if note else ())
-
-
-def _vocabulary_spec(path: Path, copied) -> str:
-  """Returns the spec of the vocabulary among the copied files, or ''."""
-  for name in VOCABULARIES:
-    if path / name in copied:
-      if name == 'tokenizer.json':
-        screen.check(path / name, probe_texts.texts() + probe_texts.BOMBS)
-      return str(path / name)
-  return hf_tokenizer.byte_spec(path)
 
 
 def read_gguf(path, progress=None) -> Source:
@@ -211,9 +191,9 @@ def read_t5lab(path, step: str = 'latest', weights: str | None = None) -> Source
     return jax.tree.map(np.asarray, loaded.params)   # views on a CPU; slices of jax's are copies
 
   folder = Path(path) / loading.VOCABULARY
-  copied = tuple(folder / name for name in COPIED if (folder / name).is_file())
   said = folder / generation.NAME
-  source = Source(str(path), config.model_config(c), c, read_params, copied=copied,
+  source = Source(str(path), config.model_config(c), c, read_params,
+                  copied=came_with.files_of(folder),
                   generation=files.read_json(said) if said.is_file() else {})
   return source
 
@@ -262,8 +242,7 @@ def write_t5lab(folder: Path, source: Source, params, log) -> None:
   if spec:
     values['data']['vocab'] = Path(vocab.export(spec, copies)).name
   for path in source.copied:
-    if not (copies / path.name).exists():
-      shutil.copyfile(path, copies / path.name)
+    came_with.copy(path, copies)
   if source.generation:
     generation.write_file(copies, source.generation)
 
@@ -292,7 +271,7 @@ def write_hf(folder: Path, source: Source, params, log) -> int:
     generation.write_file(folder, settings)
     for note in notes:
       log(note)
-  _write_tokenizer(folder, source)
+  came_with.write(folder, source.copied, source.config.data.vocab, bool(source.model.enc_layers))
   specs = {name: (shape, np.dtype(np.float32))
            for name, shape in tensor_map.shapes(rows, params).items()}
   tensor_files.write_safetensors(folder, tensor_map.write(rows, params), specs)
@@ -301,26 +280,6 @@ def write_hf(folder: Path, source: Source, params, log) -> int:
     written |= sentence.write(folder, source.model, source.config.embed, params)
     rows = [*rows, *sentence.rows(source.model)]
   return _count_equal(tensor_map.write(rows, params), tensor_map.JoinedReader(written), str(folder))
-
-
-def _write_tokenizer(folder, source):
-  """Copies the tokenizer's files, or writes files that mean the same to transformers."""
-  model, spec = source.model, source.config.data.vocab
-  copied = {path.name for path in source.copied}
-  for path in source.copied:
-    shutil.copyfile(path, folder / path.name)
-
-  if not spec or copied.intersection(VOCABULARIES):
-    return
-  if spec.startswith(('byte', 'byt5')):
-    settings = json.dumps(hf_tokenizer.byte_config(spec), indent=1)
-    files.write_text(folder / hf_tokenizer.CONFIG, settings + '\n')
-  elif spec in vocab.embedded():
-    hf_tokenizer.write(folder, spec)
-  else:
-    exported = Path(vocab.export(spec, folder))
-    if exported.suffix == '.model':            # the names that transformers looks for
-      exported.rename(folder / ('spiece.model' if model.enc_layers else 'tokenizer.model'))
 
 
 def write_t5x(folder: Path, source: Source, params, *, scanned: bool, form: str) -> int:

@@ -1,16 +1,21 @@
 """Chat templates: rendered as by Hugging Face, in a sandbox."""
 
-import pytest
+import datetime
+import json
 
-from t5lab.data.vocab import chat
+import pytest
+import tokenizers
+
+from t5lab.data import vocab
+from t5lab.data.vocab import chat, tokenizer_config
 from t5lab.errors import DataError
 
 HI = [{'role': 'user', 'content': 'Hi'}]
 
 
-def render(template, messages=HI, prompt=True, **tokens):
+def render(template, messages=HI, prompt=True, options=None, **tokens):
   return chat.render(template, messages, {'bos': '<s>', 'eos': '</s>', **tokens},
-                     prompt, 'x.gguf')
+                     prompt, 'x.gguf', **(options or {}))
 
 
 def test_a_template_of_chatml():
@@ -31,11 +36,14 @@ assistant:
 def test_hugging_face_renders_the_same():
   rendering = pytest.importorskip('transformers.utils.chat_template_utils')
   template = ("{%- for m in messages %}\n  {%- if m.role == 'user' %}\n[{{ m.content|tojson }}]\n"
-              '  {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt %}\n  >{% endif %}\n')
+              '  {%- else %}\n  {%- generation %}{% set x = 1 %}<{{ m.content }}>\n'
+              '  {%- endgeneration %}{{ x is defined }}\n  {% generation %}\n  {% endgeneration %}'
+              "  {%- endif %}\n{%- endfor %}\n{{ strftime_now('%Y %B') }} {{ tools }}\n"
+              '{% if add_generation_prompt %}\n  >{% endif %}\n')
   messages = [*HI, {'role': 'assistant', 'content': 'x'}, {'role': 'user', 'content': '"é"<\n'}]
   expected, _ = rendering.render_jinja_template(
       [messages], chat_template=template, add_generation_prompt=True)
-  assert render(template, messages) == expected[0]
+  assert render(template, messages) == expected[0] and '<x>' in expected[0]
 
 
 @pytest.mark.parametrize('template, message', [
@@ -47,6 +55,13 @@ def test_hugging_face_renders_the_same():
     ('{{ messages.append(1) }}', 'x.gguf failed: .*append.* is unsafe'),
     ("{% include '/etc/passwd' %}", 'x.gguf failed: no loader'),
     ('{% for i in range(9999999) %}x{% endfor %}', 'x.gguf failed: Range too big'),
+    ("{{ 'x' * 10**12 }}", 'x.gguf failed: MemoryError'),
+    ("{{ 'x'.center(10**11) }}", 'x.gguf failed: MemoryError'),
+    ("{% set n = namespace(x='x') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     'x.gguf failed: MemoryError'),
+    ("{{ strftime_now('%999999999Y') }}", 'failed: .*a width is not supported'),
+    ('{{ strftime_now(3) }}', 'x.gguf failed: '),
+    ('{% generation %}x', 'x.gguf failed: Unexpected end of template'),
     ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
      'failed: it generates more than 1,000,6'),
     ('x' * 1_000_001, 'has 1,000,001 characters; the limit is 1,000,000'),
@@ -81,3 +96,101 @@ SPECIAL = {'<|im_start|>': 4, '<|im_end|>': 5, '</s>': 2, '<end>': 6, '<end>x': 
          'another text'])
 def test_the_token_that_ends_a_turn(template, expected):
   assert chat.end_of_turn(lambda messages: render(template, messages, False), SPECIAL) == expected
+
+
+def test_an_endless_template_is_stopped(monkeypatch):
+  """Loops that print nothing, and a number that takes for ever."""
+  monkeypatch.setattr(chat, 'SECONDS', 1)
+  for template in ('{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
+                   '{{ 10 ** (10 ** 9) }}'):
+    with pytest.raises(DataError, match='ended a process with a limit of 1 s and 512 MiB'):
+      render(template)
+
+
+# -- the date, tools and named templates -----------------------------------------------------------
+
+GUARDED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}no{% endif %}"
+
+
+@pytest.mark.parametrize('template', [GUARDED, "{{ strftime_now('%d %b %Y') }}"])
+def test_the_date_is_today_or_the_one_that_is_given(template):
+  assert render(template, options=dict(date='2024-07-26')) == '26 Jul 2024'
+  days = {datetime.date.today().strftime('%d %b %Y')}
+  got = render(template)
+  assert got in days | {datetime.date.today().strftime('%d %b %Y')}
+
+
+def test_tools_and_documents():
+  template = '{{ tools|tojson }}{% for d in documents %}{{ d.title }}{% endfor %}'
+  tools = [{'type': 'function', 'function': {'name': 'f'}}]
+  got = render(template, options=dict(tools=tools, documents=[{'title': 'A'}, {'title': 'B'}]))
+  assert got == json.dumps(tools) + 'AB'
+  with pytest.raises(DataError, match='must hold JSON values'):
+    render(template, options=dict(tools=[{'f': print}]))
+
+
+NAMED = [{'name': 'default', 'template': 'D'}, {'name': 'rag', 'template': 'R'},
+         {'name': 'tool_use', 'template': 'T'}]
+
+
+def write(folder, files):
+  for name, content in files.items():
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if name.endswith('.jinja') else json.dumps(content))
+
+
+@pytest.mark.parametrize('files, expected', [
+    ({'tokenizer_config.json': {'chat_template': 'x'}}, {'': 'x', 'default': 'x'}),
+    ({'tokenizer_config.json': {'chat_template': NAMED}},
+     {'': 'D', 'rag': 'R', 'tool_use': 'T', 'default': 'D'}),
+    ({'tokenizer_config.json': {'chat_template': {'default': 'D', 'rag': 'R'}}},
+     {'': 'D', 'rag': 'R'}),
+    ({'chat_template.json': {'chat_template': 'p'}}, {'': 'p'}),
+    ({'chat_template.json': {'chat_template': NAMED}}, {'': 'D', 'rag': 'R'}),
+    ({'chat_template.json': {'chat_template': 'p'}, 'chat_template.jinja': 'j'}, {'': 'j'}),
+    ({'chat_template.json': {'chat_template': 'p'}, 'tokenizer_config.json': {
+        'chat_template': 'x'}}, {'': 'x'}),
+    ({'chat_template.jinja': 'j', 'additional_chat_templates/rag.jinja': 'r',
+      'tokenizer_config.json': {'chat_template': NAMED}}, {'': 'j', 'rag': 'r', 'tool_use': None}),
+    ({'additional_chat_templates/rag.jinja': 'r'}, {'rag': 'r', '': None}),
+    ({'tokenizer_config.json': {'chat_template': [3, {'name': 'default'}]}}, {'': None}),
+    ({}, {'': None}),
+])
+def test_which_template_is_used(files, expected, tmp_path, monkeypatch):
+  monkeypatch.setattr(chat, 'render', lambda template, *args, **options: template)
+  write(tmp_path, files)
+  write(tmp_path, {'characters.json': dict(inputs='0123a', targets='0123a', pad_id=0, bos_id=1,
+                                           eos_id=2, unk_id=3)})
+  paths = [p for p in tmp_path.rglob('*') if p.is_file()]
+  config = tokenizer_config.config(
+      {str(p.relative_to(tmp_path)): p.read_bytes() for p in paths}, tmp_path)
+  for name, text in expected.items():
+    if text is None:
+      with pytest.raises(DataError, match='has no chat template'):
+        chat.choose(config.chat_template, name, False, 'x')
+    else:
+      assert chat.choose(config.chat_template, name, False, 'x') == text
+
+
+def test_tools_choose_their_template():
+  named = {entry['name']: entry['template'] for entry in NAMED}
+  assert chat.choose(named, '', True, 'x') == 'T'
+  assert chat.choose(named, 'rag', True, 'x') == 'R'
+  assert chat.choose({'default': 'D'}, '', True, 'x') == 'D'
+  with pytest.raises(DataError, match="template 'ragg'; it has default, rag, tool_use. Did you"):
+    chat.choose(named, 'ragg', False, 'x')
+
+
+def test_templates_go_along_with_the_vocabulary(tmp_path):
+  tokens = {'<unk>': 0, '</s>': 1, 'a': 2}
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, '<unk>')).save(
+      str(tmp_path / 'tokenizer.json'))
+  write(tmp_path, {'tokenizer_config.json': dict(eos_token='</s>', unk_token='<unk>'),
+                   'chat_template.jinja': '{{ eos_token }}',
+                   'additional_chat_templates/rag.jinja': "{{ strftime_now('%Y') }}"})
+  v = vocab.load(str(tmp_path / 'tokenizer.json'))
+  copy = vocab.load(vocab.export(v.spec, tmp_path / 'copy'))
+  for each in (v, copy):
+    assert each.chat(HI) == '</s>'
+    assert each.chat(HI, template='rag', date='1999-01-01') == '1999'

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from small_models import random_params
+import tokenizers
 import torch
 import transformers
 
@@ -398,6 +399,31 @@ def test_every_id_that_ends_a_text_is_kept(where, ends, expected, hf, tmp_path):
     go(again, tmp_path / 'back', 'hf')
     back = transformers.GenerationConfig.from_pretrained(tmp_path / 'back')
     assert back.eos_token_id == ends
+
+
+def test_chat_templates_survive_the_round_trip(hf, tmp_path):
+  folder = tmp_path / 'x'
+  shutil.copytree(hf('llama'), folder)
+  tokens = {'<unk>': 0, '</s>': 2, 'a': 1}
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, '<unk>')).save(
+      str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+  (folder / 'additional_chat_templates').mkdir()
+  texts = {'chat_template.jinja': 'D', 'additional_chat_templates/rag.jinja': 'R',
+           'chat_template.json': '{"chat_template": "P"}'}
+  for name, text in texts.items():
+    (folder / name).write_text(text)
+  quiet = dict(log=lambda line: None, use_reference=False)
+  convert.convert(convert.read_hf(folder), tmp_path / 'ours', 't5lab', **quiet)
+  chats = t5lab.load(tmp_path / 'ours').vocab.chat_template
+  assert chats == {'default': 'D', 'rag': 'R'}
+  convert.convert(convert.read_t5lab(tmp_path / 'ours'), tmp_path / 'back', 'hf', **quiet)
+  assert {name: (tmp_path / 'back' / name).read_text() for name in texts} == texts
+  # a folder that is a link could lead anywhere
+  shutil.rmtree(folder / 'additional_chat_templates')
+  (folder / 'additional_chat_templates').symlink_to(tmp_path / 'back' / 'additional_chat_templates')
+  with pytest.raises(UsageError, match='links out of its directory'):
+    convert.read_hf(folder)
 
 
 @pytest.mark.parametrize('name, architecture', [

@@ -16,7 +16,7 @@ import torch
 
 from t5lab import config
 from t5lab.errors import UsageError
-from t5lab.programs import loading, streams
+from t5lab.programs import loading
 from t5lab.programs.lab import Lab
 from t5lab.tools.interop import convert, golden, sentence, tensor_files
 
@@ -214,15 +214,16 @@ def test_a_run_that_starts_from_them_keeps_them(source, tmp_path):
   ours = loading.read_config(tmp_path / 'ours')
   c = config.base('bert/base', n_heads=4, d_head=8)
   c.init.path = str(tmp_path / 'ours')
-  streams.settle_embedding(c)
+  inherited = loading.inherit_embedding(c, tmp_path)
   assert (c.model.pool, c.model.dense) == ('mean+first', (24,))
+  assert inherited['model.dense'] == (24,) and inherited['embed.max_length'] == 12
   assert c.embed.to_dict() == ours.embed.to_dict() and c.embed.modules
   loading._check_architecture(config.model_config(c), config.model_config(ours), '')
 
   # What the config says itself stays, and a classifier pools as it says.
   c = config.base('bert/base', classes=2, pool='pooler')
   c.init.path, c.embed.max_length = str(tmp_path / 'ours'), 9
-  streams.settle_embedding(c)
+  assert not loading.inherit_embedding(c, tmp_path)
   assert (c.model.pool, c.model.dense, c.embed.max_length) == ('pooler', (), 9)
   assert not sentence.has_modules(config.model_config(c), c.embed)
   # another activation of the same layers is another architecture

@@ -25,8 +25,8 @@ from t5lab import cli
 from t5lab.data import vocab
 from t5lab.errors import DataError, UsageError
 from t5lab.tools.interop import (
+  came_with,
   certify,
-  convert,
   hf_tokenizer,
   probe_texts,
   reference,
@@ -46,8 +46,7 @@ def directory(tmp_path_factory):
 
 
 def load(folder):
-  copied = [folder / name for name in convert.COPIED if (folder / name).is_file()]
-  return vocab.load(convert._vocabulary_spec(folder, copied))
+  return vocab.load(came_with.vocabulary_spec(folder, came_with.files_of(folder)))
 
 
 def compare(folder, v, kind='encoder_decoder'):
