@@ -366,6 +366,9 @@ def check_trainable(c: ConfigDict) -> None:
                      'data.lengths.targets=1, see configs/minilm_match.py) or to fill masks '
                      '(model.mlm_head, and a task such as books_bert)')
 
+  if c.model.classes and c.model.class_of != 'input':
+    raise UsageError(f'model.class_of={c.model.class_of}: classifiers of tokens and of spans are '
+                     'converted and used, but not trained; set model.class_of=input')
   # The files of every split that is read.
   if own := files(c):
     own.check()

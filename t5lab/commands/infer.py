@@ -6,17 +6,20 @@ t5lab infer --workdir DIR --fill-mask < lines     BERT: the 5 best words for eac
 t5lab infer --workdir DIR --classify < lines      labels with their probabilities, the best first:
                                                   good 0.9912 · bad 0.0088, or in JSONL
                                                   [{"label": "good", "probability": 0.9912}, …];
-                                                  a regression or a single label has a "score"
+                                                  a regression or a single label has a "score";
+                                                  a classifier of tokens has a "piece" for each, a
+                                                  question-answering head one "answer"
 t5lab infer --workdir DIR --embed < lines         the vector of each line as a JSON list
 
 DIR is a run or a checkpoint written by `t5lab convert`. Encoder-only models classify if they have
 classes, and embed if they have no head at all, without being told to. A record for --classify may
 hold a pair of texts, {"inputs": [TEXT, TEXT]}. Every input line or record gives one output line, in
-order. Records of JSONL, CSV, TSV or Parquet hold the fields of the task (translation: en;
-question answering: question and context; your own files: your columns), or {"inputs": TEXT} with
-the exact input of the model. Each is returned as JSON with "output" added. Plain lines fill the
-only field of a task. To build inputs from other columns than in training:
---config.data.prompt='ask: {q}' or --config.data.fields.inputs=q.
+order. A question-answering head takes records of question and context. Records of JSONL, CSV, TSV
+or Parquet hold the fields of the task (translation: en; question answering: question and context;
+your own files: your columns), or {"inputs": TEXT} with the exact input of the model. Each is
+returned as JSON with "output" added. Plain lines fill the only field of a task. To build inputs
+from other columns than in training: --config.data.prompt='ask: {q}' or
+--config.data.fields.inputs=q.
 """
 
 from collections.abc import Iterator
@@ -130,12 +133,17 @@ def _outputs(model, use: str, args, inputs: list) -> Iterator:
                  top_k=args.top_k, top_p=args.top_p, seed=args.seed)
   if use == 'generate':
     return _generate(model, inputs, args.task, options)
+  if use == 'classify' and model.model.class_of == 'span':
+    return _answers(model, inputs)
   texts = [_text(item, number, pairs=use == 'classify')
            for number, item in enumerate(inputs, start=1)]
   if use == 'chat':
     options |= dict(template=args.template, date=args.date)
     return (model.chat([{'role': 'user', 'content': text}], place=place, **options)
             for place, text in enumerate(texts))
+  if use == 'classify' and model.model.class_of == 'token':
+    return ([{'piece': piece, 'label': label, 'probability': round(p, 4)}
+             for piece, label, p in tags] for tags in model.tag(texts))
   if use == 'fill-mask':
     return ([[{'word': word, 'probability': round(p, 4)} for word, p in mask] for mask in masks]
             for masks in model.fill_mask(texts))
@@ -144,6 +152,16 @@ def _outputs(model, use: str, args, inputs: list) -> Iterator:
   if use == 'classify':
     return (_classes(model, row) for row in rows)
   return ([float(str(x)) for x in row] for row in rows)      # the shortest float32 digits
+
+
+def _answers(model, inputs) -> Iterator[list[dict]]:
+  for number, item in enumerate(inputs, start=1):
+    pair = [item.get(name) for name in ('question', 'context')] if isinstance(item, dict) else []
+    if not pair or not all(isinstance(text, str) for text in pair):
+      raise DataError(f'row {number} must be {{"question": TEXT, "context": TEXT}}, got '
+                      f'{json.dumps(item, ensure_ascii=False, default=str)[:80]}')
+    (answer, probability), = model.answer(pair[:1], pair[1:])
+    yield [{'answer': answer, 'probability': round(probability, 4)}]
 
 
 def _classes(model, row) -> list[dict]:

@@ -73,7 +73,9 @@ class TransformerConfig:
   pooler: bool = False                # BERT: act(dense(first token))
   pooler_act: str = 'tanh'
   nsp: bool = False                   # BERT: next-sentence head on the pooler
-  classes: int = 0                    # more than 0: classifies whole inputs
+  classes: int = 0                    # more than 0: a classifier
+  class_of: str = 'input'             # what has a class: the input | each token | span: classes 0
+                                      # and 1 are the start and the end of an answer
   # Vector of a whole input: mean | max | mean_sqrt | weighted_mean | first | last | pooler, or
   # several of them, concatenated: 'first+mean'.
   pool: str = 'mean'
@@ -159,6 +161,9 @@ class TransformerConfig:
       raise UsageError(f'model.classes={self.classes} needs an encoder-only model: set '
                        'model.dec_layers=0')
 
+    if self.class_of == 'span' and self.classes != 2:
+      raise UsageError(f'model.class_of=span needs model.classes=2, got {self.classes}')
+
   @property
   def kind(self) -> str:
     """encoder_decoder | decoder | encoder."""
@@ -200,6 +205,7 @@ CHOICES = {
     'encoder_window': ('each_side', 'total'),
     'attn_bias': ('none', 'qkv', 'qkvo'),
     'enc_attention': ('full', 'local', 'transient_global'),
+    'class_of': ('input', 'token', 'span'),
     'pool': ('mean', 'max', 'mean_sqrt', 'weighted_mean', 'first', 'last', 'pooler'),
 }
 REMAT = CHOICES['remat']

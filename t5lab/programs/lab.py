@@ -22,12 +22,13 @@ from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
 from t5lab.programs import batching, embedding, loading
+from t5lab.programs.token_outputs import TokenOutputs, as_list, strings
 
 Texts = Sequence[str]
 Pairs = Sequence[tuple[str, str]]
 
 
-class Lab:
+class Lab(TokenOutputs):
   """A model with its weights and vocabulary.
 
   config: the saved config. params: float32 pytree. step: the step of the checkpoint.
@@ -145,7 +146,7 @@ class Lab:
     None is the task the model was trained on, if it has a prompt; '' takes the strings unchanged.
     options: see `decoding`.
     """
-    texts = _as_list(texts, 'generate')
+    texts = as_list(texts, 'generate')
     if task is None:
       trained_on = self.config.data.mixture
       has_prompt = trained_on in prompts.PROMPTS or trained_on == own_files.NAME
@@ -223,7 +224,7 @@ class Lab:
 
     eos: whether the target includes the end of the text. None: only for encoder-decoders.
     """
-    inputs, targets = _strings(inputs, 'score'), _strings(targets, 'score')
+    inputs, targets = strings(inputs, 'score'), strings(targets, 'score')
     if len(inputs) != len(targets):
       raise UsageError(f'score needs as many targets as inputs, got {len(inputs)} inputs and '
                        f'{len(targets)} targets')
@@ -274,7 +275,7 @@ class Lab:
     vectors get length 1; None: embed.normalize, which is True unless the weights came from a
     sentence-transformers model without a Normalize module.
     """
-    texts, e, m = _strings(texts, 'embed'), self.config.embed, self.model
+    texts, e, m = strings(texts, 'embed'), self.config.embed, self.model
     prompt = embedding.prompt_text(e, prompt, prompt_name)
     if not texts:
       return np.zeros((0, m.vector_size), np.float32)
@@ -300,7 +301,7 @@ class Lab:
       encode = jax.jit(functools.partial(Transformer(lab.model).apply, method='encode'))
       hidden, segments = encode({'params': lab.params}, ids)       # segments: 0 at padding
     """
-    texts, m = _strings(texts, 'encode'), self.model
+    texts, m = strings(texts, 'encode'), self.model
     if m.kind == 'decoder':
       raise UsageError(f'encode needs an encoder; {self.config.family} is decoder-only: use embed')
     if length < 0:
@@ -324,14 +325,17 @@ class Lab:
     of each class by itself; for a regression or a single class (a cross-encoder) the bare score.
     `labels` names the classes.
     """
-    if not self.model.classes:
-      raise UsageError(f'{self.config.family} has no classifier (model.classes=0)')
+    if not self.model.classes or self.model.class_of != 'input':
+      other = {'token': 'of whole texts; its classes are of tokens: use tag',
+               'span': 'of whole texts; it finds answers: use answer'}
+      raise UsageError(f'{self.config.family} has no classifier '
+                       + other.get(self.model.class_of, '(model.classes=0)'))
     groups = [[text] if isinstance(text, str) else list(text)
-              for text in _as_list(texts, 'classify')]
+              for text in as_list(texts, 'classify')]
     for group in groups:
       if not 1 <= len(group) <= 2:
         raise UsageError(f'classify takes one text or a pair, got {len(group)} texts')
-      _strings(group, 'classify')
+      strings(group, 'classify')
     if not groups:
       return np.zeros((0, self.model.classes), np.float32)
     rows = [self._row(*group) for group in groups]
@@ -343,40 +347,6 @@ class Lab:
     else:
       link = jax.nn.softmax
     return self._map(rows, lambda batch: link(self._apply('__call__', batch)[:, 0]))
-
-  @property
-  def labels(self) -> tuple[str, ...]:
-    """The names of a classifier's classes; LABEL_0, LABEL_1, … if it came without names."""
-    return tuple(self.config.eval.labels) or tuple(
-        f'LABEL_{i}' for i in range(self.model.classes))
-
-  def fill_mask(self, texts: Texts, k: int = 5) -> list[list[list[tuple[str, float]]]]:
-    """For each mask of each text, the k most probable (piece, probability), best first.
-
-    A mask is the mask token of the vocabulary, for example '[MASK]', or else '<extra_id_0>'.
-    """
-    mask, m = self.vocab.mask_id, self.model
-    if mask is None and self.vocab.num_sentinels:
-      mask = self.vocab.sentinel(0)
-    if mask is None or not m.mlm_head or m.classes:
-      raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
-                       'with its MLM head and a vocabulary with a mask')
-    if not 1 <= k <= m.vocab_size:
-      raise UsageError(f'fill_mask: k must be between 1 and the vocabulary size, {m.vocab_size}, '
-                       f'got {k}')
-    texts = _strings(texts, 'fill_mask')
-    if not texts:
-      return []
-    rows = [self._row(text) for text in texts]
-    positions = [np.flatnonzero(row['inputs'] == mask) for row in rows]
-    for i, masks in enumerate(positions):
-      if not len(masks):
-        raise UsageError(f'text {i + 1} of {len(texts)} has no {self.vocab.pieces([mask])[0]}: '
-                         f'{texts[i]!r}')
-    best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
-    probs, ids = self._map(rows, best)
-    choices = lambda i, j: list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j])))
-    return [[choices(i, j) for j in masks] for i, masks in enumerate(positions)]
 
   # -- batches ----------------------------------------------------------------------------------
 
@@ -407,20 +377,6 @@ class Lab:
       self._jitted[key] = jax.jit(functools.partial(Transformer(model).apply, method=method))
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
     return self._jitted[key]({'params': self.params}, batch)
-
-
-def _as_list(texts, use: str) -> list:
-  if isinstance(texts, str):
-    raise UsageError(f"{use} takes a list of texts: {use}(['…'])")
-  return list(texts)
-
-
-def _strings(texts, use: str) -> list[str]:
-  texts = _as_list(texts, use)
-  for text in texts:
-    if not isinstance(text, str):
-      raise UsageError(f'{use} takes strings, got {type(text).__name__} {str(text)[:60]}')
-  return texts
 
 
 def make_engine(c) -> Engine | None:

@@ -34,9 +34,9 @@ VOCABULARY = 'vocabulary'      # the folder of a run's own copy of its vocabular
 # arrays show the difference, or it concerns training alone.
 MAY_DIFFER = ('vocab_size', 'd_model', 'd_ff', 'enc_layers', 'dec_layers', 'max_length', 'types',
               'experts', 'moe_every', 'capacity_factor', 'eval_capacity_factor', 'tied',
-              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'pool', 'dense', 'dense_bias',
-              'pad_id', 'start_id', 'eos_id', 'init_std', 'dropout', 'final_dropout', 'dtype',
-              'remat')
+              'logit_bias', 'mlm_head', 'pooler', 'nsp', 'classes', 'class_of', 'pool', 'dense',
+              'dense_bias', 'pad_id', 'start_id', 'eos_id', 'init_std', 'dropout', 'final_dropout',
+              'dtype', 'remat')
 
 
 # --- config and vocabulary ---------------------------------------------------------------------

@@ -20,7 +20,7 @@ from t5lab import trees
 from t5lab.parallel import sharding
 from t5lab.training import adafactor, losses, steps
 
-COLLECTION = 'intermediates'      # models/transformer.py stacks it by layer
+COLLECTION = 'intermediates'      # models/stack.py stacks it by layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from t5lab import config, trees
+from t5lab.commands import infer
 from t5lab.decoding.engine import Engine
 from t5lab.decoding.options import Decoding
 from t5lab.errors import DataError, UsageError
@@ -76,6 +77,10 @@ LABS = {   # row, vocabulary, what of the row is not as `shrink` leaves it
                                              pool='pooler')),
     'cross_encoder': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, pooler=True,
                                                 classes=1, pool='pooler')),
+    'tagger': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, classes=3,
+                                         class_of='token')),
+    'reader': ('minilm/l6', 'bert', dict(vocab_size=64, eos_id=3, max_length=64, classes=2,
+                                         class_of='span')),
 }
 
 
@@ -300,6 +305,61 @@ def test_masks_are_filled_with_the_most_probable_pieces(lab):
     l.fill_mask(iter(['[MASK]', 'a dog']))
   with pytest.raises(UsageError, match='between 1 and the vocabulary size, 64, got 65'):
     l.fill_mask(['[MASK]'], k=65)
+
+
+def test_every_token_has_a_label(lab):
+  l = lab('tagger', eval__labels="('O', 'B', 'I')")
+  texts = ['a dog', 'x']
+  for text, tags in zip(texts, l.tag(texts)):
+    ids = l.vocab.encode(text)
+    probs = np.exp(log_softmax(forward(l, encoder_input_tokens=l.vocab.frame(text))))[1:-1]
+    assert [piece for piece, _, _ in tags] == l.vocab.pieces(ids)
+    assert [label for _, label, _ in tags] == [l.labels[i] for i in probs.argmax(-1)]
+    np.testing.assert_allclose([p for _, _, p in tags], probs.max(-1), rtol=1e-4)
+  with pytest.raises(UsageError, match='its classes are of tokens: use tag'):
+    l.classify(texts)
+  with pytest.raises(UsageError, match='no classifier of tokens'):
+    lab('classifier').tag(texts)
+
+
+def test_an_answer_is_the_best_span_of_its_context(lab):
+  l = lab('reader')
+  question, context = 'who bit', 'a dog bit it'
+  (text, probability), = l.answer([question], [context])
+  q, ids = l.vocab.encode(question), l.vocab.encode(context)
+  types = [0] * (len(q) + 2) + [1] * (len(ids) + 1)
+  logits = forward(l, encoder_input_tokens=[2, *q, 3, *ids, 3], encoder_token_types=types)
+  start, end = np.exp(log_softmax(logits[len(q) + 2:-1].T))
+  spans = {(i, j): start[i] * end[j] for i in range(len(ids)) for j in range(i, len(ids))}
+  i, j = max(spans, key=spans.get)
+  assert text == l.vocab.decode(ids[i:j + 1]) and text
+  assert probability == pytest.approx(spans[i, j], rel=1e-4)
+  assert l.answer([question], ['']) == [('', 0.)]
+  with pytest.raises(UsageError, match='1 questions and 2 contexts'):
+    l.answer([question], ['a', 'b'])
+  with pytest.raises(UsageError, match='no head that finds answers'):
+    lab('tagger').answer([question], [context])
+
+
+def test_infer_writes_the_classes_of_tokens_and_answers(lab):
+  args = infer._parse(['--workdir', 'x', '--classify'])
+  run = lambda name, inputs: list(infer._outputs(lab(name), 'classify', args, inputs))
+  tags, = run('tagger', ['a dog'])
+  assert [(t['piece'], t['label'], t['probability']) for t in tags] == [
+      (piece, label, round(p, 4)) for piece, label, p in lab('tagger').tag(['a dog'])[0]]
+  (answer,), = run('reader', [{'question': 'who', 'context': 'a dog', 'id': 7}])
+  (text, p), = lab('reader').answer(['who'], ['a dog'])
+  assert answer == {'answer': text, 'probability': round(p, 4)}
+  for item in ('a dog', {'question': 'who'}):
+    with pytest.raises(DataError, match='row 1 must be {"question": TEXT, "context": TEXT}, got'):
+      run('reader', [item])
+
+
+def test_heads_of_tokens_are_not_trained(lab):
+  c = lab('tagger').config.copy_and_resolve_references()
+  c.data.mixture = 'ha_ende'
+  with pytest.raises(UsageError, match='class_of=token: classifiers of tokens and of spans are'):
+    config.check_trainable(c)
 
 
 # -- text out --------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def features(c: TransformerConfig) -> dict[str, np.ndarray]:
 
 def _drop_padding(c, batch, logits):
   """Returns the logits at real positions; at padding, implementations may differ."""
-  if c.kind == 'encoder' and not c.classes:
+  if c.kind == 'encoder' and not (c.classes and c.class_of == 'input'):
     return logits[batch['encoder_input_tokens'] != c.pad_id]
   return logits.reshape(-1, logits.shape[-1])
 

@@ -150,7 +150,7 @@ def config(name: str) -> TransformerConfig:
 # Fields that are sizes, whatever their value; and those that are sizes unless they are 0 or ().
 _SIZES = {*_BOTH, *_START, 'max_length', 'n_kv_heads', 'rope_theta', 'norm_eps', 'local_radius',
           'global_block', 'init_std', 'remat', 'dtype', 'logit_bias', 'mlm_head', 'pooler', 'nsp',
-          'pooler_act', 'classes', 'pool', 'dense', 'dense_acts', 'dense_bias', 'types',
+          'pooler_act', 'classes', 'class_of', 'pool', 'dense', 'dense_acts', 'dense_bias', 'types',
           'rel_buckets', 'rel_max_distance',
           'position_offset', 'embed_scale', 'tied', 'window_pattern', 'rope_type', 'rope_scaling',
           'shared_embedding'}

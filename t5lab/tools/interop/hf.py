@@ -7,23 +7,14 @@ from collections.abc import Mapping
 import dataclasses
 import itertools
 
-from t5lab.errors import UsageError, did_you_mean
+from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
+from t5lab.tools.interop import architectures as supported
+from t5lab.tools.interop.architectures import FORMATS
 from t5lab.tools.interop.formats import bart, bert, gpt2, llama, t5, t5gemma
 from t5lab.tools.interop.formats.format import Format
 from t5lab.tools.interop.tensor_map import RenamedReader
 
-# model_type -> format
-FORMATS = {
-    't5': t5.T5, 'mt5': t5.T5, 'umt5': t5.T5, 'longt5': t5.T5, 'switch_transformers': t5.T5,
-    't5gemma': t5gemma.T5GEMMA, 't5gemma2': t5gemma.T5GEMMA2,
-    'bart': bart.BART, 'mbart': bart.MBART, 'marian': bart.MARIAN, 'pegasus': bart.PEGASUS,
-    'm2m_100': bart.M2M100, 'blenderbot': bart.BLENDERBOT,
-    'gpt2': gpt2.GPT2, 'llama': llama.LLAMA, 'mistral': llama.MISTRAL, 'qwen2': llama.QWEN2,
-    'qwen3': llama.QWEN3, 'gemma': llama.GEMMA, 'gemma2': llama.GEMMA2,
-    'gemma3_text': llama.GEMMA3,
-    'bert': bert.BERT, 'roberta': bert.ROBERTA, 'xlm-roberta': bert.ROBERTA,
-    'camembert': bert.ROBERTA, 'distilbert': bert.DISTILBERT}
 # (kind, positions) of a model: the formats that can match it, if the other fields do too. Of
 # several that do, the first is written.
 CANDIDATES = {
@@ -54,8 +45,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
   """
   kind = config.get('model_type')
   if not isinstance(kind, str) or kind not in FORMATS:
-    raise UsageError(f'config.json: model_type {kind!r} is unknown.'
-                     f'{did_you_mean(str(kind), FORMATS)}')
+    raise UsageError(supported.refusal(kind))
   _check_head(config, kind)
   format_ = FORMATS[kind]
   try:
@@ -70,7 +60,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
   return format_, c, reader
 
 
-# The heads that end the names of transformers' classes and that no model here has.
+# The heads that end the names of transformers' classes and that tensors alone may not show.
 HEADS = ('ForTokenClassification', 'ForQuestionAnswering', 'ForMultipleChoice',
          'ForSequenceClassification', 'DoubleHeadsModel')
 
@@ -83,11 +73,11 @@ def _check_head(config: Mapping, kind: str) -> None:
   architectures = config.get('architectures') or []
   if not isinstance(architectures, list):
     raise UsageError(f'config.json: architectures must be a list, got {architectures!r}')
+  known = supported.classes(kind)
   for name in map(str, architectures):
-    known = [cls + 'ForSequenceClassification' for cls in bert.CLASSES.values()]
     if name.endswith(HEADS) and name not in known:
-      raise UsageError(f'config.json: the head of {name} is not supported; of heads other than a '
-                       f'language model\'s, {", ".join(known)} are')
+      raise UsageError(f'config.json: the head of {name} is not supported; of {kind} models, '
+                       f'{", ".join(known)} are')
 
 
 def read_labels(config: Mapping, classes: int) -> tuple[str, ...]:

@@ -74,6 +74,8 @@ class Reference:
         inputs['decoder_attention_mask'] = self._torch.ones_like(inputs[name])
     with self._torch.no_grad():
       out = self._model(**inputs)
+    if c.classes and c.class_of == 'span':
+      return self._torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     fields = (getattr(out, f, None) for f in ('prediction_logits', 'logits', 'last_hidden_state'))
     return next(x for x in fields if x is not None).numpy()
 

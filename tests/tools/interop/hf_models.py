@@ -108,6 +108,15 @@ _DISTILBERT = dict(vocab_size=48, dim=32, hidden_dim=64, n_layers=2, n_heads=4,
                    max_position_embeddings=32)
 MODELS.update({
     'roberta': lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ROBERTA)),
+    'roberta_tokens': lambda: hf.RobertaForTokenClassification(
+        hf.RobertaConfig(**_ROBERTA, num_labels=3)),
+    'bert_tokens': lambda: hf.BertForTokenClassification(hf.BertConfig(**_BERT, num_labels=3)),
+    'bert_spans': lambda: hf.BertForQuestionAnswering(hf.BertConfig(**_BERT)),
+    'distilbert_tokens': lambda: hf.DistilBertForTokenClassification(
+        hf.DistilBertConfig(**_DISTILBERT, num_labels=3)),
+    'distilbert_spans': lambda: hf.DistilBertForQuestionAnswering(
+        hf.DistilBertConfig(**_DISTILBERT)),
+    't5_encoder_tokens': lambda: hf.T5ForTokenClassification(hf.T5Config(**_T5, num_labels=3)),
     'roberta_classifier': lambda: hf.RobertaForSequenceClassification(
         hf.RobertaConfig(**_ROBERTA, num_labels=3)),
     'xlm_roberta': lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**_ROBERTA)),

@@ -427,7 +427,7 @@ def test_chat_templates_survive_the_round_trip(hf, tmp_path):
 
 
 @pytest.mark.parametrize('name, architecture', [
-    ('bert_classifier', 'BertForTokenClassification'), ('bert_bare', 'BertForQuestionAnswering'),
+    ('t5_1_0', 'T5ForSequenceClassification'), ('bart', 'BartForQuestionAnswering'),
     ('bert_classifier', 'BertForMultipleChoice'), ('gpt2', 'GPT2ForSequenceClassification'),
     ('gpt2', 'GPT2DoubleHeadsModel'), ('t5_1_0', 'T5ForQuestionAnswering')])
 def test_a_head_that_no_model_has_is_refused_by_its_name(name, architecture, hf, tmp_path):
@@ -438,9 +438,21 @@ def test_a_head_that_no_model_has_is_refused_by_its_name(name, architecture, hf,
     convert.read_hf(tmp_path / 'model')
 
 
+@pytest.mark.parametrize('architecture, missing', [
+    ('BertForQuestionAnswering', 'qa_outputs.weight'),
+    ('BertForTokenClassification', 'classifier.weight')])
+def test_a_head_without_its_tensors_is_refused(architecture, missing, hf, tmp_path):
+  shutil.copytree(hf('bert_bare'), tmp_path / 'model')
+  change(tmp_path / 'model', architectures=[architecture])
+  with pytest.raises(UsageError, match=f'{architecture}.*the checkpoint has no {missing}'):
+    convert.read_hf(tmp_path / 'model')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['t5_1_0', 'umt5', 'longt5_tglobal', 'bart', 'gpt2', 'llama',
-                                  'bert_classifier'])
+                                  'bert_classifier', 'marian', 'm2m100', 'qwen3', 'gemma3',
+                                  't5gemma', 't5gemma2', 'roberta', 'distilbert_spans',
+                                  't5_encoder_tokens'])
 def test_any_value_of_any_key_is_read_or_refused(name, hf, tmp_path):
   """Never another exception than UsageError, whatever config.json says."""
   shutil.copytree(hf(name), tmp_path / 'model')

@@ -34,12 +34,29 @@ DISTILBERT_LAYER = {
     'mlp/wo': 'ffn.lin2', 'mlp_norm': 'output_layer_norm'}
 
 
-def _heads(kind: str, is_classifier: bool) -> dict[str, str]:
-  """Returns {our path: their name}; RoBERTa's classifier has a dense layer of its own."""
-  heads = HEADS[kind]
-  if kind == 'roberta' and is_classifier:
-    return heads | {'pooler': 'classifier.dense'}
-  return heads
+# What has a class, by the end of the name of transformers' class.
+CLASS_OF = {'ForSequenceClassification': 'input', 'ForTokenClassification': 'token',
+            'ForQuestionAnswering': 'span'}
+
+
+def _heads(kind: str, class_of: str) -> dict[str, str]:
+  """Returns {our path: their name} of a model whose classes are of class_of; '': none."""
+  if class_of == 'span':
+    return HEADS[kind] | {'classifier': 'qa_outputs'}
+  if class_of == 'token':
+    return HEADS[kind] | {'classifier': 'classifier'}
+  if kind == 'roberta' and class_of == 'input':      # its classifier has a dense layer of its own
+    return HEADS[kind] | {'pooler': 'classifier.dense'}
+  return HEADS[kind]
+
+
+def _class_of(config) -> str:
+  """Returns class_of by the class that wrote the checkpoint; '' if it has no classifier."""
+  for name in config.get('architectures') or ():
+    for end, class_of in CLASS_OF.items():
+      if str(name).endswith(end):
+        return class_of
+  return ''
 
 
 def _tensor_rows(kind: str):
@@ -54,7 +71,7 @@ def _tensor_rows(kind: str):
     for i in range(c.enc_layers):
       rows += module_rows('encoder/layers/', f'{kind}.{layers}.{i}.', modules, i)
 
-    heads = _heads(kind, c.classes > 0)
+    heads = _heads(kind, c.class_of if c.classes else '')
     used = ['pooler'] * c.pooler + ['mlm_dense', 'mlm_norm'] * c.mlm_head + ['nsp'] * c.nsp
     used += ['classifier'] * (c.classes > 0)
     rows += module_rows('', '', {name: heads[name] for name in used})
@@ -67,6 +84,7 @@ def _tensor_rows(kind: str):
 def _name(kind: str):
   """Returns the function from a stored name to the canonical one."""
   others = {name.split('.')[0] + '.' for name in HEADS[kind].values()} - {f'{kind}.'}
+  others |= {'qa_outputs.'}
   add_prefix = prefixed(f'{kind}.', *sorted(others))
 
   def name_of(name: str) -> str:
@@ -75,21 +93,28 @@ def _name(kind: str):
   return name_of
 
 
-def _head_fields(kind: str, shapes) -> dict:
-  """Returns the fields that the tensors decide."""
+def _head_fields(kind: str, config, shapes) -> dict:
+  """Returns the fields that the tensors decide; without `architectures` a classifier is of inputs.
+  """
   names = {_name(kind)(name): shape for name, shape in shapes.items()}
-  classifier = names.get(f'{HEADS[kind]["classifier"]}.weight')
-  heads = _heads(kind, classifier is not None)
+  class_of = _class_of(config)
+  classifier = names.get(f'{_heads(kind, class_of)["classifier"]}.weight')
+  if class_of and not classifier:
+    raise UsageError(f'config.json: architectures={config["architectures"]}, but the checkpoint '
+                     f'has no {_heads(kind, class_of)["classifier"]}.weight')
+  class_of = class_of or 'input'
+  heads = _heads(kind, class_of if classifier else '')
   has = lambda head: f'{heads[head]}.weight' in names
   return dict(
       logit_bias=has('mlm_dense'), mlm_head=has('mlm_dense'), pooler=has('pooler'),
       nsp='nsp' in heads and has('nsp'), classes=classifier[0] if classifier else 0,
-      pool='pooler' if classifier else 'mean')
+      class_of=class_of if classifier else 'input',
+      pool='pooler' if classifier and class_of == 'input' else 'mean')
 
 
 def _bert_fields(config, shapes):
   require(config, position_embedding_type='absolute', is_decoder=False, add_cross_attention=False)
-  return dict(_head_fields('bert', shapes), eos_id=1)
+  return dict(_head_fields('bert', config, shapes), eos_id=1)
 
 
 def _roberta_fields(config, shapes):
@@ -97,18 +122,18 @@ def _roberta_fields(config, shapes):
   pad = integer(config, 'pad_token_id', 1)
   fields = dict(pad_id=pad, position_offset=pad + 1,
                 max_length=config['max_position_embeddings'] - pad - 1)
-  return _head_fields('roberta', shapes) | fields
+  return _head_fields('roberta', config, shapes) | fields
 
 
 def _distilbert_fields(config, shapes):
-  return dict(_head_fields('distilbert', shapes), types=0, eos_id=1)
+  return dict(_head_fields('distilbert', config, shapes), types=0, eos_id=1)
 
 
 def _label_keys(c):
-  if c.classes and c.pool != 'pooler':
+  if c.classes and c.class_of == 'input' and c.pool != 'pooler':
     raise UsageError("BertForSequenceClassification needs model.pool='pooler', this model has "
                      f'{c.pool!r}')
-  return {'num_labels': c.classes} if c.classes else {}
+  return {'num_labels': c.classes} if c.classes and c.class_of != 'span' else {}
 
 
 def _roberta_keys(c):
@@ -122,7 +147,7 @@ CLASSES = {'bert': 'Bert', 'roberta': 'Roberta', 'xlm-roberta': 'XLMRoberta',
 def _class_name(c, model_type):
   """Returns the class that has exactly the heads of c."""
   if c.classes:
-    head = 'ForSequenceClassification'
+    head = next(end for end, class_of in CLASS_OF.items() if class_of == c.class_of)
   elif not c.mlm_head:
     head = 'Model'
   else:

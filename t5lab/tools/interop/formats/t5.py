@@ -1,5 +1,7 @@
 """T5 1.0, 1.1, mT5, umT5, ByT5, UL2, LongT5 and Switch, with a decoder or without."""
 
+import dataclasses
+
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.tools.interop.formats.format import (
@@ -16,6 +18,10 @@ def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
 
   Each stack has one table of relative positions, in block 0; umT5 has one in every block.
   """
+  if c.classes:          # T5ForTokenClassification has the encoder below a name of its own
+    bare = tensor_rows(dataclasses.replace(c, classes=0))
+    return [dataclasses.replace(row, name=f'transformer.{row.name}') for row in bare] + module_rows(
+        '', '', {'classifier': 'classifier'})
   rows = [TensorRow('embedding', 'shared.weight')]
   if not c.tied:
     rows.append(TensorRow('logits/kernel', 'lm_head.weight', op=TRANSPOSE))
@@ -55,7 +61,7 @@ def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
 
 
 def _layer_path(c, stack, layers, i):
-  """Returns (our path, index on its leading axis) of layer i: see models/transformer.py, Stack."""
+  """Returns (our path, index on its leading axis) of layer i: see models/stack.py."""
   every = c.moe_every if c.experts else 1
   if i >= layers // every * every:
     return f'{stack}/tail', i - layers // every * every
@@ -80,7 +86,9 @@ def _feed_forward(c, path, name, layer, i):
 def _fields(config, shapes):
   kind = config['model_type']
   has_decoder = config.get('is_encoder_decoder') is not False and not any(
-      str(name).endswith('EncoderModel') for name in config.get('architectures') or ())
+      str(name).endswith(('EncoderModel', 'ForTokenClassification'))
+      for name in config.get('architectures') or ())
+  classes = 0 if has_decoder else shapes.get('classifier.weight', (0,))[0]
   default = 'gated-gelu' if kind in ('mt5', 'umt5') else 'relu'
   projection = config.get('feed_forward_proj') or default
   *gated, act = projection.split('-')
@@ -96,6 +104,7 @@ def _fields(config, shapes):
     layers['decoder'] = 0
   fields = dict(
       dec_layers=layers['decoder'], acts=(act, 'linear') if gated else (act,),
+      classes=classes, class_of='token' if classes else 'input',
       per_layer_bias=kind == 'umt5', scale_logits=scaled or not has_decoder,
       tied='lm_head.weight' not in shapes or (declared_tied and scaled),
       start_id=integer(config, 'decoder_start_token_id', integer(config, 'pad_token_id', 0)))
@@ -126,6 +135,11 @@ def _keys(c):
   kind = 'umt5' if c.per_layer_bias else kind
   keys = dict(model_type=kind, feed_forward_proj=act)
   keys['is_encoder_decoder'] = c.dec_layers > 0
+  if c.classes:
+    if c.class_of != 'token' or kind == 'longt5':
+      raise UsageError('of the T5 classifiers of Hugging Face only T5ForTokenClassification is an '
+                       f'encoder; this {kind} has model.class_of={c.class_of!r}')
+    keys['num_labels'] = c.classes
   if not c.dec_layers:
     keys['num_decoder_layers'] = None       # transformers fills in num_layers
   if kind == 'longt5':
@@ -139,7 +153,15 @@ NAMES = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5', 'longt5': 'LongT5',
 
 
 def _class_name(c, model_type):
-  return NAMES[model_type] + ('ForConditionalGeneration' if c.dec_layers else 'EncoderModel')
+  head = 'ForConditionalGeneration' if c.dec_layers else 'EncoderModel'
+  return NAMES[model_type] + ('ForTokenClassification' if c.classes else head)
+
+
+def _aliases(c):
+  if c.classes:
+    return {'transformer.encoder.embed_tokens.weight': 'transformer.shared.weight'}
+  names = ['encoder.embed_tokens.weight', 'decoder.embed_tokens.weight']
+  return dict.fromkeys(names + ['lm_head.weight'] * c.tied, 'shared.weight')
 
 
 T5 = Format(
@@ -151,8 +173,6 @@ T5 = Format(
          tie_word_embeddings='scale_logits', pad_token_id='pad_id',
          decoder_start_token_id='start_id', eos_token_id='eos_id'),
     _fields, {}, _class_name, other_keys=_keys,
-    aliases=lambda c: dict.fromkeys(
-        ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight',
-         *(['lm_head.weight'] if c.tied else [])), 'shared.weight'),
+    aliases=_aliases,
     # Old exports of T5 hold this table, which no code reads.
     ignore=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',))
