@@ -13,7 +13,7 @@ import numpy as np
 from t5lab.decoding import processors
 from t5lab.decoding.beam import beam_search
 from t5lab.decoding.options import Decoding
-from t5lab.decoding.sample import is_end, sample
+from t5lab.decoding.sample import PAD, is_end, sample
 from t5lab.errors import UsageError
 from t5lab.parallel import multihost
 
@@ -99,7 +99,9 @@ class Engine:
       # Where max_total cut a text off, EOS shows where: PAD may be a token like others.
       is_cut = ~jnp.any(ends, axis=-1, keepdims=True)
       ends |= is_cut & (jnp.arange(decoding.length) == limit[:, None, None])
-    return jnp.where(ends, self._eos, tokens)
+    # PAD, which follows the first end, may be among the ends itself.
+    count = jnp.cumsum(ends, axis=-1)
+    return jnp.where(count == 0, tokens, jnp.where(ends & (count == 1), self._eos, PAD))
 
   def generate(self, params, requests: Sequence[Sequence[int]], decoding: Decoding, *,
                n: int | None = None, place: int = 0,

@@ -140,6 +140,12 @@ def test_a_total_of_prompt_and_output():
       [6, 7, 20, EOS, 0, 0], [20, EOS, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize('beams', [1, 2])
+def test_padding_may_be_among_the_ends(beams):
+  out = counter(7).generate({}, [[5]], Decoding(4, beams=beams, start=30, stop_ids=(0, 9)))
+  assert out.tolist() == [[31, EOS, 0, 0]]
+
+
 def test_another_start():
   run = lambda **options: counter(7).generate({}, [[5]], Decoding(3, **options))[0].tolist()
   assert run() == [8, 9, 10] and run(start=20) == [21, 22, 23]

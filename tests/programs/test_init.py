@@ -2,6 +2,7 @@
 optimizer's state or without."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 from processes import arrays
 import pytest
 import shared_programs
+import transformers
 
 import t5lab
 from t5lab import config, trees
@@ -20,6 +22,7 @@ from t5lab.errors import CheckpointError, UsageError
 from t5lab.models import families
 from t5lab.parallel import sharding
 from t5lab.programs import build, loading, loop, shapes
+from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import convert, t5x
 from t5lab.training import adafactor, optim
@@ -269,3 +272,83 @@ def test_weights_of_another_architecture_are_refused():
   for changed in (dict(rope_theta=5e5), dict(acts=('gelu', 'linear')), dict(norm_eps=1e-5)):
     with pytest.raises(UsageError, match=f'a different architecture: model.{list(changed)[0]}='):
       loading._check_architecture(ours, dataclasses.replace(ours, **changed), 'x')
+
+
+# -- what came with the weights --------------------------------------------------------------------
+
+GENERATION = {'num_beams': 2, 'length_penalty': 2.0, 'early_stopping': True, 'max_length': 9,
+              'eos_token_id': [1, 9], 'decoder_start_token_id': 0, 'pad_token_id': 0,
+              'suppress_tokens': [7], 'bad_words_ids': [[3, 4]], 'custom': {'kept': [1]}}
+
+
+def test_a_tuned_run_is_exported_with_what_came_with_its_weights(tmp_path):
+  """Generation settings, also those that nothing here reads, and files of the tokenizer; what the
+  run sets itself is its own."""
+  src = tmp_path / 'src'
+  size = dict(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+              decoder_start_token_id=0)
+  transformers.T5ForConditionalGeneration(transformers.T5Config(**size)).save_pretrained(src)
+  tokenizer = {'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': 125}
+  contents = {'generation_config': GENERATION, 'tokenizer_config': tokenizer,
+              'special_tokens_map': {'eos_token': '</s>'}}
+  for name, content in contents.items():
+    (src / f'{name}.json').write_text(json.dumps(content))
+  (src / 'chat_template.jinja').write_text('{{ messages }}')
+  go = functools.partial(convert.convert, log=lambda line: None, use_reference=False)
+  go(convert.read_hf(src), tmp_path / 'ours', 't5lab')
+
+  fields = loading.read_config(tmp_path / 'ours').model.to_dict()
+  c = config.base('t5_1_0/small', **fields)
+  c.init.path, c.data.mixture, c.data.vocab = str(tmp_path / 'ours'), 'ha_enfr', 'init'
+  c.data.lengths.inputs, c.data.lengths.targets, c.data.batch_size = 16, 16, 8
+  c.eval.batch_size, c.eval.examples, c.eval.no_repeat_ngram_size = 8, 1, 3
+  c.total_steps = 2
+  loop.train(c, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'ours')
+  decoding = t5lab.load(tmp_path / 'run').decoding()
+  assert (decoding.beams, decoding.stop_ids, decoding.length) == (2, (1, 9), 8)
+  assert decoding.no_repeat_ngram_size == 3 and decoding.length_penalty == 2.
+
+  go(convert.read_t5lab(tmp_path / 'run'), tmp_path / 'back', 'hf')
+  read = lambda name: json.loads((tmp_path / 'back' / name).read_text())
+  assert read('generation_config.json') == {**GENERATION, 'no_repeat_ngram_size': 3}
+  assert read('tokenizer_config.json') == tokenizer
+  for name in ('special_tokens_map.json', 'chat_template.jinja'):
+    assert (tmp_path / 'back' / name).read_bytes() == (src / name).read_bytes()
+
+
+def inherited(tmp_path, there, here, path=None):
+  """What a run with the values `here` takes from weights with the values `there`."""
+  def made(values):
+    c = config.base('bert/base', classes=values.pop('classes', 3), pooler=True, pool='pooler')
+    for key, value in values.items():
+      config.override(c, key.replace('__', '.'), str(value))
+    return c
+  source, c = made({'data__vocab': 't5lab_2048', **there}), made(here)
+  (tmp_path / 'init').mkdir(exist_ok=True)
+  rundir.write_config(tmp_path / 'init', config.to_dict(source))
+  c.init.path = str(path or tmp_path / 'init')
+  return loading.inherit(c, tmp_path)
+
+
+def test_what_a_run_does_not_set_it_takes_from_its_weights(tmp_path):
+  labels = dict(eval__labels='a,b,c', eval__problem_type='regression')
+  expected = {'labels': ('a', 'b', 'c'), 'problem_type': 'regression'}
+  take = functools.partial(inherited, tmp_path)
+  assert take(labels, {}) == expected
+  assert take(labels, {'classes': 2}) == take(labels, {'data__vocab': 'byte'}) == {}
+  gone = tmp_path / 'gone'
+  assert take(labels, {}, gone) == {}
+  rundir.write_config(tmp_path, rundir.read_config(tmp_path / 'init'))
+  assert take(labels, {}, gone) == expected       # a run that had begun before it was
+  of_evaluation = dict(eval__batch_size=3, eval__split='test', eval__seed=4)
+  assert take({**labels, **of_evaluation}, {}) == expected
+
+  # What the run sets, and what that replaces, is its own.
+  beams = dict(eval__beams=4, eval__length_penalty=2., eval__min_length=5, eval__max_length=20)
+  names = lambda here: {*take(beams, here)}
+  assert names({}) == {'beams', 'length_penalty', 'min_length', 'max_length'}
+  assert names({'eval__alpha': 1.}) == {'beams', 'min_length', 'max_length'}
+  assert names({'eval__temperature': 1.}) == {'length_penalty', 'min_length', 'max_length'}
+  assert names({'eval__min_new_tokens': 1, 'eval__max_length': 9}) == {'beams', 'length_penalty'}
+  assert 'max_length' not in take({**beams, 'eval__max_length': 128}, {})     # nobody's choice

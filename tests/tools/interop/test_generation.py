@@ -15,7 +15,7 @@ from t5lab.decoding import options
 from t5lab.errors import UsageError
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
-from t5lab.programs.lab import Lab
+from t5lab.programs.lab import Lab, load
 from t5lab.tools.interop import convert, generation
 
 INPUTS = [[5, 7, 9, 11, 13, 6, 8, 17, 2, 3, 19, 33, 41, 29, 23, 4, 45, 12, 10, 40, 31],
@@ -337,3 +337,18 @@ def test_from_hugging_face_and_back(legacy, saved, tmp_path):
   differing = {key: value for key, value in load(tmp_path / 'back').to_dict().items()
                if value != expected.to_dict()[key]}
   assert differing.keys() <= {'transformers_version', '_from_model_config', 'use_cache'}
+
+
+def test_a_start_token_beyond_the_vocabulary_is_replaced_with_a_line(saved, tmp_path):
+  """As in GPT-2 configs of small models, which keep 50256; both verifications pass."""
+  folder, _ = copy(saved, 'gpt2', tmp_path / 'src', {'bos_token_id': 50256, 'eos_token_id': 50256},
+                   legacy=True)
+  for use_reference in (True, False):
+    log = []
+    body = convert.convert(convert.read_hf(folder), tmp_path / str(use_reference), 't5lab',
+                           log=log.append, use_reference=use_reference)
+    ends, start = body['notes']
+    assert ends == 'config.json: eos_token_id=50256 has ids beyond the vocabulary of 48: ignored'
+    assert start.endswith('50256 is not in the vocabulary of 48; an empty prompt starts with 0')
+  lab = load(tmp_path / 'False')
+  assert lab.generate_tokens([[]], length=3).shape == (1, 3)
