@@ -312,7 +312,7 @@ def test_a_tuned_run_is_exported_with_what_came_with_its_weights(tmp_path):
   go(convert.read_t5lab(tmp_path / 'run'), tmp_path / 'back', 'hf')
   read = lambda name: json.loads((tmp_path / 'back' / name).read_text())
   assert read('generation_config.json') == {**GENERATION, 'no_repeat_ngram_size': 3}
-  assert read('tokenizer_config.json') == tokenizer
+  assert read('tokenizer_config.json').items() >= tokenizer.items()
   for name in ('special_tokens_map.json', 'chat_template.jinja'):
     assert (tmp_path / 'back' / name).read_bytes() == (src / name).read_bytes()
 

@@ -120,21 +120,11 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     source.config.eval.problem_type = str(hf_config.get('problem_type') or '')
     config.check_classes(source.config)
   if model.dec_layers:
-    _read_generation(source, said, generation.NAME if has_generation else 'config.json',
-                     model.eos_id)
+    source.generation, source.notes = generation.apply(
+        said, source.config, default_eos=model.eos_id,
+        what=generation.NAME if has_generation else 'config.json')
+    source.model = config.model_config(source.config)
   return source
-
-
-def _read_generation(source: Source, said: Mapping, what: str, default_eos: int) -> None:
-  """Reads generation settings into the config of a source. default_eos: by config.json."""
-  c = source.config
-  settings = generation.read(said, source.model, eos_id=c.model.eos_id, default_eos=default_eos,
-                             what=what)
-  start, note = generation.start_id(source.model, settings, c.model.eos_id)
-  source.model = dataclasses.replace(source.model, start_id=start)
-  c.model.start_id = start
-  c.eval.update(settings.values)
-  source.generation, source.notes = settings.raw, settings.notes + ((note,) if note else ())
 
 
 def read_gguf(path, progress=None) -> Source:
@@ -263,11 +253,7 @@ def write_hf(folder: Path, source: Source, params, log) -> int:
     hf_config |= hf.label_keys(source.config.eval)
   files.write_text(folder / 'config.json', json.dumps(hf_config, indent=2, sort_keys=True) + '\n')
   if source.model.dec_layers:
-    eos_id = vocab.load(spec).eos_id if (spec := source.config.data.vocab) else (
-        source.model.eos_id)
-    settings, notes = generation.write(
-        source.generation, source.config.eval, source.model, eos_id=eos_id,
-        usual_length=config.usual_output_length(source.config))
+    settings, notes = generation.write(source.generation, source.config, source.model)
     generation.write_file(folder, settings)
     for note in notes:
       log(note)

@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from t5lab import files
+from t5lab import config, files
+from t5lab.data import vocab
 from t5lab.decoding import options
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
@@ -53,17 +54,17 @@ class Settings:
   notes: tuple[str, ...] = ()
 
 
-def raw_settings(generation: Mapping | None, config: Mapping) -> dict[str, Any]:
+def raw_settings(generation: Mapping | None, hf_config: Mapping) -> dict[str, Any]:
   """What transformers generates by: the content of generation_config.json, or None if there is
   none, and that of config.json."""
   if generation is not None:
     return dict(generation)
   # Of a model made of others, the decoder's keys fill in what the outer ones leave open.
-  inner = next((config[key] for key in ('decoder', 'generator', 'text_config')
-                if isinstance(config.get(key), Mapping)), {})
-  given = {key: value for source in (inner, config) for key, value in source.items()
+  inner = next((hf_config[key] for key in ('decoder', 'generator', 'text_config')
+                if isinstance(hf_config.get(key), Mapping)), {})
+  given = {key: value for source in (inner, hf_config) for key, value in source.items()
            if key in KEYS and value is not None}
-  if config.get('force_bos_token_to_be_generated') and 'bos_token_id' in given:
+  if hf_config.get('force_bos_token_to_be_generated') and 'bos_token_id' in given:
     given['forced_bos_token_id'] = given['bos_token_id']        # the first BARTs
   return given
 
@@ -249,6 +250,16 @@ class _Reader:
       self._note(key, 'is not supported; generation ignores it')
 
 
+def apply(raw: Mapping, c, *, default_eos: int,
+          what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+  """Reads generation settings into the config of converted weights -> (raw, notes). See `read`."""
+  model = config.model_config(c)
+  settings = read(raw, model, eos_id=model.eos_id, default_eos=default_eos, what=what)
+  c.model.start_id, note = start_id(model, settings, model.eos_id)
+  c.eval.update(settings.values)
+  return settings.raw, settings.notes + ((note,) if note else ())
+
+
 def start_id(model: TransformerConfig, settings: Settings, eos_id: int) -> tuple[int, str]:
   """(the model's start_id, which its embedding must have a row for, and a note or '').
 
@@ -279,15 +290,14 @@ def _short(value) -> str:
 # -- and back -------------------------------------------------------------------------------------
 
 
-def write(raw: Mapping, settings, model: TransformerConfig, *, eos_id: int,
-          usual_length: int) -> tuple[dict[str, Any], list[str]]:
-  """(the content of generation_config.json for the `eval` section `settings`, notes).
+def write(raw: Mapping, c, model: TransformerConfig) -> tuple[dict[str, Any], list[str]]:
+  """(the content of generation_config.json for the model of a config, notes).
 
-  raw: what the weights came with: it is changed where `settings` says something else, so that its
-  other keys survive. {} for weights of ours. usual_length: the eval.max_length of a conversion
-  without one.
+  raw: what the weights came with: it is changed where c.eval says something else, so that its other
+  keys survive. {} for weights of ours.
   """
-  e, out, notes = settings, dict(raw), []
+  e, out, notes = c.eval, dict(raw), []
+  eos_id = vocab.load(c.data.vocab).eos_id if c.data.vocab else model.eos_id
   said = {**options.defaults(), **read(raw, model, eos_id=eos_id, default_eos=eos_id).values}
   changed = lambda option: said[option] != _as(tuple, e[option])
 
@@ -335,7 +345,7 @@ def write(raw: Mapping, settings, model: TransformerConfig, *, eos_id: int,
       out['early_stopping'] = {'true': True, 'false': False}.get(e.early_stopping, 'never')
 
   # Lengths.
-  if e.max_length and e.max_length != said.get('max_length', usual_length):
+  if e.max_length and e.max_length != said.get('max_length', config.usual_output_length(c)):
     out.update(max_length=None, max_new_tokens=e.max_length)
   elif e.max_total and changed('max_total'):
     out.update(max_length=e.max_total, max_new_tokens=None)

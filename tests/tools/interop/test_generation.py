@@ -126,6 +126,28 @@ def cases():
                            marks=[pytest.mark.slow] if name in SLOW else [])
 
 
+# As people publish them, with ids and lengths of these models.
+PUBLISHED = [
+    ('marian', {'bad_words_ids': [[47]], 'bos_token_id': 0, 'decoder_start_token_id': 47,
+                'eos_token_id': 0, 'forced_eos_token_id': 0, 'max_length': 14, 'num_beams': 4,
+                'pad_token_id': 47, 'renormalize_logits': False}),
+    ('mbart', {'bos_token_id': 0, 'decoder_start_token_id': 2, 'early_stopping': True,
+               'eos_token_id': 2, 'forced_bos_token_id': 44, 'forced_eos_token_id': 2,
+               'max_length': 14, 'num_beams': 3, 'pad_token_id': 1}),
+    ('pegasus', {'bos_token_id': 0, 'decoder_start_token_id': 0, 'eos_token_id': 1,
+                 'forced_eos_token_id': 1, 'length_penalty': 0.8, 'max_length': 14, 'num_beams': 4,
+                 'pad_token_id': 0}),
+    ('llama', {'bos_token_id': 3, 'eos_token_id': ENDS, 'max_length': 30, 'pad_token_id': 0,
+               'repetition_penalty': 1.1, 'do_sample': False, 'temperature': 0.6, 'top_p': 0.9}),
+    ('t5gemma', {'bos_token_id': 2, 'eos_token_id': [1, 40], 'max_new_tokens': 9,
+                 'pad_token_id': 0})]
+
+
+@pytest.mark.parametrize('name, settings', PUBLISHED, ids=[name for name, _ in PUBLISHED])
+def test_published_settings(name, settings, saved, tmp_path):
+  test_outputs_are_those_of_transformers(name, settings, saved, tmp_path)
+
+
 @pytest.mark.parametrize('name, settings', cases())
 def test_outputs_are_those_of_transformers(name, settings, saved, tmp_path):
   folder, params = copy(saved, name, tmp_path / name, settings)
@@ -265,11 +287,11 @@ def test_the_start_token_has_a_row():
 
 
 def written(raw, c=None, **changes):
-  c = c or tiny()
-  e = config.from_model(c).eval
-  e.update(read(raw, c).values)
-  e.update(changes)
-  return generation.write(raw, e, c, eos_id=2, usual_length=32)
+  model = c or tiny()
+  c = config.from_model(model)
+  c.eval.update(read(raw, model).values)
+  c.eval.update(changes)
+  return generation.write(raw, c, model)
 
 
 FULL = {'num_beams': 4, 'early_stopping': True, 'length_penalty': 2.0, 'min_length': 6,
@@ -308,9 +330,10 @@ def test_a_change_is_written_and_read_again(changes, expected):
 
 def test_weights_of_ours():
   """Whose alpha has no equal there; the rest is written in full."""
-  e = config.from_model(tiny()).eval
+  c = config.from_model(tiny())
+  e = c.eval
   ids = {'eos_token_id': 2, 'pad_token_id': 1, 'decoder_start_token_id': 2}
-  write = functools.partial(generation.write, {}, e, tiny(), eos_id=2, usual_length=32)
+  write = functools.partial(generation.write, {}, c, tiny())
   assert write() == (ids, [])
   e.beams, e.max_length = 4, 9
   out, (note,) = write()
