@@ -14,14 +14,13 @@ import numpy as np
 from t5lab.config import model_config
 from t5lab.data import vocab
 from t5lab.data.batches import features
-from t5lab.data.tasks import own_files, prompts
 from t5lab.decoding import options
 from t5lab.decoding.engine import Engine
 from t5lab.decoding.options import Decoding
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models.cache import decoding
 from t5lab.models.transformer import Transformer
-from t5lab.programs import batching, embedding, loading
+from t5lab.programs import batching, embedding, loading, prompting
 from t5lab.programs.token_outputs import TokenOutputs, as_list, strings
 
 Texts = Sequence[str]
@@ -135,6 +134,7 @@ class Lab(TokenOutputs):
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
                n: int | None = None, place: int = 0, tick=lambda done, total: None,
+               source_language: str | None = None, target_language: str | None = None,
                **options) -> list[str] | list[list[str]]:
     """Generates a text for each text, in order; with n, a list of n texts for each.
 
@@ -144,26 +144,18 @@ class Lab(TokenOutputs):
 
     texts: strings, or dicts of a task's fields. task: the task whose prompt is put around them;
     None is the task the model was trained on, if it has a prompt; '' takes the strings unchanged.
-    options: see `decoding`.
+    source_language, target_language: codes of mBART, M2M100 and NLLB, as their tokenizers write
+    them; None is what the model's files say. options: see `decoding`.
     """
-    texts = as_list(texts, 'generate')
-    if task is None:
-      trained_on = self.config.data.mixture
-      has_prompt = trained_on in prompts.PROMPTS or trained_on == own_files.NAME
-      task = trained_on if has_prompt else ''
-    if not task and any(not isinstance(text, str) for text in texts):
-      raise UsageError('dicts of fields need a task: pass task=, one of '
-                       + ', '.join(prompts.PROMPTS))
-
-    # Put the prompt around the texts.
-    if task == own_files.NAME:
-      d = self.config.data
-      fill = own_files.OwnFiles(d.files.to_dict(), d.fields.to_dict(), d.prompt).inputs_for
-    elif task:
-      fill = functools.partial(prompts.prompt, task)
+    texts = prompting.fill(self.config.data, as_list(texts, 'generate'), task)
+    if source_language is None and target_language is None:
+      requests = [self.tokens(text) for text in texts]
     else:
-      fill = lambda text: text
-    requests = [self.tokens(fill(text)) for text in texts]
+      vocabulary = self.vocab.between(source_language, target_language)
+      requests = [vocabulary.frame(text) for text in texts]
+      if target_language is not None:
+        first = 'start' if vocabulary.language_starts else 'forced_first'
+        options = {first: vocabulary.target_language, **options}
     outputs = self.generate_tokens(requests, n=n, place=place, tick=tick, **options)
     settings = self.decoding(**options)
     if n is None:

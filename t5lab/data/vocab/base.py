@@ -9,7 +9,7 @@ import itertools
 from typing import Any
 
 from t5lab.data.vocab import chat
-from t5lab.errors import DataError
+from t5lab.errors import DataError, UsageError, did_you_mean
 
 UNKNOWN = ' \u2047 '              # sentencepiece prints it for an unknown piece
 
@@ -34,7 +34,9 @@ class Vocab:
   sentinels: Sequence[int] = ()            # ids of <extra_id_0>, <extra_id_1>, …
   prefix: tuple[int, ...] = ()             # ids before an encoder's input and a decoder's target
   suffix: tuple[int, ...] = ()             # ids after the end of an encoder's input
-  target_language: int | None = None       # id before a decoder's target, in place of the prefix
+  languages: dict[str, int] = dataclasses.field(default_factory=dict)   # ids of language codes
+  target_language: int | None = None       # of targets; the prefix or suffix has that of inputs
+  language_starts: bool = False            # a decoder reads its language first (mBART)
   starts_with_bos: bool = False            # texts start with bos_id and have no end of sequence
   ends_with_eos: bool = False              # the tokenizer itself puts eos_id after a text
   target_encoder: Callable[[str], list[int]] | None = None   # if targets have other ids
@@ -85,7 +87,27 @@ class Vocab:
   @property
   def target_prefix(self) -> tuple[int, ...]:
     """The ids before a decoder's target."""
+    if self.language_starts:
+      return ()
     return self.prefix if self.target_language is None else (self.target_language,)
+
+  def between(self, source: str | None, target: str | None) -> 'Vocab':
+    """This vocabulary for inputs and targets in other languages, by code; None: as they are.
+
+    UsageError for a code that it does not have, and if texts are not marked with a language.
+    """
+    for code in (source, target):
+      if code is not None and code not in self.languages:
+        raise UsageError(
+            f'vocabulary {self.spec!r} has no language {code!r}.'
+            f'{did_you_mean(code, self.languages)} It has: {", ".join(self.languages) or "none"}')
+    marks, changes = set(self.languages.values()), {}
+    if source is not None:
+      mark = lambda ids: tuple(self.languages[source] if i in marks else i for i in ids)
+      changes = {'prefix': mark(self.prefix), 'suffix': mark(self.suffix)}
+    if target is not None:
+      changes['target_language'] = self.languages[target]
+    return dataclasses.replace(self, **changes)
 
   def decode(self, ids) -> str:
     """The text up to the first end of sequence.

@@ -326,8 +326,9 @@ CLASSES = {
     'XLMRobertaTokenizer': Class('Unigram', _FAIRSEQ, _xlm_roberta),
 }
 
-# Their texts are marked with a language.
-TRANSLATORS = ('MBart50Tokenizer', 'MBartTokenizer', 'NllbTokenizer')
+# Their texts are marked with a language, whose codes have this form.
+TRANSLATORS = {'MBart50Tokenizer': '[a-z]{2}_[A-Z]{2}', 'MBartTokenizer': '[a-z]{2}_[A-Z]{2}',
+               'NllbTokenizer': '[a-z]{3}_[A-Z][a-z]{3}'}
 # Other names of the same classes.
 ALIASES = {'BartTokenizer': 'RobertaTokenizer', 'LEDTokenizer': 'RobertaTokenizer',
            'LongformerTokenizer': 'RobertaTokenizer', 'MT5Tokenizer': 'T5Tokenizer',

@@ -8,6 +8,7 @@ tokenizer_config.json or, before that existed, added_tokens.json and special_tok
 
 from collections.abc import Mapping
 import dataclasses
+import re
 
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, processors
@@ -26,12 +27,15 @@ STARTED_WITH_BOS = ('LlamaTokenizer', 'GemmaTokenizer')      # unless add_bos_to
 class Built:
   """A tokenizer, its special tokens by role, and the bytes that decide its ids.
 
-  target_language: the code of tgt_lang, for a class whose texts are marked with their language.
+  languages: {code: id}, for a class whose texts are marked with their language; target_language:
+  the code of tgt_lang, or ''; language_starts: see base.Vocab.
   """
   tokenizer: Tokenizer
   names: dict[str, str]
   data: bytes
+  languages: dict[str, int] = dataclasses.field(default_factory=dict)
   target_language: str = ''
+  language_starts: bool = False
 
 
 def class_of(contents: Mapping[str, bytes], settings: dict, byte_level: bool = False) -> str:
@@ -164,10 +168,15 @@ def _of_class(spec, class_name, parts, contents, settings):
       frame = ['bos', '$A']
   if frame:
     _set_frame(spec, tokenizer, [names.get(part, part) for part in frame])
-  target = settings.get('tgt_lang') if class_name in classes.TRANSLATORS else ''
-  if target and tokenizer.token_to_id(str(target)) is None:
+  languages, target = {}, ''
+  if class_name in classes.TRANSLATORS:
+    known, code = tokenizer.get_vocab(), re.compile(classes.TRANSLATORS[class_name])
+    languages = {text: known[text] for text in sorted(known) if code.fullmatch(text)}
+    target = settings.get('tgt_lang') or ''
+  if target and target not in languages:
     raise DataError(f'{spec} has no {target!r}, its tgt_lang')
-  return Built(tokenizer, names, tokenizer.to_str().encode(), target or '')
+  return Built(tokenizer, names, tokenizer.to_str().encode(), languages, target,
+               language_starts=class_name == 'MBartTokenizer')
 
 
 def _check_word_pieces(spec, parts, names):

@@ -140,4 +140,4 @@ def _m2m100(spec, contents, ids, unk, special, settings) -> dict:
   if target and target not in languages:
     raise DataError(f'{spec}: tgt_lang must be one of {" ".join(languages)}, got {target!r}')
   return dict(size=size, encoder=encode, decoder=decode, piece=piece, prefix=(languages[source],),
-              target_language=languages.get(target))
+              languages=languages, target_language=languages.get(target))

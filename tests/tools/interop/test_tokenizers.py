@@ -49,6 +49,11 @@ def load(folder):
   return vocab.load(came_with.vocabulary_spec(folder, came_with.files_of(folder)))
 
 
+def _texts():
+  from t5lab.data.sources import corpora
+  return [row['de'] for row in corpora.load('ende', 'validation')[:20]]
+
+
 def compare(folder, v, kind='encoder_decoder'):
   return token_ids.compare(folder, v, kind=kind, starts=v.starts_with_bos)
 
@@ -89,7 +94,9 @@ def test_sentinels_and_added_tokens_have_their_own_ids(directory):
   assert v.encode('<n>') == [first + 100] and v.encode('x a b')[-1] == first + 101
   v = load(directory('t5_listed'))
   assert (v.sentinel(0), v.encode('<n>'), v.size) == (first + 99, [first + 100], first + 102)
+  assert load(directory('t5_class_of_config')).num_sentinels == 100      # LongT5
   v = load(directory('umt5'))
+  assert v.encode('x\t \n y') == load(directory('t5')).encode('x y')
   assert (v.size, v.sentinel(0), v.sentinel(299)) == (first + 300, first, first + 299)
   v = load(directory('byt5'))
   assert (v.spec, v.sentinel(0), v.sentinel(124), v.size) == ('byt5:125', 259, 383, 384)
@@ -126,7 +133,7 @@ def test_languages_around_a_text(directory):
   assert v.target_prefix == v.prefix                         # without tgt_lang
   v = load(directory('mbart'))
   assert v.prefix == () and v.pieces(v.frame('a')[-2:]) == ['</s>', 'de_DE']
-  assert v.pieces(v.target_prefix) == ['ro_RO']
+  assert v.piece(v.target_language) == 'ro_RO'
   v = load(directory('nllb_legacy'))
   assert v.pieces(v.frame('a')[-2:]) == ['</s>', 'deu_Latn']
   assert v.pieces(v.target_prefix) == ['fra_Latn']
@@ -137,12 +144,34 @@ def test_languages_around_a_text(directory):
   assert v.decode([first + 24, *v.encode('Ein Text'), v.eos_id]) == 'Ein Text'
 
 
+@pytest.mark.parametrize('name, source, target', [
+    ('mbart', 'fr_XX', 'en_XX'), ('mbart50', 'fr_XX', 'gl_ES'), ('nllb', 'fra_Latn', 'eng_Latn'),
+    ('nllb_legacy', 'fra_Latn', 'eng_Latn'), ('m2m_100', 'fr', 'zu')])
+def test_other_languages_than_those_of_the_files(name, source, target, directory):
+  v = load(directory(name)).between(source, target)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory(name))
+  tokenizer.src_lang = source
+  assert v.frame('a text') == tokenizer('a text').input_ids
+  text = target if name != 'm2m_100' else f'__{target}__'
+  assert v.target_language == tokenizer.convert_tokens_to_ids(text)
+  assert v.target_prefix == (() if name == 'mbart' else (v.target_language,))
+  with pytest.raises(UsageError, match="has no language 'xx'"):
+    v.between('xx', None)
+  with pytest.raises(UsageError, match='It has: none'):
+    load(directory('t5')).between(None, target)
+
+
 def test_marian_has_a_side_for_each_language(directory):
   v, separate = load(directory('marian')), load(directory('marian_separate'))
   text = 'the same words'
   assert v.encode('>>fr<<' + text) == [v.size - 2, *v.encode(text)]
   assert v.decode(v.encode_target(text)) == text == separate.decode(separate.encode_target(text))
   assert v.encode(text) == separate.encode(text) != separate.encode_target(text)
+  tokenizer, texts = transformers.AutoTokenizer.from_pretrained(directory('marian')), _texts()
+  assert any(v.encode(text) != v.encode_target(text) for text in texts)
+  for text in texts:
+    theirs = tokenizer(text_target=text, add_special_tokens=False).input_ids
+    assert v.encode_target(text) == theirs
   assert (v.eos_id, v.unk_id, v.pad_id, v.frame('')) == (0, 1, v.size - 1, [0])
   again = vocab.load(vocab.export(v.spec, directory('marian').parent / 'copy'))
   assert again.sha256 == v.sha256 and again.encode_target(text) == v.encode_target(text)
@@ -272,6 +301,36 @@ def test_the_certificate_says_that_ids_are_equal_there_and_back(name, rows, tmp_
     assert before(text).input_ids == after(text).input_ids
 
 
+def test_generation_into_a_language(tmp_path, capsys):
+  config = transformers.M2M100Config(
+      vocab_size=512, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+      decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+      max_position_embeddings=64)
+  hf_models.torch.manual_seed(0)
+  model = transformers.M2M100ForConditionalGeneration(config).eval()
+  with hf_models.torch.no_grad():
+    for p in model.parameters():         # so that a model this small hears its first token
+      p.mul_(8. if p.ndim > 1 else 1.)
+  model.save_pretrained(tmp_path / 'source')
+  files = DIRECTORIES['m2m_100']()
+  files.pop('config.json')
+  write(tmp_path / 'source', files)
+  code, _, err = run('--from', 'hf', '--to', 't5lab', tmp_path / 'source', tmp_path / 'ours',
+                     capsys=capsys)
+  assert code == 0, err
+  lab, tokenizer = t5lab.load(tmp_path / 'ours'), transformers.AutoTokenizer.from_pretrained(
+      tmp_path / 'source', src_lang='fr')
+  batch = tokenizer('a text', return_tensors='pt')
+  first = tokenizer.convert_tokens_to_ids('__zu__')
+  theirs = model.generate(**batch, forced_bos_token_id=first, max_new_tokens=6, num_beams=1)
+  expected = lab.vocab.decode(theirs[0, 1:].tolist())
+  options = dict(source_language='fr', length=6, beams=1)
+  assert lab.generate(['a text'], target_language='zu', **options) == [expected]
+  assert lab.generate(['a text'], target_language='af', **options) != [expected]
+  with pytest.raises(UsageError, match="has no language 'zz'"):
+    lab.generate(['a text'], target_language='zz')
+
+
 def test_another_id_is_a_refusal_with_the_text_and_both_ids(tmp_path, capsys, monkeypatch):
   source = checkpoint(tmp_path / 'source', 'byt5', 384)
   monkeypatch.setattr(hf_tokenizer, 'byte_spec', lambda folder: 'byte:125')
@@ -312,6 +371,17 @@ def test_vocabularies_of_ours_are_written_with_their_ids(spec, tmp_path):
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   names = sentinels(v.num_sentinels)
   assert tokenizer.convert_tokens_to_ids(names) == list(v.sentinels)
+
+
+def test_llama_3s_bytes_are_not_llamas_pieces(directory, tmp_path):
+  """A byte-level tokenizer.json under LlamaTokenizer is read as it stands."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory('gpt2'))
+  tokenizer.save_pretrained(tmp_path)
+  write(tmp_path, {'config.json': {'model_type': 'llama'}, 'tokenizer_config.json': {
+      'tokenizer_class': 'LlamaTokenizerFast', 'eos_token': '<|endoftext|>'}})
+  v = load(tmp_path)
+  assert compare(tmp_path, v, 'decoder')['equal'] > 220
+  assert v.encode('a b') == load(directory('gpt2')).encode('a b')
 
 
 def test_a_directory_that_transformers_does_not_open_is_said_to_be_uncompared(directory):
