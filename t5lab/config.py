@@ -31,7 +31,7 @@ def base(family: str, **model) -> ConfigDict:
   c.total_steps = 1000
 
   c.init = i = ConfigDict()          # weights to start from
-  i.path = ''                        # a run or a converted checkpoint, and its `eval` settings; '': random
+  i.path = ''                        # a run or a converted checkpoint; '': random weights
   i.step = 'latest'                  # latest | best | a step
   i.weights = ''                     # ema | raw; '': the average if there is one
   i.optimizer = 'fresh'              # fresh | restore
