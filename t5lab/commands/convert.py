@@ -6,10 +6,10 @@ Without it, golden vectors and the bit-equal round trip must hold. DST/certifica
 which check was made and the differences.
 
   hf     a directory with config.json and safetensors (T5, mT5, umT5, ByT5, LongT5, BART, GPT-2,
-         LLaMA, BERT); tokenizer files are copied along
+         LLaMA, BERT), or a LoRA adapter of PEFT and --base; tokenizer files are copied along
   t5x    a checkpoint_<step> directory, msgpack and zarr or Orbax, scanned or not; give its
          vocabulary with --vocab; Adafactor's slots are converted too
-  gguf   a .gguf file of the LLaMA architecture, with its tokenizer (only --from)
+  gguf   a .gguf file of the LLaMA architecture, also split, with its tokenizer (only --from)
   t5lab  the directory of a run (its averaged weights if it keeps them, adapters merged) or DST of
          another conversion; t5lab.load, eval, infer and init.path read it
 """
@@ -38,8 +38,11 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--orbax', action='store_true', help="for --to t5x: T5X's Orbax form")
   parser.add_argument('--golden', action='store_true',
                       help='verify with golden vectors even if Hugging Face is installed')
+  parser.add_argument('--base', metavar='DIR',
+                      help='for --from hf: the model whose LoRA adapter (PEFT) SRC is')
   args = parser.parse_args(argv)
   for name, applies in (('vocab', args.from_ == 't5x'), ('weights', args.from_ == 't5lab'),
+                        ('base', args.from_ == 'hf'),
                         ('scanned', args.to == 't5x'), ('orbax', args.to == 't5x')):
     if getattr(args, name) and not applies:
       raise UsageError(f'--{name} does not apply to --from {args.from_} --to {args.to}')
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
   use_compilation_cache()
   start = time.perf_counter()
   progress = lambda total: files.Progress('reading', 'tensors', total, file=sys.stdout, every=5.)
-  open_source = {'hf': lambda: convert.read_hf(args.src, args.allow_pickle, progress),
+  open_source = {'hf': lambda: convert.read_hf(args.src, args.allow_pickle, progress, args.base),
                  't5x': lambda: convert.read_t5x(args.src, args.vocab, progress),
                  'gguf': lambda: convert.read_gguf(args.src, progress),
                  't5lab': lambda: convert.read_t5lab(args.src, args.step, args.weights)}

@@ -7,6 +7,7 @@ round trip, which verifies these weights. certificate.json records which of the 
 
 import dataclasses
 import hashlib
+import re
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from t5lab.errors import UsageError
 from t5lab.models.cache import decoding
 from t5lab.models.families import TransformerConfig
 from t5lab.models.transformer import Transformer
-from t5lab.tools.interop import golden
+from t5lab.tools.interop import golden, tensor_map
+from t5lab.tools.interop.tensor_map import TensorReader
 
 TOLERANCE = 1e-4       # of the largest difference of logits, relative to the largest logit
 LENGTH = 12            # tokens of the random inputs
@@ -122,6 +124,31 @@ def compare(ours: Outputs, reference: Outputs, name: str) -> dict:
                        f'{their_row.tolist()}')
     equal += first
   return {'logits': logits, 'greedy': {'tokens': int(reference.tokens.size), 'equal': equal}}
+
+
+# Our arrays that are tables of embeddings, and heads; the rest are the layers of the stacks.
+TABLES = r'(target_)?embedding|(encoder|decoder)/(positions|types)'
+HEADS = r'(logits|classifier|pooler|nsp|mlm_dense|mlm_norm)/.*|logit_bias'
+
+
+def tensor_entries(rows, reader: TensorReader) -> dict:
+  """Returns the certificate's entries on the tensors of a source.
+
+  bit_equal: the names of the embedding tables and of the heads, and the number of other tensors
+  that are compared. copies: {name: [name of the original, where the copy is]}. ignored: names.
+  """
+  names, others = {'embeddings': [], 'heads': []}, 0
+  for name, its_rows in tensor_map.group(rows).items():
+    paths = [row.path for row in its_rows]
+    kinds = [kind for kind, pattern in (('embeddings', TABLES), ('heads', HEADS))
+             if any(re.fullmatch(pattern, path) for path in paths)]
+    others += not kinds
+    for kind in kinds:
+      names[kind].append(name)
+  read = {row.name for row in rows}
+  return {'bit_equal': {**names, 'others': others},
+          'copies': reader.copies,
+          'ignored': [name for name in reader.shapes() if name not in read]}
 
 
 def check_golden_vectors(c: TransformerConfig) -> dict:

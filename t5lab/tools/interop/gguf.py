@@ -7,6 +7,7 @@ token and multiplies dimensions in 64 bits. The library is used for block sizes 
 
 from collections.abc import Callable
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -14,7 +15,15 @@ import numpy as np
 
 from t5lab.data.vocab import gguf_header
 from t5lab.errors import UsageError
-from t5lab.tools.interop.tensor_map import TRANSPOSE, Op, TensorReader, TensorRow, module_rows
+from t5lab.tools.interop import tensor_files
+from t5lab.tools.interop.tensor_map import (
+  TRANSPOSE,
+  Op,
+  TensorReader,
+  TensorRow,
+  module_rows,
+  name_list,
+)
 from t5lab.tools.interop.untrusted import File, refusing, show
 
 PIECE = 1 << 20                            # numbers dequantised at once
@@ -107,6 +116,71 @@ class Gguf(TensorReader):
     return out.reshape(t.shape)
 
 
+# --- parts -------------------------------------------------------------------------------------
+
+PART_NAME = re.compile(r'(.+)-(\d{5})-of-(\d{5})\.gguf')
+
+
+class Parts(TensorReader):
+  """A model that gguf-split cut into files. metadata, path: of the first part, which has it all."""
+
+  def __init__(self, parts: list[Gguf]):
+    self.metadata, self.path = parts[0].metadata, parts[0].path
+    self._parts = {}
+    for part in parts:
+      for name in part.shapes():
+        if name in self._parts:
+          raise UsageError(f'tensor {show(name)} is in {self._parts[name].path} and in {part.path}')
+        self._parts[name] = part
+
+  def shapes(self):
+    return {name: part.shapes()[name] for name, part in self._parts.items()}
+
+  def read(self, name: str) -> np.ndarray:
+    """Reads a tensor as Gguf.read does."""
+    return self._parts[name].read(name)
+
+
+def open_file(path) -> Gguf | Parts:
+  """Opens a .gguf file; of a split model any part, with the other parts beside it.
+
+  UsageError says which part the file is and which one is missing.
+  """
+  file = Gguf(path)
+  count = file.metadata.get('split.count', 0)
+  if type(count) is not int or not 0 <= count < 1 << 16:
+    raise UsageError(f'{file.path}: split.count must be a number of parts, got {show(count)}')
+  if count < 2:
+    return file
+
+  number = file.metadata.get('split.no')
+  if type(number) is not int or not 0 <= number < count:
+    raise UsageError(f'{file.path}: split.no must be from 0 to {count - 1}, got {show(number)}')
+  what = f'{file.path} is part {number + 1} of {count}'
+  folder, name = os.path.split(file.path)
+  match = PART_NAME.fullmatch(name)
+  if not match or (int(match[2]), int(match[3])) != (number + 1, count):
+    raise UsageError(f'{what}, but is not named NAME-{number + 1:05}-of-{count:05}.gguf, by which '
+                     'the other parts are found; rename it or join the parts with gguf-split '
+                     '--merge')
+  names = [f'{match[1]}-{i + 1:05}-of-{count:05}.gguf' for i in range(count)]
+  if missing := [name for name in names if not os.path.lexists(os.path.join(folder, name))]:
+    raise UsageError(f'{what}; beside it must be {name_list(missing)}')
+  parts = [file if i == number else Gguf(tensor_files.resolve_inside(folder or '.', name))
+           for i, name in enumerate(names)]
+  for i, part in enumerate(parts):
+    place = part.metadata.get('split.no'), part.metadata.get('split.count')
+    if place != (i, count):
+      raise UsageError(f'{part.path} should be part {i + 1} of {count}; its split.no and '
+                       f'split.count are {show(place)}')
+  whole = Parts(parts)
+  total = whole.metadata.get('split.tensors.count', len(whole.shapes()))
+  if total != len(whole.shapes()):
+    raise UsageError(f'{what}: they have {len(whole.shapes())} tensors, split.tensors.count is '
+                     f'{show(total)}')
+  return whole
+
+
 # --- LLaMA -------------------------------------------------------------------------------------
 
 # The llama.* keys that `fields` reads or checks; with any other the model may compute otherwise.
@@ -118,7 +192,7 @@ KNOWN = (r'vocab_size|context_length|embedding_length|block_count|feed_forward_l
 IGNORE = (r'rope_freqs\.weight',)
 
 
-def fields(reader: Gguf) -> dict[str, Any]:
+def fields(reader: Gguf | Parts) -> dict[str, Any]:
   """Returns the fields of a TransformerConfig for a file of the architecture 'llama'.
 
   start_id and eos_id are left out if the file does not name these tokens. UsageError for another

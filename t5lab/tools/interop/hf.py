@@ -62,7 +62,7 @@ def read_config(config: Mapping, reader) -> tuple[Format, TransformerConfig, Ren
 
 # The heads that end the names of transformers' classes and that tensors alone may not show.
 HEADS = ('ForTokenClassification', 'ForQuestionAnswering', 'ForMultipleChoice',
-         'ForSequenceClassification', 'DoubleHeadsModel')
+         'ForNextSentencePrediction', 'ForSequenceClassification', 'DoubleHeadsModel')
 
 
 def _check_head(config: Mapping, kind: str) -> None:

@@ -111,6 +111,9 @@ def open_tokenizer(folder) -> tuple:
 NOT_ARGUMENTS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
                  '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')
 
+# Parameters that their code does not read: BERT's and RoBERTa's, if the softmax matrix is untied.
+UNUSED = ('cls.predictions.bias', 'lm_head.bias')
+
 
 def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[str, np.ndarray]],
                  dtype: str = 'float32') -> Reference:
@@ -129,7 +132,8 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
 
   # A bare BERT, unlike one with a head, does not prefix its tensors.
   prefix = '' if hasattr(model, cls.base_model_prefix) else f'{cls.base_model_prefix}.'
-  rename = hf.FORMATS[config['model_type']].reference_name
+  format_ = hf.FORMATS[config['model_type']]
+  rename = format_.reference_name
   state = {}
   with warnings.catch_warnings():       # about arrays of jax, which are read-only
     warnings.simplefilter('ignore', UserWarning)
@@ -137,11 +141,17 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
       tensor_name = rename(tensor_name)
       state[tensor_name.removeprefix(prefix)] = torch.from_numpy(
           np.asarray(x, np.float32)).to(getattr(torch, dtype))
+  for key, x in model.named_parameters():
+    if key in UNUSED and key not in state:
+      state[key] = torch.zeros(x.shape)
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
   del state
   # With missing_keys only these are tied: T5 1.1 has a softmax matrix of its own.
   model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
   unset = [key for key, x in model.named_parameters() if x.is_meta]
-  if unset:
-    raise UsageError(f'{name} does not fit: unexpected {unexpected[:4]}, unset {unset[:4]}')
+  read = {rename(row.name).removeprefix(prefix) for row in format_.tensor_rows(c)}
+  dropped = [key for key in unexpected if key in read]       # others, no code reads
+  if unset or dropped:
+    raise UsageError(f'{name} does not fit: it drops {dropped[:4]}, unset {unset[:4]} (unexpected '
+                     f'{unexpected[:4]})')
   return Reference(model, c)

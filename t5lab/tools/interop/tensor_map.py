@@ -61,8 +61,10 @@ def module_rows(path: str, name: str, modules: dict[str, str], layer=None, bias:
 class TensorReader:
   """A checkpoint that is read one tensor at a time; as it is, arrays in memory.
 
-  tensors: {name: anything that has a shape}.
+  tensors: {name: anything that has a shape}. copies: {name of a copy: [name of the original, where
+  the copy is]}.
   """
+  copies: Mapping[str, list[str]] = {}
 
   def __init__(self, tensors: Mapping[str, Any]):
     self._tensors = tensors
@@ -80,25 +82,40 @@ class RenamedReader(TensorReader):
   """A TensorReader with canonical names, in which copies of a tensor appear once.
 
   aliases: {canonical name of a copy: canonical name of the original}. If the file has only the
-  copy, it is used as the original. If it has both, they must be equal (UsageError).
+  copy, it is used as the original. If it has both, or two names of one tensor, they must be equal
+  (UsageError).
   """
 
   def __init__(self, reader: TensorReader, canonical: Callable[[str], str],
-               aliases: Mapping[str, str]):
+               aliases: Mapping[str, str] | None = None):
     self._reader = reader
     self._stored = {}                 # {canonical name: name in the file}
+    self.copies = dict(reader.copies)
     for stored in reader.shapes():
       name = canonical(stored)
-      if name in self._stored:
-        raise UsageError(f'the checkpoint has both {stored} and {self._stored[name]}, which are '
-                         'two names of one tensor')
-      self._stored[name] = stored
-    for alias, original in aliases.items():
-      if copy := self._stored.pop(alias, None):
-        stored = self._stored.setdefault(original, copy)
-        if stored != copy and not np.array_equal(reader.read(copy), reader.read(stored)):
-          raise UsageError(f'the checkpoint: according to the config {copy} should be a copy of '
-                           f'{stored}, but it differs')
+      first = self._stored.setdefault(name, stored)
+      if first != stored:
+        self._check_equal(stored, first, 'they are two names of one tensor')
+        self.copies[stored] = [first, 'in the file, equal']
+    for alias, original in (aliases or {}).items():
+      copy = self._stored.pop(alias, None)
+      if copy is None:
+        where = 'not in the file'
+      elif self._stored.setdefault(original, copy) == copy:
+        where = 'in the file, which lacks the original'
+      else:
+        self._check_equal(copy, self._stored[original], 'according to the config it is a copy')
+        where = 'in the file, equal'
+      self.copies[alias] = [original, where]
+
+  def _check_equal(self, copy, original, why):
+    if not np.array_equal(self._reader.read(copy), self._reader.read(original)):
+      raise UsageError(f'the checkpoint: {copy} should be a copy of {original} ({why}), but it '
+                       'differs')
+
+  def source_name(self, name: str) -> str:
+    """Returns the name of a tensor in the file."""
+    return self._stored[name]
 
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     shapes = self._reader.shapes()
@@ -112,6 +129,8 @@ class JoinedReader(TensorReader):
   """Several TensorReaders as one. readers: {what their names start with here: reader}."""
 
   def __init__(self, readers: Mapping[str, TensorReader]):
+    self.copies = {prefix + copy: [prefix + original, where] for prefix, reader in readers.items()
+                   for copy, (original, where) in reader.copies.items()}
     self._stored = {prefix + name: (reader, name, shape) for prefix, reader in readers.items()
                     for name, shape in reader.shapes().items()}
 
@@ -132,19 +151,7 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
   Peak memory: the result and one tensor.
   """
   rows, ours = list(rows), trees.flatten(abstract)
-  shapes = reader.shapes()
-  check(rows, shapes, ours, ignore=ignore, what=what)
-  by_name = group(rows)
-  # Checked before anything is read: a forged header may claim more than fits into memory.
-  model_size = sum(math.prod(leaf.shape) for leaf in ours.values())
-  for name in by_name:
-    if (size := math.prod(shapes[name])) > model_size:
-      raise UsageError(f'{what}: {name} has {size:,} numbers, the whole model has {model_size:,}')
-  # So may a config. Then a tensor is too small: it is named before anything is allocated.
-  if model_size > sum(math.prod(shapes[name]) for name in by_name):
-    for row in rows:
-      empty = np.broadcast_to(np.float32(0), shapes[row.name])
-      _check_shape(row, empty, _our_value(row, empty, what).shape, ours[row.path].shape, what)
+  by_name = check_shapes(rows, reader, abstract, ignore=ignore, what=what)
 
   params = {path: aligned_empty(leaf.shape) for path, leaf in ours.items()}
   not_finite = []
@@ -153,7 +160,7 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
       tensor = reader.read(name)
       if tensor.dtype.kind in 'iubcSUO':
         raise UsageError(f'{what}: {name} is {tensor.dtype}; weights must be floating-point '
-                         'numbers, and quantised ones are read from GGUF only')
+                         'numbers, or int8 with a scale beside them')
       # The sum is not finite if any number is not; if a finite one overflows, each is checked.
       if not (np.isfinite(tensor.sum(dtype=np.float64))
               or np.isfinite(tensor.astype(np.float32)).all()):
@@ -168,6 +175,23 @@ def read(rows: Iterable[TensorRow], reader: TensorReader, abstract, *, ignore: I
   if not_finite:
     raise UsageError(f'{what}: {name_list(not_finite)} not finite (NaN or infinity)')
   return trees.unflatten(params, like=abstract)
+
+
+def check_shapes(rows: list[TensorRow], reader: TensorReader, abstract, *,
+                 ignore: Iterable[str] = (), what: str = 'the checkpoint') -> dict:
+  """Checks names and shapes from headers alone; returns {their name: its rows}.
+
+  UsageError lists tensors that are missing, misshaped or unread.
+  """
+  ours, shapes = trees.flatten(abstract), reader.shapes()
+  check(rows, shapes, ours, ignore=ignore, what=what)
+  by_name = group(rows)
+  # Before anything is allocated: a forged header may claim more than fits into memory, and so may
+  # a config. An array of strides 0 takes none, whatever its shape.
+  for row in rows:
+    empty = np.broadcast_to(np.float32(0), shapes[row.name])
+    _check_shape(row, empty, _our_value(row, empty, what).shape, ours[row.path].shape, what)
+  return by_name
 
 
 def _check_shape(row: TensorRow, tensor, shape, whole_shape, what: str) -> None:

@@ -340,9 +340,9 @@ def test_bad_sources(damage, message, hf, tmp_path, capsys):
     ('llama', dict(num_hidden_layers=1 << 30), 'dec_layers=1,073,741,824, but the checkpoint has'),
     ('llama', dict(num_key_value_heads=-1), 'model.n_kv_heads must be at least 0, got -1'),
     ('llama', dict(max_position_embeddings=-1), 'model.max_length must be at least 0, got -1'),
-    ('llama', dict(vocab_size=1 << 30), 'model.embed_tokens.weight has shape (48, 32)'),
     ('llama', dict(intermediate_size=1.5), 'model.d_ff must be of type int, got 1.5'),
     ('bert', dict(type_vocab_size=-1), 'model.types must be at least 0, got -1'),
+    ('bart', dict(encoder_ffn_dim='a\nb'), "encoder_ffn_dim='a\\nb' and decoder_ffn_dim=64"),
     ('bart', dict(d_model=True), 'model.d_model must be of type int, got True'),
     ('bert_classifier', dict(problem_type=['x']), 'eval.problem_type="[\'x\']" is unknown'),
     ('t5_1_0', dict(num_decoder_layers=-2), 'model.dec_layers=-2: at least one'),
@@ -428,7 +428,8 @@ def test_chat_templates_survive_the_round_trip(hf, tmp_path):
 
 @pytest.mark.parametrize('name, architecture', [
     ('t5_1_0', 'T5ForSequenceClassification'), ('bart', 'BartForQuestionAnswering'),
-    ('bert_classifier', 'BertForMultipleChoice'), ('gpt2', 'GPT2ForSequenceClassification'),
+    ('bert', 'BertForNextSentencePrediction'), ('bert_classifier', 'BertForMultipleChoice'),
+    ('gpt2', 'GPT2ForSequenceClassification'),
     ('gpt2', 'GPT2DoubleHeadsModel'), ('t5_1_0', 'T5ForQuestionAnswering')])
 def test_a_head_that_no_model_has_is_refused_by_its_name(name, architecture, hf, tmp_path):
   """Also where the tensors would fit: a token classifier's are those of a sequence classifier."""

@@ -96,6 +96,69 @@ def test_tensors_and_metadata_are_those_of_the_library(tmp_path, rng, monkeypatc
   assert reader.metadata['llama.rope.freq_base'] == 500000
 
 
+def split(tmp_path, rng, count=3):
+  """Writes a model as parts, as gguf-split does; returns (the parts, the reader of the whole)."""
+  build(tmp_path / 'whole.gguf', rng)
+  whole = gguf.Gguf(tmp_path / 'whole.gguf')
+  names = list(whole.shapes())
+  paths = [tmp_path / f'm-{i + 1:05}-of-{count:05}.gguf' for i in range(count)]
+  for i, path in enumerate(paths):
+    writer = library.GGUFWriter(path, 'llama')
+    for key, value in META.items() if i == 0 else ():
+      (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f'llama.{key}', value)
+    writer.add_uint16('split.no', i)
+    writer.add_uint16('split.count', count)
+    writer.add_int32('split.tensors.count', len(names))
+    for name in names[i::count]:
+      writer.add_tensor(name, whole.read(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+  return paths, whole
+
+
+def test_a_split_model_is_read_from_any_of_its_parts(tmp_path, rng):
+  paths, whole = split(tmp_path, rng)
+  for path in paths:
+    reader = gguf.open_file(path)
+    assert reader.path == str(paths[0]) and gguf.fields(reader)['dec_layers'] == 2
+    assert reader.shapes() == {name: whole.shapes()[name] for name in reader.shapes()}
+    assert reader.shapes().keys() == whole.shapes().keys()
+    for name in whole.shapes():
+      np.testing.assert_array_equal(reader.read(name), whole.read(name))
+
+
+@pytest.mark.parametrize('damage, match', [
+    (lambda p: p[1].unlink(), r'm-00001-of-00003.gguf is part 1 of 3; beside it must be '
+                              r'm-00002-of-00003.gguf$'),
+    (lambda p: (p[1].unlink(), p[2].unlink()), 'beside it must be m-00002-of-00003.gguf, m-00003'),
+    (lambda p: p[2].write_bytes(p[1].read_bytes()), r'should be part 3 of 3; its .* \(1, 3\)'),
+    (lambda p: p[0].rename(p[0].with_name('model.gguf')),
+     r'model.gguf is part 1 of 3, but is not named NAME-00001-of-00003.gguf'),
+    (lambda p: (p[1].rename(p[1].parents[1] / 'x'), p[1].symlink_to(p[1].parents[1] / 'x')),
+     'links out of its directory')])
+def test_a_split_model_with_a_missing_part_is_refused(tmp_path, rng, damage, match):
+  (tmp_path / 'parts').mkdir()
+  paths, _ = split(tmp_path / 'parts', rng)
+  damage(paths)
+  first = paths[0] if paths[0].exists() else paths[0].with_name('model.gguf')
+  with pytest.raises(UsageError, match=match) as e:
+    gguf.open_file(first)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('no, count, match', [
+    (0, 1 << 20, 'split.count must be a number of parts, got 1048576'),
+    (5, 2, 'split.no must be from 0 to 1, got 5')])
+def test_numbers_of_parts_that_cannot_be(tmp_path, no, count, match):
+  keys = [key(4, struct.pack('<I', number), f'split.{name}')
+          for name, number in (('no', no), ('count', count))]
+  (tmp_path / 'm-00001-of-00002.gguf').write_bytes(file(*keys, keys=2))
+  with pytest.raises(UsageError, match=match):
+    gguf.open_file(tmp_path / 'm-00001-of-00002.gguf')
+
+
 def test_strings_that_are_not_utf_8_keep_their_bytes(tmp_path):
   tokens = struct.pack('<IQ', 8, 2) + text(b'\xff\xfe') + text('ü')
   (tmp_path / 'm.gguf').write_bytes(file(key(9, tokens), keys=1))

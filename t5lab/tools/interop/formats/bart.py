@@ -45,12 +45,12 @@ def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
 def _fields(config, shapes):
   for key in ('attention_heads', 'ffn_dim'):
     if config[f'encoder_{key}'] != config[f'decoder_{key}']:
-      raise UsageError(f'config.json: encoder_{key}={config[f"encoder_{key}"]} and decoder_{key}='
-                       f'{config[f"decoder_{key}"]}; both stacks must be equal')
+      raise UsageError(f'config.json: encoder_{key}={config[f"encoder_{key}"]!r} and decoder_{key}='
+                       f'{config[f"decoder_{key}"]!r}; both stacks must be equal')
   size, target_size = config['vocab_size'], config.get('decoder_vocab_size')
   if target_size not in (None, size):
-    raise UsageError(f'config.json: vocab_size={size} and decoder_vocab_size={target_size}; both '
-                     'vocabularies must have one size')
+    raise UsageError(f'config.json: vocab_size={size!r} and decoder_vocab_size={target_size!r}; '
+                     'both vocabularies must have one size')
   fields = dict(shared_embedding=config.get('share_encoder_decoder_embeddings') is not False,
                 logit_bias='final_logits_bias' in shapes)
   if config['model_type'] == 'm2m_100':     # padding has the row before the first position

@@ -9,7 +9,7 @@ import re
 from t5lab.errors import UsageError
 from t5lab.models.families import TransformerConfig
 from t5lab.tools.interop.formats.format import Format, integer, prefixed, require
-from t5lab.tools.interop.tensor_map import TensorRow, module_rows
+from t5lab.tools.interop.tensor_map import TRANSPOSE, TensorRow, module_rows
 
 EMBEDDINGS = {'embedding': 'word_embeddings', 'encoder/positions': 'position_embeddings',
               'encoder/types': 'token_type_embeddings'}
@@ -75,8 +75,11 @@ def _tensor_rows(kind: str):
     used = ['pooler'] * c.pooler + ['mlm_dense', 'mlm_norm'] * c.mlm_head + ['nsp'] * c.nsp
     used += ['classifier'] * (c.classes > 0)
     rows += module_rows('', '', {name: heads[name] for name in used})
-    if c.logit_bias:
-      rows.append(TensorRow('logit_bias', heads['logit_bias']))
+    if not c.tied:
+      rows.append(TensorRow('logits/kernel', f'{heads["decoder"]}.weight', op=TRANSPOSE))
+    if c.logit_bias:        # untied, the matrix has the bias, and nothing reads the other one
+      name = heads['logit_bias'] if c.tied else f'{heads["decoder"]}.bias'
+      rows.append(TensorRow('logit_bias', name))
     return rows
   return rows_of
 
@@ -94,7 +97,8 @@ def _name(kind: str):
 
 
 def _head_fields(kind: str, config, shapes) -> dict:
-  """Returns the fields that the tensors decide; without `architectures` a classifier is of inputs.
+  """Returns the fields that the tensors decide, whether the softmax matrix is tied among them;
+  without `architectures` a classifier is of inputs.
   """
   names = {_name(kind)(name): shape for name, shape in shapes.items()}
   class_of = _class_of(config)
@@ -109,7 +113,8 @@ def _head_fields(kind: str, config, shapes) -> dict:
       logit_bias=has('mlm_dense'), mlm_head=has('mlm_dense'), pooler=has('pooler'),
       nsp='nsp' in heads and has('nsp'), classes=classifier[0] if classifier else 0,
       class_of=class_of if classifier else 'input',
-      pool='pooler' if classifier and class_of == 'input' else 'mean')
+      pool='pooler' if classifier and class_of == 'input' else 'mean',
+      tied=config.get('tie_word_embeddings', True) or not has('mlm_dense'))
 
 
 def _bert_fields(config, shapes):
@@ -157,7 +162,7 @@ def _class_name(c, model_type):
 
 def _format(kind: str, family: str, fields, **others) -> Format:
   def aliases(c):
-    if not c.mlm_head:
+    if not c.mlm_head or not c.tied:
       return {}
     decoder, bias = HEADS[kind]['decoder'], HEADS[kind]['logit_bias']
     table = f'{kind}.embeddings.word_embeddings.weight'
@@ -168,7 +173,8 @@ def _format(kind: str, family: str, fields, **others) -> Format:
               num_attention_heads='n_heads', num_hidden_layers='enc_layers',
               layer_norm_eps='norm_eps', type_vocab_size='types',
               max_position_embeddings='max_length', attention_probs_dropout_prob='dropout',
-              hidden_dropout_prob='dropout', initializer_range='init_std', pad_token_id='pad_id')
+              hidden_dropout_prob='dropout', initializer_range='init_std', pad_token_id='pad_id',
+              tie_word_embeddings='tied')
   settings = dict(keys=keys, act='hidden_act', other_keys=_label_keys,
                   constants=dict(model_type=kind, position_embedding_type='absolute')) | others
   return Format(
@@ -183,5 +189,5 @@ DISTILBERT = _format(
     'distilbert', 'distilbert/base', _distilbert_fields, act='activation',
     keys=dict(vocab_size='vocab_size', dim='d_model', hidden_dim='d_ff', n_heads='n_heads',
               n_layers='enc_layers', max_position_embeddings='max_length', dropout='dropout',
-              initializer_range='init_std', pad_token_id='pad_id'),
+              initializer_range='init_std', pad_token_id='pad_id', tie_word_embeddings='tied'),
     constants=dict(model_type='distilbert'))

@@ -2,13 +2,15 @@
 
 from t5lab.models.families import TransformerConfig
 from t5lab.tools.interop.formats.format import Format, integer, prefixed, require
-from t5lab.tools.interop.tensor_map import COPY, TensorRow, module_rows
+from t5lab.tools.interop.tensor_map import COPY, TRANSPOSE, TensorRow, module_rows
 
 
 def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
   rows = [TensorRow('embedding', 'transformer.wte.weight'),
           TensorRow('decoder/positions', 'transformer.wpe.weight'),
           *module_rows('decoder/', 'transformer.', {'norm': 'ln_f'})]
+  if not c.tied:
+    rows.append(TensorRow('logits/kernel', 'lm_head.weight', op=TRANSPOSE))
   modules = {'attn/o': 'attn.c_proj', 'mlp/wi_0': 'mlp.c_fc', 'mlp/wo': 'mlp.c_proj',
              'attn_norm': 'ln_1', 'mlp_norm': 'ln_2'}
   for i in range(c.dec_layers):
@@ -35,9 +37,10 @@ GPT2 = Format(
     dict(vocab_size='vocab_size', n_embd='d_model', n_inner='d_ff', n_head='n_heads',
          n_layer='dec_layers', layer_norm_epsilon='norm_eps', n_positions='max_length',
          embd_pdrop='dropout', attn_pdrop='dropout', resid_pdrop='dropout',
-         initializer_range='init_std', bos_token_id='start_id', eos_token_id='eos_id'),
-    _gpt2_fields, dict(model_type='gpt2', tie_word_embeddings=True),
+         initializer_range='init_std', bos_token_id='start_id', eos_token_id='eos_id',
+         tie_word_embeddings='tied'),
+    _gpt2_fields, dict(model_type='gpt2'),
     lambda c, kind: 'GPT2LMHeadModel', act='activation_function',
     canonical=prefixed('transformer.', 'lm_head'),
-    aliases=lambda c: {'lm_head.weight': 'transformer.wte.weight'},
+    aliases=lambda c: {'lm_head.weight': 'transformer.wte.weight'} if c.tied else {},
     ignore=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',))

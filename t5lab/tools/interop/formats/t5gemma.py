@@ -2,7 +2,7 @@
 
 from t5lab.errors import UsageError
 from t5lab.tools.interop.formats import llama
-from t5lab.tools.interop.formats.format import Format, integer, require
+from t5lab.tools.interop.formats.format import Format, integer, prefixed, require
 from t5lab.tools.interop.tensor_map import TRANSPOSE, TensorRow, module_rows
 
 
@@ -96,11 +96,13 @@ def _name_there(name: str) -> str:
   return name.replace(start, f'{start}text_model.') if is_text else name
 
 
+_with_prefix = prefixed('model.', 'lm_head')
+
 T5GEMMA2 = Format(
     _second_rows, 't5gemma2/270m_270m', {}, _second_fields,
     dict(model_type='t5gemma2', is_encoder_decoder=True),
     lambda c, kind: 'T5Gemma2ForConditionalGeneration', other_keys=_second_keys,
-    canonical=lambda name: name.replace('model.encoder.text_model.', 'model.encoder.'),
+    canonical=lambda name: _with_prefix(name).replace('encoder.text_model.', 'encoder.'),
     reference_name=_name_there,
     aliases=lambda c: dict.fromkeys(
         ('model.decoder.embed_tokens.weight', *(['lm_head.out_proj.weight'] if c.tied else [])),
@@ -113,6 +115,6 @@ T5GEMMA2 = Format(
 T5GEMMA = Format(
     _rows, 't5gemma/2b_2b', {}, _fields,
     dict(model_type='t5gemma', is_encoder_decoder=True),
-    lambda c, kind: 'T5GemmaForConditionalGeneration', other_keys=_keys,
+    lambda c, kind: 'T5GemmaForConditionalGeneration', other_keys=_keys, canonical=_with_prefix,
     aliases=lambda c: (
         {'lm_head.out_proj.weight': 'model.decoder.embed_tokens.weight'} if c.tied else {}))
