@@ -193,6 +193,14 @@ def test_finished_beats_live_however_improbable():
   np.testing.assert_allclose(scores, np.log([[.001, .000999]]), rtol=1e-4)
 
 
+def test_as_in_transformers_a_hypothesis_that_is_cut_off_counts_as_finished():
+  probs = np.array([[0, .001, .999, 0]] * V)
+  tokens, scores = search(markov_step(probs), {}, 1, beams=2, length=3, alpha=0.,
+                          early_stopping='never')
+  assert tokens.tolist() == [[[2, 2, 2], [1, 0, 0]]]
+  np.testing.assert_allclose(scores, np.log([[.999 ** 3, .001]]), rtol=1e-4)
+
+
 def test_nothing_finished_returns_live_and_fills_with_pad():
   probs = [[0, 0, .75, .25]] * V
   tokens, scores = search(markov_step(probs), {}, 1, beams=3, length=2, alpha=1.)
