@@ -173,7 +173,7 @@ def _of_class(spec, class_name, parts, contents, settings):
     known, code = tokenizer.get_vocab(), re.compile(classes.TRANSLATORS[class_name])
     languages = {text: known[text] for text in sorted(known) if code.fullmatch(text)}
     target = settings.get('tgt_lang') or ''
-  if target and target not in languages:
+  if target and (not isinstance(target, str) or target not in languages):
     raise DataError(f'{spec} has no {target!r}, its tgt_lang')
   return Built(tokenizer, names, tokenizer.to_str().encode(), languages, target,
                language_starts=class_name == 'MBartTokenizer')
@@ -212,6 +212,10 @@ class _Tokens:
     what = f'tokenizer_config.json beside {spec}'
     self.lists_extra, self.extra, more = _extra(settings, named, what)
     special = {token.content for token in self.extra} if self.lists_extra else set()
+    for role in classes.ROLES:
+      value = values.get(f'{role}_token')
+      if value is not None and not isinstance(_text_of(value), str):
+        raise DataError(f'{what}: {role}_token must be a text, got {str(value)[:80]}')
     special |= {text for role in classes.ROLES
                 if (text := _text_of(values.get(f'{role}_token')))}
     self.added = listed_tokens(spec, settings, contents, special) | (own if legacy else {})

@@ -72,7 +72,7 @@ def _file(spec, contents, name) -> bytes:
 def _special(spec, settings, role, default, ids) -> str:
   value = settings.get(f'{role}_token', default)
   value = value.get('content') if isinstance(value, dict) else value
-  if value not in ids:
+  if not isinstance(value, str) or value not in ids:
     raise DataError(f'{spec} has no {value!r}, its {role}_token, in vocab.json')
   return value
 
@@ -124,20 +124,18 @@ def _marian(spec, contents, ids, unk, special, separate) -> dict:
 def _m2m100(spec, contents, ids, unk, special, settings) -> dict:
   """A source text starts with the token of its language, and a target with that of its own."""
   codes = settings.get('language_codes', 'm2m100')
-  if codes not in LANGUAGES:
+  if not isinstance(codes, str) or codes not in LANGUAGES:
     raise DataError(f'{spec}: language_codes must be {" or ".join(LANGUAGES)}, got {codes!r}')
   languages = {code: len(ids) + i for i, code in enumerate(LANGUAGES[codes])}
   # Texts contain them as tokens, too.
   special |= {f'__{code}__': i for code, i in languages.items()}
-  source = settings.get('src_lang') or 'en'
-  if source not in languages:
-    raise DataError(f'{spec}: src_lang must be one of {" ".join(languages)}, got {source!r}')
+  source, target = settings.get('src_lang') or 'en', settings.get('tgt_lang') or None
+  for key, value in {'src_lang': source, 'tgt_lang': target}.items():
+    if value is not None and (not isinstance(value, str) or value not in languages):
+      raise DataError(f'{spec}: {key} must be one of {" ".join(languages)}, got {value!r}')
   split = _splitter(spec, contents, MODEL)
   size, decode, piece = _decoder(ids, special)
   encode = tables.split_encoder(
       lambda text: [ids.get(piece, ids[unk]) for piece in split(text)], special)
-  target = settings.get('tgt_lang')
-  if target and target not in languages:
-    raise DataError(f'{spec}: tgt_lang must be one of {" ".join(languages)}, got {target!r}')
   return dict(size=size, encoder=encode, decoder=decode, piece=piece, prefix=(languages[source],),
-              languages=languages, target_language=languages.get(target))
+              languages=languages, target_language=languages[target] if target else None)

@@ -34,7 +34,9 @@ def byte_spec(folder: Path) -> str:
 
   # Sentinels are listed with their ids, or counted: then they follow the bytes in order.
   listed = settings.get('added_tokens_decoder') or {}
-  text = lambda token: token.get('content') if isinstance(token, dict) else token
+  if not isinstance(listed, dict):
+    raise UsageError(f'{path}: added_tokens_decoder must be an object')
+  text = lambda token: str(token.get('content') if isinstance(token, dict) else token)
   added = {text(token): int(i) for i, token in listed.items() if i.isdecimal() and int(i) > 258}
   count = len(added) or settings.get('extra_ids', 125)
   if type(count) is not int or not 0 <= count <= vocab.MOST_SENTINELS:
