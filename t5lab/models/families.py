@@ -101,10 +101,11 @@ class TransformerConfig:
       if value not in known:
         raise UsageError(f'model.{field}={value!r} is unknown.{did_you_mean(str(value), known)}'
                          + ' float16 is not supported: T5 overflows in it.' * (field == 'dtype'))
-    for act in (*self.acts, self.pooler_act, *self.dense_acts):
-      if act not in ACTS:
-        raise UsageError(f'model.acts, pooler_act or dense_acts has {act!r}.'
-                         f'{did_you_mean(act, ACTS)}')
+    named = {'acts': self.acts, 'pooler_act': (self.pooler_act,), 'dense_acts': self.dense_acts}
+    for field, acts in named.items():
+      for act in acts:
+        if act not in ACTS:
+          raise UsageError(f'model.{field} has {act!r}.{did_you_mean(act, ACTS)}')
     if self.dec_layers < 0 or self.enc_layers < 0 or not self.dec_layers + self.enc_layers:
       raise UsageError(f'model.enc_layers={self.enc_layers}, model.dec_layers={self.dec_layers}: '
                        'at least one stack must have a layer')
