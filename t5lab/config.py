@@ -166,12 +166,8 @@ def from_model(model: families.TransformerConfig, vocab: str = '') -> ConfigDict
   fields = dataclasses.asdict(model)
   free = ('dropout', 'dtype', 'remat', 'init_std', 'max_length', 'pool', 'dense', 'dense_acts',
           'dense_bias')
-
-  def is_row(name):
-    row = families.row(name)
-    return all(row[field] == fields[field] for field in row if field not in free)
-
-  family = next((name for name in families.ROWS if is_row(name)), 'tiny')
+  is_row = lambda row: all(row[field] == fields[field] for field in row if field not in free)
+  family = next((name for name in families.ROWS if is_row(families.row(name))), 'tiny')
   c = base(family)
   c.family = 'converted' if family == 'tiny' else family
   c.model.update(fields)
