@@ -1,9 +1,12 @@
 """The table of Hugging Face's architectures that convert, and of those that were left out and why.
 
-README's and the documentation's table, the refusals and `t5lab convert --explain` read it.
+The refusals and `t5lab convert --help` read it. `python -m t5lab.tools.interop.architectures`
+writes it into README.md and docs/weights.md, between their markers.
 """
 
 import dataclasses
+from pathlib import Path
+import textwrap
 
 from t5lab.errors import did_you_mean
 from t5lab.tools.interop.formats import bart, bert, gpt2, llama, t5, t5gemma
@@ -44,7 +47,7 @@ TABLE = (
                  'only read: its capacity is a number of tokens, ours a factor'),
     Architecture('T5Gemma', ('t5gemma',), ('T5GemmaForConditionalGeneration',), ('t5gemma',),
                  t5gemma.T5GEMMA, 'both stacks must have one size'),
-    Architecture('T5Gemma 2, text', ('t5gemma2',), ('T5Gemma2ForConditionalGeneration',),
+    Architecture('T5Gemma 2 (text)', ('t5gemma2',), ('T5Gemma2ForConditionalGeneration',),
                  ('t5gemma2',), t5gemma.T5GEMMA2,
                  'only read, without its image encoder; needs `[parity]`'),
     Architecture('BART', ('bart',), ('BartForConditionalGeneration',), ('bart',), bart.BART),
@@ -67,7 +70,7 @@ TABLE = (
     Architecture('Qwen 3', ('qwen3',), ('Qwen3ForCausalLM',), ('qwen3',), llama.QWEN3),
     Architecture('Gemma', ('gemma',), ('GemmaForCausalLM',), ('gemma',), llama.GEMMA),
     Architecture('Gemma 2', ('gemma2',), ('Gemma2ForCausalLM',), ('gemma2',), llama.GEMMA2),
-    Architecture('Gemma 3, text', ('gemma3_text',), ('Gemma3ForCausalLM',), ('gemma3',),
+    Architecture('Gemma 3 (text)', ('gemma3_text',), ('Gemma3ForCausalLM',), ('gemma3',),
                  llama.GEMMA3),
     Architecture('BERT, MiniLM', ('bert',), ('BertForPreTraining', *_bert_like('Bert')),
                  ('bert', 'minilm'), bert.BERT),
@@ -116,13 +119,44 @@ def refusal(model_type) -> str:
           f'{did_you_mean(str(model_type), FORMATS)}')
 
 
+def titles() -> str:
+  """Returns what the rows are called, as a sentence of 100 columns."""
+  return textwrap.fill(', '.join(row.title for row in TABLE) + '.', 100) + '\n'
+
+
 def markdown() -> str:
-  """Returns the table in Markdown."""
+  """Returns the table in Markdown, and below it what was left out."""
   lines = ['| Model | `model_type` | Classes of transformers | Rows of `t5lab.models.families` |',
            '|---|---|---|---|']
   code = lambda names, end='': ', '.join(f'`{name}{end}`' for name in names)
   for row in TABLE:
-    title = f'{row.title} ({row.note})' if row.note else row.title
+    title = f'{row.title}; {row.note}' if row.note else row.title
     lines.append(f'| {title} | {code(row.model_types)} | {code(row.classes)} | '
                  f'{code(row.families, "/…")} |')
+  reasons = {}
+  for kind, why in LEFT_OUT.items():
+    reasons.setdefault(why, []).append(kind)
+  lines += ['', '| Left out | Why |', '|---|---|']
+  lines += [f'| {code(kinds)} | {why} |' for why, kinds in reasons.items()]
   return '\n'.join(lines) + '\n'
+
+
+MARKERS = '<!-- t5lab.tools.interop.architectures: do not edit -->\n', '<!-- end -->\n'
+PAGES = {'README.md': titles, 'docs/weights.md': markdown}
+
+
+def page(text: str, table: str) -> str:
+  """Returns a page's text with the table between the markers."""
+  start, end = MARKERS
+  before, _, rest = text.partition(start)
+  return before + start + table + end + rest.partition(end)[2]
+
+
+def main() -> None:
+  for name, table in PAGES.items():
+    path = Path(name)
+    path.write_text(page(path.read_text(), table()))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,18 +1,46 @@
 """`t5lab convert --explain`: what was recognised in a checkpoint, before anything is converted."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 
+from t5lab import files
 from t5lab.data import vocab
 from t5lab.decoding import options
 from t5lab.errors import DataError, UsageError
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
 from t5lab.programs import shapes
-from t5lab.tools.interop import hf, t5x
+from t5lab.tools.interop import hf, sentence, t5x
 from t5lab.tools.interop.convert import Source
+
+
+def guess_format(path) -> str:
+  """Returns the --from of a path: gguf, t5lab, t5x or hf."""
+  path = Path(path)
+  if path.suffix == '.gguf':
+    return 'gguf'
+  if (path / 'checkpoints').is_dir():
+    return 't5lab'
+  names = ('checkpoint', '_METADATA', 'manifest.ocdbt')
+  return 't5x' if path.is_file() or any((path / name).exists() for name in names) else 'hf'
+
+
+def declared(path) -> list[tuple[str, str]]:
+  """Returns what the files of a Hugging Face directory say, whether or not it converts."""
+  out, folder = [], sentence.transformer_folder(Path(path))
+  for name, keys in (('config.json', ('model_type', 'architectures', 'transformers_version',
+                                      'tie_word_embeddings', 'quantization_config')),
+                     ('tokenizer_config.json', ('tokenizer_class',)),
+                     ('adapter_config.json', ('peft_type', 'base_model_name_or_path'))):
+    if not (folder / name).is_file():
+      continue
+    settings = files.read_json(folder / name, limit=64 << 20)
+    out += [(name, f'{key} = {json.dumps(settings[key])[:200]}') for key in keys if key in settings]
+  return out
 
 
 def lines(source: Source) -> list[tuple[str, str]]:
@@ -27,7 +55,7 @@ def lines(source: Source) -> list[tuple[str, str]]:
     out.append(('generation', _generation(source)))
   else:
     out.append(('pooling', c.pool))
-  out += [('not honoured', note) for note in source.notes]
+  out += [('note', note) for note in source.notes]
   out += [('writes to', text) for text in _destinations(c)]
   return out
 
@@ -73,8 +101,9 @@ def _heads(c: TransformerConfig, e) -> str:
       'pooler'] * c.pooler + ['next sentence'] * c.nsp
   if c.classes:
     names = f' ({", ".join(e.labels)})' if e.labels else ''
-    heads.append(f'classifier of {c.classes} classes{names}, '
-                 f'{e.problem_type or "single_label_classification"}')
+    of = {'input': 'whole inputs', 'token': 'tokens', 'span': 'the ends of an answer'}[c.class_of]
+    heads.append(f'classifier of {of}: {c.classes} classes{names}'
+                 + (f', {e.problem_type}' if e.problem_type else ''))
   return ', '.join(heads) or 'none'
 
 
