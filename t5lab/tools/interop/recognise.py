@@ -189,8 +189,6 @@ def with_tables(config: Mapping, reader: TensorReader) -> tuple[dict, TensorRead
   """
   config, shapes, notes = dict(config), reader.shapes(), []
   kind = config.get('model_type')
-  if str(config.get('architectures')).rstrip("']").endswith(hf.HEADS):
-    return config, reader, notes         # refused by name later
   embedding = _find(shapes, EMBEDDINGS)
   head = _find(shapes, HEADS)
 
@@ -219,7 +217,9 @@ def with_tables(config: Mapping, reader: TensorReader) -> tuple[dict, TensorRead
     notes.append('config.json: tie_word_embeddings=false; this architecture is read with one '
                  'table, and refused if the tensors differ')
     return {**config, 'tie_word_embeddings': True}, reader, notes
-  if not isinstance(kind, str) or kind not in TABLES or not _has_head(kind, shapes):
+  # Of another head than a language model's: read_config reads or refuses it by its name.
+  is_headed = str(config.get('architectures')).rstrip("']").endswith(hf.HEADS)
+  if not isinstance(kind, str) or kind not in TABLES or is_headed or not _has_head(kind, shapes):
     return config, reader, notes
   default, *names, _ = TABLES[kind]
   tied = config.get('tie_word_embeddings', default)

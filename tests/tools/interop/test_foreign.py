@@ -205,6 +205,7 @@ EMBEDDING = {'gpt2': 'transformer.wte.weight', 'llama': 'model.embed_tokens.weig
              'bart': 'model.shared.weight', 'marian': 'model.shared.weight',
              'mistral': 'model.embed_tokens.weight', 'gemma2': 'model.embed_tokens.weight',
              'qwen3': 'model.embed_tokens.weight',
+             'bert_classifier': 'bert.embeddings.word_embeddings.weight',
              'roberta': 'roberta.embeddings.word_embeddings.weight',
              'distilbert': 'distilbert.embeddings.word_embeddings.weight'}
 HEAD = {'bert_mlm': 'cls.predictions.decoder.weight', 'roberta': 'lm_head.decoder.weight',
