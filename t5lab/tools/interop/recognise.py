@@ -225,6 +225,10 @@ def with_tables(config: Mapping, reader: TensorReader) -> tuple[dict, TensorRead
   tied = config.get('tie_word_embeddings', default)
   if not isinstance(tied, bool):
     raise UsageError(f'config.json: tie_word_embeddings must be true or false, got {show(tied)}')
+  if not tied and embedding and not head and _is_bare(config):
+    tied = True
+    notes.append(f'{names[1]} is missing, as in models for embeddings: embed and hidden states are '
+                 'those of the model, but logits use the embedding, which was not trained for them')
   if not tied and not (embedding and head):
     missing = ' and '.join(name for name, found in zip(names, (embedding, head)) if not found)
     default = '' if 'tie_word_embeddings' in config else ', the default'
@@ -249,6 +253,14 @@ def tied_head(config: Mapping, shapes: Mapping) -> tuple[str, str] | None:
     return None
   default, _, head, _ = TABLES[kind]
   return (head, embedding) if config.get('tie_word_embeddings', default) is True else None
+
+
+def _is_bare(config: Mapping) -> bool:
+  """True if the class that wrote the checkpoint is a model without a head."""
+  names = list(map(str, config.get('architectures') or ()))
+  return bool(names) and all(
+      name.endswith('Model') and not name.endswith(('LMHeadModel', 'DoubleHeadsModel'))
+      for name in names)
 
 
 def _has_head(kind: str, shapes: Mapping) -> bool:

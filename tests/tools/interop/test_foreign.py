@@ -266,6 +266,21 @@ def test_a_missing_table_that_is_not_tied_is_refused(name, tied, missing, origin
                             f'(tie_word_embeddings=false{default})')
 
 
+@pytest.mark.parametrize('name, architecture', [('llama', 'LlamaModel'),
+                                                ('mistral', 'MistralModel')])
+def test_a_bare_decoder_needs_no_head(name, architecture, original, tmp_path):
+  """As models for embeddings are published: hidden states are what counts."""
+  config, tensors = original(name)
+  expected, _ = params_of(write(tmp_path / 'plain', config, tensors))
+  tensors = {tensor.removeprefix('model.'): x for tensor, x in tensors.items()
+             if tensor != 'lm_head.weight'}
+  config = {**config, 'tie_word_embeddings': False, 'architectures': [architecture]}
+  params, source = params_of(write(tmp_path / 'bare', config, tensors))
+  assert source.model.tied and 'lm_head.weight is missing, as in models' in source.notes[0]
+  assert_same(params, {path: x for path, x in expected.items() if path != 'logits/kernel'})
+  convert.convert(source, tmp_path / 'ours', 't5lab', log=lambda line: None)
+
+
 @pytest.mark.parametrize('name', ['llama_tied', 'gpt2', 'bert_mlm', 'roberta', 'gemma2', 'qwen3'])
 def test_one_of_two_tied_tables_is_enough(name, original, tmp_path):
   config, tensors = original(name)
