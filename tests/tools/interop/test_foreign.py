@@ -328,8 +328,12 @@ def test_the_one_bias_of_an_untied_bert_by_transformers_4(name, original, tmp_pa
   config, tensors = original(name)
   tensors = {**tensors, HEAD[name]: tensors[EMBEDDING[name]] + 1}
   tensors.pop(HEAD[name].replace('weight', 'bias'), None)
-  params, _ = params_of(write(tmp_path, {**config, 'tie_word_embeddings': False}, tensors))
+  folder = write(tmp_path / 'src', {**config, 'tie_word_embeddings': False}, tensors)
+  params, source = params_of(folder)
   np.testing.assert_array_equal(params['logit_bias'], tensors[BIAS[name]])
+  # The reference gets the one bias too, and zeros for the one that it does not read.
+  proof = convert.convert(source, tmp_path / 'ours', 't5lab', log=lambda line: None)
+  assert proof['logits']['largest_relative_difference'] < 1e-5
 
 
 def test_the_certificate_lists_tables_heads_copies_and_the_rest(original, tmp_path):
