@@ -82,6 +82,15 @@ class Dense(nn.Module):
     return y
 
 
+def lookup(table, indices, axis: str, dtype):
+  """table[axis, D], int[...] -> [..., D] of dtype.
+
+  A gather, because T5X's product with one-hot rows costs 40 % more FLOPs in small T5.
+  """
+  take = lambda i, t: jnp.take(t, i, axis=0, mode='clip')
+  return product(take, indices, table, axis, 'embed', dtype=dtype)
+
+
 def kernel_init(c: TransformerConfig, std: float) -> nn.initializers.Initializer:
   """Normal, with the family's single std if it has one, or else with `std`."""
   return nn.initializers.normal(c.init_std or std)

@@ -16,10 +16,10 @@ from t5lab.errors import UsageError
 from t5lab.models import long_attention
 from t5lab.models.attention import Attention, append_memory, window_mask
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import Mlp, Norm, dropout, kernel_init
+from t5lab.models.layers import Mlp, Norm, dropout, kernel_init, lookup
 from t5lab.models.moe import Moe
 from t5lab.models.positions import RelativeBias, local_config, rotation, sinusoids
-from t5lab.parallel.sharding import batch_shards, constrain, lookup
+from t5lab.parallel.sharding import batch_shards, constrain
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

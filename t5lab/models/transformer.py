@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from t5lab.models.attention import segment_mask, softcap
 from t5lab.models.families import TransformerConfig
-from t5lab.models.layers import ACTIVATIONS, Dense, Norm, kernel_init, up_init
+from t5lab.models.layers import ACTIVATIONS, Dense, Norm, kernel_init, lookup, up_init
 from t5lab.models.pooling import pool
 from t5lab.models.stack import Stack
-from t5lab.parallel.sharding import constrain, lookup, product
+from t5lab.parallel.sharding import constrain, product
 
 Array = jax.Array
 
