@@ -49,6 +49,17 @@ def _parameters_without_memory(torch):
     torch.nn.Module.register_parameter = register
 
 
+@contextlib.contextmanager
+def _running(name: str):
+  """Makes a UsageError of whatever transformers raises for a model that it cannot run."""
+  try:
+    yield
+  except (UsageError, MemoryError):
+    raise
+  except Exception as e:
+    raise UsageError(f'{name} cannot run this model: {" ".join(str(e).split())[:200]}') from e
+
+
 class Reference:
   """A Hugging Face model on the CPU; `close` frees its memory."""
 
@@ -72,7 +83,7 @@ class Reference:
       inputs['use_cache'] = False
       if c.enc_layers:       # T5Gemma would mask a start token that is the padding
         inputs['decoder_attention_mask'] = self._torch.ones_like(inputs[name])
-    with self._torch.no_grad():
+    with self._torch.no_grad(), _running(self.name):
       out = self._model(**inputs)
     if c.classes and c.class_of == 'span':
       return self._torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
@@ -125,10 +136,11 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   torch, transformers = _import_libraries()
   name = hf.class_name(c, config['model_type'])
   cls = getattr(transformers, name)
-  hf_config = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_ARGUMENTS})
-  hf_config._attn_implementation = 'eager'
-  with _parameters_without_memory(torch):
-    model = cls(hf_config)
+  with _running(f'transformers {transformers.__version__} {name}'):
+    hf_config = cls.config_class(**{k: v for k, v in config.items() if k not in NOT_ARGUMENTS})
+    hf_config._attn_implementation = 'eager'
+    with _parameters_without_memory(torch):
+      model = cls(hf_config)
 
   # A bare BERT, unlike one with a head, does not prefix its tensors.
   prefix = '' if hasattr(model, cls.base_model_prefix) else f'{cls.base_model_prefix}.'

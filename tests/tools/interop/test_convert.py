@@ -450,6 +450,32 @@ def test_a_head_without_its_tensors_is_refused(architecture, missing, hf, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['pegasus', 'marian', 'm2m100'])
+def test_transformers_misses_nothing_in_what_is_written(name, hf, tmp_path):
+  """Pegasus warns of positions that are newly initialized if the file has no table."""
+  source = convert.read_hf(hf(name))
+  convert.write_hf(tmp_path, source, source.read_params(), log=lambda line: None)
+  back, info = type(model(name)).from_pretrained(tmp_path, output_loading_info=True)
+  assert not any(info.values()), info
+  expected = model(name).state_dict()
+  for key, x in back.state_dict().items():
+    np.testing.assert_allclose(x, expected[key], atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize('name, values', [
+    ('llama', dict(initializer_range=1.02)), ('t5_1_0', dict(use_cache=None)),
+    ('pegasus', dict(max_position_embeddings=8))])       # less than the certificate's inputs
+def test_what_transformers_cannot_run_is_refused_in_one_line(name, values, hf, tmp_path, capsys):
+  shutil.copytree(hf(name), tmp_path / 'model')
+  change(tmp_path / 'model', **values)
+  arrays = {key: x[:8] if 'embed_positions' in key else x
+            for key, x in tensors(tmp_path / 'model').items()}
+  write(tmp_path / 'model', arrays)
+  code, _, err = run('--from', 'hf', '--to', 't5lab', tmp_path / 'model', tmp_path / 'dst',
+                     capsys=capsys)
+  assert code == 2 and 'cannot run this model: ' in err and err.count('\n') == 1
+
+
 @pytest.mark.parametrize('name', ['t5_1_0', 'umt5', 'longt5_tglobal', 'bart', 'gpt2', 'llama',
                                   'bert_classifier', 'marian', 'm2m100', 'qwen3', 'gemma3',
                                   't5gemma', 't5gemma2', 'roberta', 'distilbert_spans',
