@@ -200,7 +200,9 @@ def with_tables(config: Mapping, reader: TensorReader) -> tuple[dict, TensorRead
                      f'{rows[head]}; both must have one for every id (config.json: vocab_size='
                      f'{show(declared)})')
   is_number = type(declared) is int and declared > 0
-  if is_number and rows and declared not in rows.values() and not str(kind).startswith('t5gemma'):
+  has_two = config.get('decoder_vocab_size') not in (None, declared)      # Marian, refused later
+  if (is_number and rows and declared not in rows.values() and not has_two
+      and not str(kind).startswith('t5gemma')):
     name, count = next(iter(rows.items()))
     config['vocab_size'] = count
     if config.get('decoder_vocab_size') == declared:      # Marian

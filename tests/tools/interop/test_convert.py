@@ -347,6 +347,7 @@ def test_bad_sources(damage, message, hf, tmp_path, capsys):
     ('bert_classifier', dict(problem_type=['x']), 'eval.problem_type="[\'x\']" is unknown'),
     ('t5_1_0', dict(num_decoder_layers=-2), 'model.dec_layers=-2: at least one'),
     ('t5_1_0', dict(feed_forward_proj=3), 'is not a t5 config'),
+    ('qwen2', dict(use_sliding_window=False), 'but use_sliding_window=False: set it to true'),
 ])
 def test_odd_values_in_a_config_are_refused_in_one_line(name, values, message, hf, tmp_path):
   shutil.copytree(hf(name), tmp_path / 'model')

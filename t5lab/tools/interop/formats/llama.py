@@ -185,6 +185,7 @@ def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=Non
     if pattern:
       window = config.get('sliding_window', 4096)
       out |= window_fields(config, layers, lambda i: pattern(config, i), window)
+      _check_qwen_window(config, model_type)
     if second_norms:
       out.update(attn_scalar=float(config.get('query_pre_attn_scalar', 256)),
                  attn_softcap=_cap(config, 'attn_logit_softcapping', model_type),
@@ -230,6 +231,16 @@ def _cap(config, key, model_type) -> float:
 
 def _qwen_window(config, layer):
   return bool(config.get('use_sliding_window')) and layer >= config.get('max_window_layers', 28)
+
+def _check_qwen_window(config, model_type) -> None:
+  """UsageError if Qwen layers have a window that use_sliding_window, False by default, removes."""
+  kinds = config.get('layer_types') or []
+  if (model_type.startswith('qwen') and 'sliding_attention' in kinds
+      and not config.get('use_sliding_window')):
+    raise UsageError("config.json: layer_types has 'sliding_attention', but use_sliding_window="
+                     f'{config.get("use_sliding_window")!r}: set it to true, or make every layer '
+                     "'full_attention'")
+
 
 
 LLAMA = _format('llama', 'llama1/7b', 'LlamaForCausalLM')
