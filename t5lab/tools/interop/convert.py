@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -276,9 +277,11 @@ def write_hf(folder: Path, source: Source, params, log) -> int:
     for note in notes:
       log(note)
   came_with.write(folder, source.copied, source.config.data.vocab, bool(source.model.enc_layers))
-  specs = {name: (shape, np.dtype(np.float32))
-           for name, shape in tensor_map.shapes(rows, params).items()}
-  tensor_files.write_safetensors(folder, tensor_map.write(rows, params), specs)
+  computed = format_.computed(source.model)
+  sizes = tensor_map.shapes(rows, params) | {name: x.shape for name, x in computed.items()}
+  specs = {name: (shape, np.dtype(np.float32)) for name, shape in sizes.items()}
+  tensor_files.write_safetensors(
+      folder, itertools.chain(tensor_map.write(rows, params), computed.items()), specs)
   written = {'': tensor_files.open_hf(folder)}
   if sentence.has_modules(source.model, source.config.embed):
     written |= sentence.write(folder, source.model, source.config.embed, params)

@@ -450,7 +450,6 @@ def test_a_head_without_its_tensors_is_refused(architecture, missing, hf, tmp_pa
     convert.read_hf(tmp_path / 'model')
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['pegasus', 'marian', 'm2m100'])
 def test_transformers_misses_nothing_in_what_is_written(name, hf, tmp_path):
   """Pegasus warns of positions that are newly initialized if the file has no table."""
@@ -477,6 +476,7 @@ def test_what_transformers_cannot_run_is_refused_in_one_line(name, values, hf, t
   assert code == 2 and 'cannot run this model: ' in err and err.count('\n') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['t5_1_0', 'umt5', 'longt5_tglobal', 'bart', 'gpt2', 'llama',
                                   'bert_classifier', 'marian', 'm2m100', 'qwen3', 'gemma3',
                                   't5gemma', 't5gemma2', 'roberta', 'distilbert_spans',

@@ -242,6 +242,36 @@ def test_an_embedding_and_a_head_of_unlike_sizes_are_refused(original, tmp_path)
     convert.read_hf(write(tmp_path, config, tensors))
 
 
+@pytest.mark.parametrize('name, keys', [
+    ('marian', {'scale_embedding': 'embed_scale', 'activation_function': 'acts'}),
+    ('pegasus', {'scale_embedding': 'embed_scale', 'activation_function': 'acts'}),
+    ('mbart', {'scale_embedding': 'embed_scale'}),
+    ('blenderbot', {'scale_embedding': 'embed_scale'}),
+    ('mistral', {'rms_norm_eps': 'norm_eps'}), ('roberta', {'layer_norm_eps': 'norm_eps'})])
+def test_what_a_config_lacks_has_the_default_of_transformers(name, keys, original, tmp_path):
+  config, tensors = original(name)
+  _, source = params_of(write(tmp_path, {**config, **dict.fromkeys(keys)}, tensors))
+  default = type(model(name).config)()
+  for key, field in keys.items():
+    expected = getattr(default, key)
+    assert getattr(source.model, field) == (('gelu_erf',) if expected == 'gelu' else expected)
+
+
+def test_two_vocabularies_of_unlike_sizes_are_refused_by_their_sizes(original, tmp_path):
+  config, tensors = original('marian_two_tables')
+  cut = {name: x[..., :44] if name == 'final_logits_bias' else x[:44] for name, x in tensors.items()
+         if name.startswith(('final_', 'lm_head', 'model.decoder.embed_tokens'))}
+  folder = write(tmp_path, {**config, 'decoder_vocab_size': 44}, {**tensors, **cut})
+  with pytest.raises(UsageError, match='vocab_size=48 and decoder_vocab_size=44; both'):
+    convert.read_hf(folder)
+
+
+def test_the_gelu_of_the_first_gemmas_is_the_approximation(original, tmp_path):
+  config, tensors = original('gemma')
+  _, source = params_of(write(tmp_path, {**config, 'hidden_act': 'gelu'}, tensors))
+  assert source.model.acts == ('gelu', 'linear')
+
+
 @pytest.mark.parametrize('name, tied, missing', [
     ('llama', False, 'head'), ('llama', None, 'head'), ('llama', False, 'embedding'),
     ('llama_tied', False, 'head'), ('gpt2', False, 'head'), ('gpt2', False, 'embedding'),

@@ -79,7 +79,14 @@ def _check_sinusoids(c, reader):
                        'trained positions are supported for BART and mBART only')
 
 
-def _format(model_type: str, family: str, cls: str, ignore=(), **constants) -> Format:
+def _tables(c) -> dict[str, np.ndarray]:
+  """Returns the tables of sinusoids, {name: float32[max_length, D]}."""
+  table = np.asarray(sinusoids(np.arange(c.max_length), c.d_model, c.sinusoids), np.float32)
+  return {f'model.{stack}.embed_positions.weight': table for stack in ('encoder', 'decoder')}
+
+
+def _format(model_type: str, family: str, cls: str, ignore=(), computed=lambda c: {},
+            defaults=None, **constants) -> Format:
   """Returns the Format of one of the architectures."""
   def aliases(c):
     names = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
@@ -105,14 +112,18 @@ def _format(model_type: str, family: str, cls: str, ignore=(), **constants) -> F
       lambda c, kind: cls, act='activation_function', other_keys=other_keys,
       canonical=prefixed('model.', 'final_', 'lm_head'), aliases=aliases,
       ignore=(r'model\.(en|de)coder\.version', *ignore),
-      check=_check_sinusoids)
+      check=_check_sinusoids, computed=computed, defaults=defaults or {})
 
 
 SINUSOIDS = (r'model\.(en|de)coder\.embed_positions\.weights?',)     # compared by `check`
 BART = _format('bart', 'bart/base', 'BartForConditionalGeneration', bos_token_id=0)
-MBART = _format('mbart', 'mbart/large', 'MBartForConditionalGeneration', bos_token_id=0)
-BLENDERBOT = _format('blenderbot', 'blenderbot/400m', 'BlenderbotForConditionalGeneration')
-MARIAN = _format('marian', 'marian/base', 'MarianMTModel', SINUSOIDS)
-PEGASUS = _format('pegasus', 'pegasus/large', 'PegasusForConditionalGeneration', SINUSOIDS)
+MBART = _format('mbart', 'mbart/large', 'MBartForConditionalGeneration', bos_token_id=0,
+                defaults={'embed_scale': False})
+BLENDERBOT = _format('blenderbot', 'blenderbot/400m', 'BlenderbotForConditionalGeneration',
+                     defaults={'embed_scale': False})
+UNSCALED_GELU = {'embed_scale': False, 'acts': ('gelu_erf',)}
+MARIAN = _format('marian', 'marian/base', 'MarianMTModel', SINUSOIDS, defaults=UNSCALED_GELU)
+PEGASUS = _format('pegasus', 'pegasus/large', 'PegasusForConditionalGeneration', SINUSOIDS,
+                  _tables, defaults=UNSCALED_GELU)
 M2M100 = _format('m2m_100', 'm2m100/418m', 'M2M100ForConditionalGeneration', SINUSOIDS,
                  bos_token_id=0)

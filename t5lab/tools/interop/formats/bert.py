@@ -184,7 +184,8 @@ def _format(kind: str, family: str, fields, **others) -> Format:
 
 
 BERT = _format('bert', 'bert/base', _bert_fields)
-ROBERTA = _format('roberta', 'roberta/base', _roberta_fields, other_keys=_roberta_keys)
+ROBERTA = _format('roberta', 'roberta/base', _roberta_fields, other_keys=_roberta_keys,
+                  defaults={'norm_eps': 1e-12})
 DISTILBERT = _format(
     'distilbert', 'distilbert/base', _distilbert_fields, act='activation',
     keys=dict(vocab_size='vocab_size', dim='d_model', hidden_dim='d_ff', n_heads='n_heads',

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from t5lab.errors import UsageError, did_you_mean
 from t5lab.models import families
 from t5lab.models.families import TransformerConfig
@@ -25,13 +27,15 @@ SIZES = ('vocab_size', 'd_model', 'd_ff', 'n_heads', 'd_head', 'enc_layers', 'de
 class Format:
   """One architecture.
 
-  family: the row of models/families.py that has the values of what config.json may lack. keys:
+  family: the row of models/families.py that has the values of what config.json may lack, except for
+  `defaults`, the fields for which transformers' class has another default. keys:
   {their key: our field}; a field is read from the last of its keys, unless
   other_fields(config, shapes) has it. act: the key of the activation. constants, other_keys(c): the
   rest of config.json. class_name(c, model_type): the class of transformers. canonical, aliases: see
   RenamedReader. ignore: regexes of tensors that may stay unread. check(c, reader): a UsageError for
-  tensors that the rows do not map and that would change the output. reference_name: from a
-  canonical name to that of transformers' class, where its files have others.
+  tensors that the rows do not map and that would change the output. computed(c): tensors that
+  follow from c and that transformers misses in files without them. reference_name: from a canonical
+  name to that of transformers' class, where its files have others.
   """
   tensor_rows: Callable[[TransformerConfig], list[TensorRow]]
   family: str
@@ -40,17 +44,20 @@ class Format:
   constants: Mapping[str, Any]
   class_name: Callable[[TransformerConfig, str], str]
   act: str = ''
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   other_keys: Callable[[TransformerConfig], dict] = lambda c: {}
   canonical: Callable[[str], str] = lambda name: name
   aliases: Callable[[TransformerConfig], dict[str, str]] = lambda c: {}
   ignore: tuple[str, ...] = ()
   check: Callable[[TransformerConfig, TensorReader], None] = lambda c, reader: None
+  computed: Callable[[TransformerConfig], dict[str, np.ndarray]] = lambda c: {}
   reference_name: Callable[[str], str] = lambda name: name
 
   def fields(self, config: Mapping, shapes: Mapping) -> dict:
     """Returns the fields of a TransformerConfig from config.json and tensor shapes."""
     others = self.other_fields(config, shapes)
-    row = {**families.row(self.family), 'dropout': 0.1}      # runs decide it, not rows
+    # Dropout: runs decide it, not rows.
+    row = {**families.row(self.family), 'dropout': 0.1, **self.defaults}
     if self.act in config:
       others['acts'] = (our_act(config[self.act]),)
 

@@ -158,7 +158,7 @@ def layer_types(c: TransformerConfig, layers: int) -> list[str]:
 
 
 def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=None, tied=False,
-            act='hidden_act', pattern=None, **rope) -> Format:
+            act='hidden_act', pattern=None, defaults=None, **rope) -> Format:
   """Returns the Format of one of the decoders.
 
   kv_heads, d_head: the class's own defaults; None: as many as heads, and D / N. tied: whether
@@ -174,18 +174,20 @@ def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=Non
     length = integer(config, 'max_position_embeddings', 2048)
     width = config['hidden_size'] // heads
     declared_tied = bool(config.get('tie_word_embeddings', tied))
-    activation = our_act(config.get(act) or default_act)
+    activation = config.get(act) or default_act
+    if model_type == 'gemma' and activation == 'gelu':    # the first releases say so and mean tanh
+      activation = default_act
     biased = {True: 'qkvo', False: 'none', None: 'none'}[config.get('attention_bias')]
     out = dict(
         n_kv_heads=integer(config, 'num_key_value_heads', kv_heads or heads),
         d_head=integer(config, 'head_dim', d_head or width), max_length=length,
-        acts=(activation, 'linear'), tied=declared_tied, dropout=0.,
+        acts=(our_act(activation), 'linear'), tied=declared_tied, dropout=0.,
         attn_bias='qkv' if model_type == 'qwen2' else biased,
         **rope_fields(config, length, **rope))
     if pattern:
+      _check_qwen_window(config, model_type)
       window = config.get('sliding_window', 4096)
       out |= window_fields(config, layers, lambda i: pattern(config, i), window)
-      _check_qwen_window(config, model_type)
     if second_norms:
       out.update(attn_scalar=float(config.get('query_pre_attn_scalar', 256)),
                  attn_softcap=_cap(config, 'attn_logit_softcapping', model_type),
@@ -219,6 +221,7 @@ def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=Non
            bos_token_id='start_id', eos_token_id='eos_id'),
       fields, dict(model_type=model_type, **({'mlp_bias': False} if model_type == 'llama' else {})),
       lambda c, kind: cls, other_keys=other_keys, canonical=prefixed('model.', 'lm_head'),
+      defaults=defaults or {},
       aliases=lambda c: {'lm_head.weight': 'model.embed_tokens.weight'} if c.tied else {},
       ignore=(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',))
 
@@ -228,9 +231,6 @@ def _cap(config, key, model_type) -> float:
   value = config.get(key, default.get(model_type, {}).get(key))
   return float(value or 0.)
 
-
-def _qwen_window(config, layer):
-  return bool(config.get('use_sliding_window')) and layer >= config.get('max_window_layers', 28)
 
 def _check_qwen_window(config, model_type) -> None:
   """UsageError if Qwen layers have a window that use_sliding_window, False by default, removes."""
@@ -242,10 +242,13 @@ def _check_qwen_window(config, model_type) -> None:
                      "'full_attention'")
 
 
+def _qwen_window(config, layer):
+  return bool(config.get('use_sliding_window')) and layer >= config.get('max_window_layers', 28)
+
 
 LLAMA = _format('llama', 'llama1/7b', 'LlamaForCausalLM')
 MISTRAL = _format('mistral', 'mistral/7b', 'MistralForCausalLM', kv_heads=8,
-                  pattern=lambda config, layer: True)
+                  pattern=lambda config, layer: True, defaults={'norm_eps': 1e-6})
 QWEN2 = _format('qwen2', 'qwen2/0_5b', 'Qwen2ForCausalLM', pattern=_qwen_window)
 QWEN3 = _format('qwen3', 'qwen3/0_6b', 'Qwen3ForCausalLM', d_head=128, pattern=_qwen_window)
 GEMMA = _format('gemma', 'gemma/2b', 'GemmaForCausalLM', kv_heads=16, d_head=256, tied=True)
