@@ -129,6 +129,9 @@ class AdaptedReader(TensorReader):
         self._replace(stored, config)
     for module, delta in pairs.items():
       self._add(module, delta, config)
+    if not self._deltas and not self._whole:
+      raise UsageError('the adapter changes no tensor: its file is empty (as DeepSpeed ZeRO 3 '
+                       'leaves it if the shards were not gathered before saving)')
     self.changed, self.replaced = len(self._deltas), sorted(self._whole)
 
   def _name_in_base(self, name: str) -> str | None:

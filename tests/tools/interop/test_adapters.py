@@ -207,6 +207,14 @@ def test_what_is_not_plain_lora_on_this_base_is_refused(case, base, tmp_path):
   assert '\n' not in str(e.value)
 
 
+def test_an_adapter_without_tensors_is_refused(base, tmp_path):
+  folder, _ = base('llama')
+  source = write(tmp_path / 'adapter', GOOD)
+  (source / 'adapter_model.safetensors').write_bytes((2).to_bytes(8, 'little') + b'{}')
+  with pytest.raises(UsageError, match='the adapter changes no tensor: its file is empty'):
+    convert.read_hf(source, base=folder)
+
+
 @pytest.mark.parametrize('name, module', [
     ('t5_1_0', 'shared'), ('bart', 'model.decoder.embed_tokens'), ('t5_1_1', 'shared')])
 def test_an_embedding_that_modules_share_is_not_adapted(name, module, base, tmp_path, rng):
