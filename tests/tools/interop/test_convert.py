@@ -347,6 +347,11 @@ def test_bad_sources(damage, message, hf, tmp_path, capsys):
     ('bert_classifier', dict(problem_type=['x']), 'eval.problem_type="[\'x\']" is unknown'),
     ('t5_1_0', dict(num_decoder_layers=-2), 'model.dec_layers=-2: at least one'),
     ('t5_1_0', dict(feed_forward_proj=3), 'is not a t5 config'),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', factor=0)), 'factor of the rotary'),
+    ('llama', dict(rope_parameters=dict(rope_type='yarn', original_max_position_embeddings=-1)),
+     'original_max_position_embeddings of the rotary positions must be more than 0, got -1'),
+    ('mistral', dict(rope_parameters=None, rope_theta=0), 'rope_theta of the rotary'),
+    ('gemma3', dict(rope_parameters=None, rope_local_base_freq=-1), 'rope_theta of the rotary'),
     ('qwen2', dict(use_sliding_window=False), 'but use_sliding_window=False: set it to true'),
 ])
 def test_odd_values_in_a_config_are_refused_in_one_line(name, values, message, hf, tmp_path):

@@ -266,10 +266,14 @@ def test_two_vocabularies_of_unlike_sizes_are_refused_by_their_sizes(original, t
     convert.read_hf(folder)
 
 
-def test_the_gelu_of_the_first_gemmas_is_the_approximation(original, tmp_path):
-  config, tensors = original('gemma')
-  _, source = params_of(write(tmp_path, {**config, 'hidden_act': 'gelu'}, tensors))
-  assert source.model.acts == ('gelu', 'linear')
+@pytest.mark.parametrize('name, values, fields', [
+    ('gemma', {'hidden_act': 'gelu'}, {'acts': ('gelu', 'linear')}),      # the first releases
+    ('gemma3', {'attn_logit_softcapping': 6.}, {'attn_softcap': 0.})])
+def test_what_gemma_means_by_a_key_is_what_transformers_computes(name, values, fields, original,
+                                                                 tmp_path):
+  config, tensors = original(name)
+  _, source = params_of(write(tmp_path, {**config, **values}, tensors))
+  assert {field: getattr(source.model, field) for field in fields} == fields
 
 
 @pytest.mark.parametrize('name, tied, missing', [

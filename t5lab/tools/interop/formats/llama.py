@@ -69,6 +69,12 @@ def rope_fields(config: Mapping, max_length: int, *, theta=10_000., local_theta=
   if local.get('rope_type', 'default') != 'default':
     raise UsageError(f'config.json: rope_type={local["rope_type"]!r} of sliding_attention is not '
                      "supported, only 'default'")
+  numbers = {key: rope[key] for key in (*LLAMA3, 'beta_fast', 'beta_slow', 'attention_factor')
+             if rope.get(key) is not None}
+  for key, value in [('rope_theta', theta), ('rope_theta', local_theta or 1), *numbers.items()]:
+    if not 0 < float(value) < math.inf:
+      raise UsageError(f'config.json: {key} of the rotary positions must be more than 0, got '
+                       f'{value!r}')
   kind = rope.get('rope_type', rope.get('type', 'default'))
   fields = dict(rope_theta=theta, rope_local_theta=float(local_theta))
   if kind == 'default':
@@ -227,6 +233,9 @@ def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=Non
 
 
 def _cap(config, key, model_type) -> float:
+  """Returns the cap, or 0. The class of Gemma 3 has that of attention but does not apply it."""
+  if model_type == 'gemma3_text' and key.startswith('attn'):
+    return 0.
   default = {'gemma2': {'attn_logit_softcapping': 50., 'final_logit_softcapping': 30.}}
   value = config.get(key, default.get(model_type, {}).get(key))
   return float(value or 0.)
