@@ -176,8 +176,8 @@ def matching_name(c: TransformerConfig) -> str | None:
   An encoder of T5 without a decoder is a part of the one with it.
   """
   def matches(other):
-    if c.kind == 'encoder' and c.positions == 'relative':
-      other = dataclasses.replace(other, dec_layers=0) if other.enc_layers else other
+    if c.kind == 'encoder' and c.positions == other.positions == 'relative':
+      other = dataclasses.replace(other, dec_layers=0)
     return other.kind == c.kind and _formula(other) == _formula(c)
   return next((name for name in CONFIGS if matches(config(name))), None)
 

@@ -217,6 +217,14 @@ def test_golden_vectors(name):
   assert golden.matching_name(golden.config(name)) == name
 
 
+@pytest.mark.parametrize('name, acts, expected', [
+    ('umt5', ('gelu', 'linear'), 'umt5'), ('umt5', ('relu',), None),
+    ('longt5_tglobal', ('relu',), None)])
+def test_an_encoder_of_t5_has_the_vectors_of_the_whole_or_none(name, acts, expected):
+  c = dataclasses.replace(golden.config(name), dec_layers=0, acts=acts)
+  assert golden.matching_name(c) == expected
+
+
 def test_another_formula_misses_the_golden_vectors(monkeypatch):
   """For example the other form of gelu, which differs by 3e-4 at most."""
   family, changes = golden.CONFIGS['gpt2']
