@@ -34,6 +34,8 @@ class Vocab:
   sentinels: Sequence[int] = ()            # ids of <extra_id_0>, <extra_id_1>, …
   prefix: tuple[int, ...] = ()             # ids before an encoder's input and a decoder's target
   suffix: tuple[int, ...] = ()             # ids after the end of an encoder's input
+  middle: tuple[int, ...] | None = ()      # ids between the end of a text and a second one; None:
+                                           # the tokenizer joins two texts in another way
   languages: dict[str, int] = dataclasses.field(default_factory=dict)   # ids of language codes
   target_language: int | None = None       # of targets; the prefix or suffix has that of inputs
   language_starts: bool = False            # a decoder reads its language first (mBART)
@@ -78,10 +80,17 @@ class Vocab:
     return list(encoder(text)) if text else []
 
   def frame(self, *texts: str) -> list[int]:
-    """An encoder's input: the prefix, each text followed by the end of sequence, the suffix."""
+    """An encoder's input: the prefix, each text followed by the end of sequence, the suffix.
+
+    RoBERTa's tokenizer has another end between two texts. UsageError for two texts, if the
+    tokenizer joins them without ends.
+    """
+    if len(texts) > 1 and self.middle is None:
+      raise UsageError(f'vocabulary {self.spec!r} does not end the first of two texts as it ends '
+                       'one text: pairs are not supported')
     ids = list(self.prefix)
-    for text in texts:
-      ids += [*self.encode(text), self.eos_id]
+    for number, text in enumerate(texts):
+      ids += [*(self.middle or () if number else ()), *self.encode(text), self.eos_id]
     return [*ids, *self.suffix]
 
   @property

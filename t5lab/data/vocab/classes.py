@@ -44,12 +44,14 @@ class Draft:
   """A tokenizer under construction.
 
   names: {role: token or None}. extra: more special tokens. frame: names of roles, texts of tokens
-  and '$A', in order, if the class puts tokens around a text.
+  and '$A', in order, if the class puts tokens around a text. pair: with '$B', if two texts have
+  more than their own ends between them.
   """
   tokenizer: Tokenizer
   names: dict[str, AddedToken | str | None]
   extra: list[AddedToken]
   frame: list[str] | None = None
+  pair: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _gpt2(parts, settings, names, extra) -> Draft:
 
 
 def _roberta(parts, settings, names, extra) -> Draft:
-  return dataclasses.replace(_gpt2(parts, settings, names, extra), frame=['cls', '$A', 'sep'])
+  return dataclasses.replace(_gpt2(parts, settings, names, extra), frame=['cls', '$A', 'sep'],
+                             pair=['cls', '$A', 'sep', 'sep', '$B', 'sep'])
 
 
 def _qwen2(parts, settings, names, extra) -> Draft:
@@ -168,7 +171,8 @@ def _xlm_roberta(parts, settings, names, extra) -> Draft:
   tokenizer = _metaspace(vocab, 3, pre_tokenizers.WhitespaceSplit(), scheme=scheme)
   if parts.charsmap:
     tokenizer.normalizer = normalizers.Precompiled(parts.charsmap)
-  return Draft(tokenizer, names, extra, ['bos', '$A', 'eos'])
+  return Draft(tokenizer, names, extra, ['bos', '$A', 'eos'],
+               ['bos', '$A', 'eos', 'eos', '$B', 'eos'])
 
 
 def _language(settings, default):

@@ -167,7 +167,8 @@ def _of_class(spec, class_name, parts, contents, settings):
     if starts is True or (starts is not False and sentencepiece_llama):
       frame = ['bos', '$A']
   if frame:
-    _set_frame(spec, tokenizer, [names.get(part, part) for part in frame])
+    texts = lambda parts: parts and [names.get(part, part) for part in parts]
+    _set_frame(spec, tokenizer, texts(frame), texts(draft.pair))
   languages, target = {}, ''
   if class_name in classes.TRANSLATORS:
     known, code = tokenizer.get_vocab(), re.compile(classes.TRANSLATORS[class_name])
@@ -187,14 +188,14 @@ def _check_word_pieces(spec, parts, names):
                     'a WordPiece vocabulary of BERT')
 
 
-def _set_frame(spec, tokenizer, frame):
-  """Puts the tokens around '$A' before and after every text."""
+def _set_frame(spec, tokenizer, frame, pair):
+  """Puts the tokens around '$A' before and after every text, those of `pair` around two."""
   around = [token for token in dict.fromkeys(frame) if token != '$A']
   ids = [tokenizer.token_to_id(token) for token in around]
   if None in ids:
     raise DataError(f'{spec} has no {around[ids.index(None)]!r}, which its class puts around texts')
   tokenizer.post_processor = processors.TemplateProcessing(
-      single=frame, special_tokens=list(zip(around, ids)))
+      single=frame, pair=pair, special_tokens=list(zip(around, ids)))
 
 
 class _Tokens:

@@ -35,7 +35,7 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
   names = config_names or {role: next((text for text in options if text in known), None)
                            for role, options in CONVENTIONAL.items()}
   ids = {role: known[text] for role, text in names.items() if text in known}
-  prefix, suffix = _framing(spec, tokenizer, texts)
+  prefix, suffix, middle = _framing(spec, tokenizer, texts)
   if suffix:
     ids['eos'] = suffix[0]
   elif prefix:
@@ -71,11 +71,13 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
 
   framing = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
   framing += built.target_language.encode()
+  framing += json.dumps(middle).encode() if middle != [] else b''
   return Vocab(
       spec, hashlib.sha256(built.data + framing).hexdigest(), size=max(texts) + 1,
       encoder=lambda text: _encode(spec, tokenizer, text).ids, decoder=decode,
       piece=lambda i: texts.get(i, UNKNOWN), sentinels=tuple(sentinels),
       prefix=tuple(prefix) if suffix else (), suffix=tuple(suffix[1:]),
+      middle=None if middle is None else tuple(middle),
       languages=built.languages, language_starts=built.language_starts,
       target_language=built.languages.get(built.target_language),
       starts_with_bos=not suffix and (bool(prefix) or add_bos), ends_with_eos=bool(suffix),
@@ -92,8 +94,9 @@ def _encode(spec, tokenizer, text, framed=False):
     raise DataError(f'{spec} cannot encode {text[:40]!r}: {" ".join(str(e).split())[:200]}') from e
 
 
-def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
-  """(ids that the post-processor adds before a text, ids that it adds after it)."""
+def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int], list[int] | None]:
+  """The ids that the post-processor adds before a text, after it, and between the end of a text
+  and a second one; None for the last if two texts are joined in another way."""
   for probe in ('a', 'A', *texts.values()):
     bare = _encode(spec, tokenizer, probe).ids if probe else []
     if bare:
@@ -111,4 +114,13 @@ def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int]]:
   if len(suffix) > 2 or (len(prefix) > 1 and not suffix):
     raise DataError(f'{spec} puts {len(prefix)} tokens before a text and {len(suffix)} after it; '
                     'supported: one or two after it, or one before it and none after it')
-  return prefix, suffix
+  return prefix, suffix, _middle(tokenizer, probe, bare, prefix, suffix)
+
+
+def _middle(tokenizer, text, bare, prefix, suffix) -> list[int] | None:
+  pair = tokenizer.encode(text, text).ids
+  if not suffix or pair == [*bare, *bare]:      # a tokenizer that says nothing about pairs
+    return []
+  first, last = [*prefix, *bare, suffix[0]], [*bare, *suffix]
+  middle = pair[len(first):len(pair) - len(last)]
+  return middle if [*first, *middle, *last] == pair else None

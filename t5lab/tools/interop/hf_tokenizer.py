@@ -77,7 +77,8 @@ def write(folder, spec: str) -> None:
       decoders.Replace(SPACE, ' '), decoders.ByteFallback(), decoders.Fuse(),
       decoders.Strip(' ', 1, 0)])
   tokenizer.post_processor = processors.TemplateProcessing(
-      single=f'$A {names["eos"]}', special_tokens=[(names['eos'], vocabulary.eos_id)])
+      single=f'$A {names["eos"]}', pair=f'$A {names["eos"]} $B {names["eos"]}',
+      special_tokens=[(names['eos'], vocabulary.eos_id)])
   tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in names.values()])
   # Ids grow in the order of adding, and the highest sentinel is <extra_id_0>.
   tokenizer.add_special_tokens([AddedToken(f'<extra_id_{i}>', normalized=False)

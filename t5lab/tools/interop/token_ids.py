@@ -49,6 +49,10 @@ def compare(folder: Path, vocabulary: vocab.Vocab, *, kind: str, starts: bool,
   entry = {'compared': len(texts), 'equal': len(texts), 'with': name}
   if kind != 'decoder':
     _check(text, vocabulary.frame(text), theirs, name)
+    if kind == 'encoder' and theirs is not None and vocabulary.middle is not None:
+      both, bare = list(tokenizer(text, text).input_ids), _theirs(tokenizer, text)
+      if both != bare + bare:           # where its files say nothing, each text has its own end
+        _check(text, vocabulary.frame(text, text), both, f'{name}, as one of a pair,')
   elif theirs is not None:
     bare = _theirs(tokenizer, text)
     theirs_start = theirs[:1] != bare[:1] and theirs[0] == vocabulary.bos_id

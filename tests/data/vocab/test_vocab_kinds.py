@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from t5lab.data import vocab
 from t5lab.data.sources import corpora
-from t5lab.errors import DataError
+from t5lab.errors import DataError, UsageError
 
 TEXTS = [row['en'] for row in corpora.load('ende', 'train')[:1500]]
 HOSTILE = ['', ' ', 'a', '  a  b ', 'é ñ 日本語 👩‍👩‍👧', '\n\t\r', '\0', '\u2581', '\u2028x',
@@ -175,7 +175,16 @@ def test_a_tokenizer_that_closes_texts(tmp_path):
   assert (v.prefix, v.eos_id, v.bos_id, v.pad_id, v.mask_id) == (
       (first,), first + 1, first, first + 2, first + 3)
   assert not v.starts_with_bos
-  assert v.frame('a', 'b') == [first, *v.encode('a'), first + 1, *v.encode('b'), first + 1]
+  assert v.frame('a', 'b') == [first, *v.encode('a'), first + 1, first + 1, *v.encode('b'),
+                               first + 1]
+  joined = lambda t: processors.TemplateProcessing(
+      single='$A </s>', pair='$A $B </s>', special_tokens=[('</s>', first + 1)])
+  write(tmp_path, tokenizer__json=byte_level(joined, ('<s>', '</s>', '<pad>', '<mask>')))
+  vocab.load.cache_clear()
+  v = vocab.load(str(tmp_path / 'tokenizer.json'))
+  assert v.frame('a') == [*v.encode('a'), first + 1]
+  with pytest.raises(UsageError, match='pairs are not supported'):
+    v.frame('a', 'b')
   twice = lambda t: processors.TemplateProcessing(
       single='$A </s> <mask> <mask>',
       special_tokens=[('</s>', first + 1), ('<mask>', first + 3)])

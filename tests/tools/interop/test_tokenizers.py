@@ -127,6 +127,12 @@ def test_framing(directory):
   assert (v.starts_with_bos, v.prefix, v.bos_id) == (True, (), v.eos_id)
 
 
+@pytest.mark.parametrize('name', ['roberta', 'xlm_roberta', 'bert_added', 't5'])
+def test_framing_of_pairs(name, directory):
+  v, tokenizer = load(directory(name)), transformers.AutoTokenizer.from_pretrained(directory(name))
+  assert v.frame('a text', 'and b') == tokenizer('a text', 'and b').input_ids
+
+
 def test_languages_around_a_text(directory):
   v = load(directory('mbart50'))
   assert v.piece(v.prefix[0]) == 'de_DE' and v.frame('a')[-1] == v.eos_id == 2
