@@ -56,16 +56,16 @@ def lines(source: Source) -> list[tuple[str, str]]:
   else:
     out.append(('pooling', c.pool))
   out += [('note', note) for note in source.notes]
-  out += [('writes to', text) for text in _destinations(c)]
-  return out
+  return out + _destinations(c)
 
 
 def _architecture(c: TransformerConfig) -> str:
-  stacks = [f'{layers} layers of {name}' for name, layers in (('encoder', c.enc_layers),
+  stacks = [f'{layers} {name} layers' for name, layers in (('encoder', c.enc_layers),
                                                               ('decoder', c.dec_layers)) if layers]
   norm = {'rms': 'RMSNorm', 'layer': 'LayerNorm'}[c.norm]
   place = 'after' if c.post_norm else 'around' if c.sandwich_norm else 'before'
-  return (f'{c.kind.replace("_", "-")}, {" and ".join(stacks)}, width {c.d_model}, feed-forward '
+  kind = 'encoder-decoder' if c.kind == 'encoder_decoder' else f'{c.kind}-only'
+  return (f'{kind}, {" and ".join(stacks)}, width {c.d_model}, feed-forward '
           f'{c.d_ff} ({" × ".join(c.acts)}), {norm} {place} each sublayer')
 
 
@@ -90,6 +90,8 @@ def _attention(c: TransformerConfig) -> str:
 
 def _embeddings(c: TransformerConfig) -> str:
   tables = 'one table' if c.shared_embedding else 'a table for each stack'
+  if not (c.dec_layers or c.mlm_head):
+    return f'{tables} of {c.vocab_size:,} rows'
   head = 'the softmax matrix is the embedding' if c.tied else 'the softmax matrix is separate'
   if c.tied and c.scale_logits and c.dec_layers:
     head += ', its input scaled by 1 / sqrt(D)'
@@ -138,15 +140,15 @@ def _row(c: TransformerConfig) -> str:
   return ', '.join(same) if same else 'none has these sizes'
 
 
-def _destinations(c: TransformerConfig) -> list[str]:
+def _destinations(c: TransformerConfig) -> list[tuple[str, str]]:
   out = []
   try:
-    out.append(f'hf as {hf.format_for(c).config(c)["architectures"][0]}')
+    out.append(('writes to', f'hf, as {hf.format_for(c).config(c)["architectures"][0]}'))
   except UsageError as e:
-    out.append(f'hf not: {e}')
+    out.append(('does not write to', f'hf: {e}'))
   try:
     t5x.tensor_rows(c, scanned=False)
-    out.append('t5x')
+    out.append(('writes to', 't5x'))
   except UsageError as e:
-    out.append(f't5x not: {e}')
+    out.append(('does not write to', f't5x: {e}'))
   return out

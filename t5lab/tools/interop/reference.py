@@ -122,8 +122,10 @@ def open_tokenizer(folder) -> tuple:
 NOT_ARGUMENTS = ('model_type', 'architectures', 'transformers_version', 'dtype', 'torch_dtype',
                  '_name_or_path', '_attn_implementation', 'auto_map', 'quantization_config')
 
-# Parameters that their code does not read: BERT's and RoBERTa's, if the softmax matrix is untied.
+# Parameters that a checkpoint may lack, because the output does not depend on them: the bias of
+# BERT's and RoBERTa's head, if its softmax matrix is untied, and the pooler of a bare encoder.
 UNUSED = ('cls.predictions.bias', 'lm_head.bias')
+POOLER = ('pooler.dense.weight', 'pooler.dense.bias')
 
 
 def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[str, np.ndarray]],
@@ -154,7 +156,7 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
       state[tensor_name.removeprefix(prefix)] = torch.from_numpy(
           np.asarray(x, np.float32)).to(getattr(torch, dtype))
   for key, x in model.named_parameters():
-    if key in UNUSED and key not in state:
+    if key not in state and (key in UNUSED or key in POOLER and not c.pooler):
       state[key] = torch.zeros(x.shape)
   missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
   del state
@@ -164,6 +166,7 @@ def from_tensors(c: TransformerConfig, config: Mapping, tensors: Iterable[tuple[
   read = {rename(row.name).removeprefix(prefix) for row in format_.tensor_rows(c)}
   dropped = [key for key in unexpected if key in read]       # others, no code reads
   if unset or dropped:
-    raise UsageError(f'{name} does not fit: it drops {dropped[:4]}, unset {unset[:4]} (unexpected '
-                     f'{unexpected[:4]})')
+    problems = [f'it {what} {", ".join(keys[:4])}' for what, keys in (
+        ('does not read', dropped), ('needs', unset)) if keys]
+    raise UsageError(f'{name} of transformers does not fit the checkpoint: {"; ".join(problems)}')
   return Reference(model, c)

@@ -12,6 +12,7 @@ from hf_models import model, save
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from small_models import random_params
 import tokenizers
 import torch
@@ -443,6 +444,17 @@ def test_a_head_that_no_model_has_is_refused_by_its_name(name, architecture, hf,
   change(tmp_path / 'model', architectures=[architecture])
   with pytest.raises(UsageError, match=f'the head of {architecture} is not supported'):
     convert.read_hf(tmp_path / 'model')
+
+
+def test_an_encoder_that_was_saved_without_its_pooler(hf, tmp_path):
+  """As Snowflake's arctic-embed: transformers fills the pooler, which no output depends on."""
+  shutil.copytree(hf('bert_bare'), tmp_path / 'model')
+  tensors = load_file(tmp_path / 'model' / 'model.safetensors')
+  save_file({name: x for name, x in tensors.items() if 'pooler' not in name},
+            tmp_path / 'model' / 'model.safetensors')
+  source = convert.read_hf(tmp_path / 'model')
+  body = convert.convert(source, tmp_path / 'out', 't5lab', log=print)
+  assert body['reference'].endswith('BertModel') and not source.model.pooler
 
 
 @pytest.mark.parametrize('architecture, missing', [

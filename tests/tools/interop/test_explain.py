@@ -20,20 +20,20 @@ def run(capsys, *argv):
 
 
 @pytest.mark.parametrize('name, texts', [
-    ('t5_1_1', ['architecture: encoder-decoder, 3 layers of encoder and 2 layers of decoder',
+    ('t5_1_1', ['architecture: encoder-decoder, 3 encoder layers and 2 decoder layers',
                 'feed-forward 64 (gelu × linear), RMSNorm before each sublayer',
                 'relative positions in 32 buckets', 'the softmax matrix is separate',
                 'heads: language model', 'tokenizer: none was found', 'generation: start 0, end 1',
-                'writes to: hf as T5ForConditionalGeneration', 'writes to: t5x']),
+                'writes to: hf, as T5ForConditionalGeneration', 'writes to: t5x']),
     ('gemma3', ['rotary positions, theta 10000, linear scaling (8.0,)',
                 'window of 3 in 2 of 3 layers', 'norms on queries and keys',
                 'RMSNorm around each sublayer', 'the softmax matrix is the embedding',
-                'writes to: hf as Gemma3ForCausalLM',
-                'writes to: t5x not: model.embed_scale=True']),
+                'writes to: hf, as Gemma3ForCausalLM',
+                'does not write to: t5x: model.embed_scale=True']),
     ('bert_spans', ['architectures = ["BertForQuestionAnswering"]', 'pooling: mean',
                     'classifier of the ends of an answer: 2 classes',
-                    'writes to: hf as BertForQuestionAnswering']),
-    ('t5gemma2', ["writes to: hf not: Hugging Face's T5GemmaForConditionalGeneration"])])
+                    'writes to: hf, as BertForQuestionAnswering']),
+    ('t5gemma2', ["does not write to: hf: Hugging Face's T5GemmaForConditionalGeneration"])])
 def test_what_was_recognised(name, texts, tmp_path, capsys):
   save(name, tmp_path)
   code, out, err = run(capsys, tmp_path)
