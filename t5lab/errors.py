@@ -41,7 +41,9 @@ def first_line(error: Exception, limit: int = 200) -> str:
 def did_you_mean(name: str, known) -> str:
   """A sentence with the closest known names, " Did you mean 'x'?", or else with all of them."""
   import difflib
-  known = sorted(map(str, known))
+  known = sorted(filter(None, map(str, known)))
+  if not known:
+    return ' There is none.'
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
   if close:
     return f" Did you mean {' or '.join(map(repr, close))}?"

@@ -122,7 +122,7 @@ def _default_use(lab) -> str:
   if model.kind != 'encoder':
     return 'generate'
   if model.mlm_head:
-    raise UsageError(f'{lab.config.family} is encoder-only and generates no text: use --fill-mask '
+    raise UsageError(f'{lab.name} is encoder-only and generates no text: use --fill-mask '
                      'or --embed')
   return 'embed'
 

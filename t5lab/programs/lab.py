@@ -40,6 +40,11 @@ class Lab(TokenOutputs):
     self._engine = engine
     self._jitted = {}
 
+  @property
+  def name(self) -> str:
+    """The subject of a message about the model: its family, if it is a row of the table."""
+    return 'this model' if self.config.family == 'converted' else self.config.family
+
   @functools.cached_property
   def vocab(self):
     if not self.config.data.vocab:
@@ -75,7 +80,7 @@ class Lab(TokenOutputs):
     settings = Decoding(**{**fields, **changes})
     settings.check_ids(self.model.vocab_size)
     if self.model.kind == 'encoder':
-      raise UsageError(f'{self.config.family} is encoder-only and generates no text; use embed, '
+      raise UsageError(f'{self.name} is encoder-only and generates no text; use embed, '
                        'fill_mask or classify')
     if self.model.kind == 'decoder':
       if settings.beams > 1:
@@ -129,7 +134,7 @@ class Lab(TokenOutputs):
 
   def _check_length(self, tokens: int):
     if self.model.positions == 'learned' and tokens > self.model.max_length:
-      raise UsageError(f'{tokens} tokens: {self.config.family} has only {self.model.max_length} '
+      raise UsageError(f'{tokens} tokens: {self.name} has only {self.model.max_length} '
                        'learned positions; shorten the text or the length')
 
   def generate(self, texts: Sequence[str | dict], task: str | None = None, *,
@@ -184,7 +189,7 @@ class Lab(TokenOutputs):
     'YYYY-MM-DD', what a template that prints the date prints; None: today. place: see `generate`.
     """
     if self.model.kind != 'decoder':
-      raise UsageError(f'chat needs a decoder-only model; {self.config.family} is not one')
+      raise UsageError(f'chat needs a decoder-only model; {self.name} is not one')
     prompt = self.vocab.encode(self.vocab.chat(
         list(messages), template=template, tools=tools, documents=documents, date=date))
     settings = self.decoding(**options)
@@ -203,7 +208,7 @@ class Lab(TokenOutputs):
     encoder-only: the former. Optional: their _segment_ids, _positions, encoder_token_types.
     """
     if self.model.kind == 'encoder' and not (self.model.mlm_head or self.model.classes):
-      raise UsageError(f'{self.config.family} has no head that computes logits; use embed')
+      raise UsageError(f'{self.name} has no head that computes logits; use embed')
     stacks = {'encoder': self.model.enc_layers, 'decoder': self.model.dec_layers}
     needed = [f'{stack}_input_tokens' for stack, layers in stacks.items() if layers]
     missing = [name for name in needed if name not in batch]
@@ -221,7 +226,7 @@ class Lab(TokenOutputs):
       raise UsageError(f'score needs as many targets as inputs, got {len(inputs)} inputs and '
                        f'{len(targets)} targets')
     if self.model.kind == 'encoder':
-      raise UsageError(f'{self.config.family} is encoder-only: it cannot score targets')
+      raise UsageError(f'{self.name} is encoder-only: it cannot score targets')
     if eos is None:
       eos = self.model.kind != 'decoder'
     end = [self.vocab.eos_id] if eos else []
@@ -295,7 +300,7 @@ class Lab(TokenOutputs):
     """
     texts, m = strings(texts, 'encode'), self.model
     if m.kind == 'decoder':
-      raise UsageError(f'encode needs an encoder; {self.config.family} is decoder-only: use embed')
+      raise UsageError(f'encode needs an encoder; {self.name} is decoder-only: use embed')
     if length < 0:
       raise UsageError(f'encode: length must be 0 (the longest text) or more, got {length}')
     m = dataclasses.replace(m, dtype=dtype or m.dtype)
@@ -320,7 +325,7 @@ class Lab(TokenOutputs):
     if not self.model.classes or self.model.class_of != 'input':
       other = {'token': 'of whole texts; its classes are of tokens: use tag',
                'span': 'of whole texts; it finds answers: use answer'}
-      raise UsageError(f'{self.config.family} has no classifier '
+      raise UsageError(f'{self.name} has no classifier '
                        + other.get(self.model.class_of, '(model.classes=0)'))
     groups = [[text] if isinstance(text, str) else list(text)
               for text in as_list(texts, 'classify')]

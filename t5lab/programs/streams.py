@@ -5,6 +5,7 @@ TensorFlow is imported where data is opened, not before.
 import dataclasses
 
 from t5lab import config
+from t5lab.errors import UsageError
 from t5lab.programs import loading
 
 
@@ -37,6 +38,10 @@ def open_stream(c, rows=None) -> Stream:
   from t5lab.data.tasks.record_sources import FileSource
   vocabulary = vocab.load(settle_vocabulary(c))
   vocab.check_embedding_size(vocabulary, c.model.vocab_size, 'this config (model.vocab_size)')
+  model = config.model_config(c)
+  if model.kind != 'encoder' and not 0 <= model.start_id < model.vocab_size:
+    raise UsageError(f'model.start_id={model.start_id}, the first token that a decoder reads, must '
+                     f'be from 0 to model.vocab_size - 1 = {model.vocab_size - 1}')
 
   mixing = None           # a Mixture brings its own rates
   temperature, limit = c.data.mixing.temperature, c.data.mixing.limit
@@ -51,7 +56,6 @@ def open_stream(c, rows=None) -> Stream:
     if isinstance(task.source, FileSource):
       task.source.read_through(c.eval.split)
 
-  model = config.model_config(c)
   batches = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
       kind=model.kind, eos=vocabulary.eos_id, start_id=c.model.start_id, rows=rows)

@@ -30,6 +30,7 @@ def strings(texts, use: str) -> list[str]:
 class TokenOutputs:
   """The methods of a Lab that are about tokens."""
   config: Any
+  name: Any
   model: Any
   vocab: Any
   _row: Any
@@ -51,7 +52,7 @@ class TokenOutputs:
     if mask is None and self.vocab.num_sentinels:
       mask = self.vocab.sentinel(0)
     if mask is None or not m.mlm_head or m.classes:
-      raise UsageError(f'{self.config.family} has no masked-token head: fill_mask needs a BERT '
+      raise UsageError(f'{self.name} has no masked-token head: fill_mask needs a BERT '
                        'with its MLM head and a vocabulary with a mask')
     if not 1 <= k <= m.vocab_size:
       raise UsageError(f'fill_mask: k must be between 1 and the vocabulary size, {m.vocab_size}, '
@@ -76,7 +77,7 @@ class TokenOutputs:
     Needs a token classifier, e.g. of named entities. Special tokens are left out.
     """
     if not self.model.classes or self.model.class_of != 'token':
-      raise UsageError(f'{self.config.family} has no classifier of tokens (model.class_of='
+      raise UsageError(f'{self.name} has no classifier of tokens (model.class_of='
                        f'{self.model.class_of})')
     texts = strings(texts, 'tag')
     if not texts:
@@ -100,7 +101,7 @@ class TokenOutputs:
     the end, among the tokens of the context; a span has up to 30 tokens. [Devlin et al. 2019, 4.2]
     """
     if self.model.class_of != 'span':
-      raise UsageError(f'{self.config.family} has no head that finds answers (model.class_of='
+      raise UsageError(f'{self.name} has no head that finds answers (model.class_of='
                        f'{self.model.class_of})')
     questions, contexts = strings(questions, 'answer'), strings(contexts, 'answer')
     if len(questions) != len(contexts):

@@ -58,6 +58,11 @@ def test_several_tasks_are_mixed_by_their_sizes_and_a_named_mixture_by_its_own()
 def test_what_could_only_be_found_out_at_the_end_is_found_out_first():
   with pytest.raises(DataError, match="has no split 'valid'"):
     streams.open_stream(tiny(eval__split='valid'))
+
+
+def test_a_start_token_beyond_the_vocabulary_is_refused():
+  with pytest.raises(UsageError, match='start_id=128000, .* must be from 0 to .* = 2047'):
+    streams.open_stream(tiny(model__start_id=128000))
   with pytest.raises(DataError, match='tfds build'):
     streams.open_stream(tiny(eval__mixture='wmt_t2t_ende_v003'))
   with pytest.raises(UsageError, match='names ha_ende twice'):

@@ -34,8 +34,8 @@ def choose(templates: str | Mapping[str, str] | None, name: str, has_tools: bool
   by_name = {'default': templates} if isinstance(templates, str) else templates
   name = name or ('tool_use' if has_tools and 'tool_use' in by_name else 'default')
   if name not in by_name:
-    raise DataError(f'vocabulary {what!r} has no chat template {name!r}; it has '
-                    f'{", ".join(sorted(by_name))}.{did_you_mean(name, by_name)}')
+    raise DataError(f'vocabulary {what!r} has no chat template {name!r}.'
+                    f'{did_you_mean(name, by_name)}')
   return by_name[name]
 
 

@@ -383,5 +383,5 @@ def name_of(settings: Mapping, model: Mapping, byte_level: bool = False) -> str:
 def check_known(name: str, what: str) -> None:
   """UsageError unless the class is one whose older files we read."""
   if name not in CLASSES:
-    raise UsageError(f'{what} is of {name}, which t5lab does not implement: supported without a '
-                     f'tokenizer.json are {", ".join(sorted([*CLASSES, "ByT5Tokenizer"]))}')
+    raise UsageError(f'{what} belongs to a {name}, which t5lab does not implement; supported '
+                     f'without a tokenizer.json: {", ".join(sorted([*CLASSES, "ByT5Tokenizer"]))}')

@@ -76,8 +76,8 @@ def _check_head(config: Mapping, kind: str) -> None:
   known = supported.classes(kind)
   for name in map(str, architectures):
     if name.endswith(HEADS) and name not in known:
-      raise UsageError(f'config.json: the head of {name} is not supported; of {kind} models, '
-                       f'{", ".join(known)} are')
+      raise UsageError(f'config.json: the head of {name} is not supported; '
+                       f'supported for {kind} models: {", ".join(known)}')
 
 
 def read_labels(config: Mapping, classes: int) -> tuple[str, ...]:

@@ -196,7 +196,7 @@ def test_an_exported_vocabulary_keeps_its_ids(name, directory, tmp_path):
                                   'DNATokenizer', 'PhobertTokenizer', 'EsmTokenizerFast'])
 def test_word_lists_of_other_tokenizers_are_refused_by_name(name, tmp_path):
   write(tmp_path, {**DIRECTORIES['bert'](), 'tokenizer_config.json': {'tokenizer_class': name}})
-  with pytest.raises(UsageError, match=f'is of {name.removesuffix("Fast")}, which t5lab does not'):
+  with pytest.raises(UsageError, match=f'a {name.removesuffix("Fast")}, which t5lab does not'):
     load(tmp_path)
 
 
