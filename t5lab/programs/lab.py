@@ -40,11 +40,6 @@ class Lab(TokenOutputs):
     self._engine = engine
     self._jitted = {}
 
-  @property
-  def name(self) -> str:
-    """The subject of a message about the model: its family, if it is a row of the table."""
-    return 'this model' if self.config.family == 'converted' else self.config.family
-
   @functools.cached_property
   def vocab(self):
     if not self.config.data.vocab:

@@ -30,12 +30,16 @@ def strings(texts, use: str) -> list[str]:
 class TokenOutputs:
   """The methods of a Lab that are about tokens."""
   config: Any
-  name: Any
   model: Any
   vocab: Any
   _row: Any
   _map: Any
   _apply: Any
+
+  @property
+  def name(self) -> str:
+    """The subject of a message about the model: its family, if it is a row of the table."""
+    return 'this model' if self.config.family == 'converted' else self.config.family
 
   @property
   def labels(self) -> tuple[str, ...]:
@@ -99,6 +103,7 @@ class TokenOutputs:
 
     Needs an extractive question-answering head. The probability is that of the start times that of
     the end, among the tokens of the context; a span has up to 30 tokens. [Devlin et al. 2019, 4.2]
+    The span is decoded from its tokens: an uncased model gives it in lower case.
     """
     if self.model.class_of != 'span':
       raise UsageError(f'{self.name} has no head that finds answers (model.class_of='
@@ -124,4 +129,4 @@ class TokenOutputs:
     first, last = np.indices(scores.shape)
     scores[(last < first) | (last >= first + LONGEST_ANSWER)] = -np.inf
     i, j = np.unravel_index(scores.argmax(), scores.shape)
-    return self.vocab.decode(ids[start + i:start + j + 1]), float(np.exp(scores[i, j]))
+    return self.vocab.decode(ids[start + i:start + j + 1]).strip(), float(np.exp(scores[i, j]))
