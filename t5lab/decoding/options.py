@@ -15,10 +15,10 @@ EARLY_STOPPING = ('exact', 'false', 'true', 'never')
 class Decoding:
   """How tokens are chosen: greedy by default, beam search if beams > 1, or else sampling.
 
-  Each but `length` is a key of the config's `eval` section; all are options of `Lab.generate`.
-  Names of transformers' GenerationConfig have its meaning. Ids are token ids. The lengths of
-  min_length and of the ids that a penalty or n-gram sees count what the decoder has read: the start
-  token of an encoder-decoder, the prompt of a decoder-only model.
+  Every field but `length` is a key of the config's `eval` section; all are options of
+  `Lab.generate`. Names of transformers' GenerationConfig have its meaning. Ids are token ids.
+  min_length, no_repeat_ngram_size and repetition_penalty count what the decoder has read as well:
+  the start token of an encoder-decoder, the prompt of a decoder-only model.
   """
   length: int                # tokens to generate at most, EOS included
   max_total: int = 0         # decoder-only: tokens of prompt and output at most; 0: no limit
