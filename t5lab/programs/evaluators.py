@@ -67,7 +67,7 @@ class Evaluation:
       components = [dataclasses.replace(c, examples=c.examples[:examples]) for c in components]
     self._rows = pipeline.Pipeline(
         components, lengths, batch_size=batch_size, seed=0, pack=True, kind=kind,
-        eos=self._vocab.eos_id, start_id=start_id)
+        eos=self._vocab.eos_id, second_type=self._vocab.second_type, start_id=start_id)
     scored = [c.name for c in components if seqio.get_mixture_or_task(c.name).metric_fns]
     with _without_warnings():
       self._evaluators = {task: self._open(task, lengths, examples) for task in scored}

@@ -351,7 +351,8 @@ class Lab(TokenOutputs):
   def _build(self, row, widths):
     m, kind = self.model, self.model.kind
     if 'targets' not in row:                    # only the encoder is run, or a decoder like one
-      return features.build_row([row], widths, kind='encoder', eos=self.vocab.eos_id)
+      return features.build_row([row], widths, kind='encoder',
+                                eos=self.vocab.eos_id if self.vocab.second_type else -1)
     start_id = m.start_id
     if kind == 'decoder' and not self.config.data.start and len(row['inputs']):
       start_id, row = row['inputs'][0], {**row, 'inputs': row['inputs'][1:]}   # no start token

@@ -58,7 +58,8 @@ def open_stream(c, rows=None) -> Stream:
 
   batches = pipeline.Pipeline(
       components, lengths, batch_size=c.data.batch_size, seed=c.seed, pack=c.data.pack,
-      kind=model.kind, eos=vocabulary.eos_id, start_id=c.model.start_id, rows=rows)
+      kind=model.kind, eos=vocabulary.eos_id, second_type=vocabulary.second_type,
+      start_id=c.model.start_id, rows=rows)
   return Stream(vocabulary, components, batches)
 
 

@@ -271,6 +271,18 @@ def test_classes_of_texts_and_of_pairs(lab):
   assert np.abs(other[0] - got[2]).max() > 1e-3            # types are seen
 
 
+def test_token_types_are_those_of_the_tokenizer(lab):
+  """RoBERTa's gives all tokens type 0, also to a BERT that has two."""
+  first = lab('classifier')
+  other = Lab(first.config, first.params)
+  other.__dict__['vocab'] = dataclasses.replace(first.vocab, second_type=False)
+  ids = other.vocab.frame('a dog', 'bit')
+  logits = forward(other, encoder_input_tokens=ids, encoder_token_types=[0] * len(ids))
+  got, = other.classify([('a dog', 'bit')])
+  np.testing.assert_allclose(got, np.exp(log_softmax(logits))[0], rtol=1e-4)
+  assert np.abs(got - first.classify([('a dog', 'bit')])[0]).max() > 1e-3
+
+
 def test_what_classify_gives_depends_on_the_problem(lab):
   """Several labels are independent; a regression, like a single class, is a bare score."""
   softmax = lab('classifier').classify(['a dog', 'x'])

@@ -110,7 +110,7 @@ def build_row(examples: Sequence[Example], lengths: dict[str, int], *,
   """One row of `row_lengths(lengths)` with the examples in order; they must fit.
 
   form: of an encoder's examples. start_id: the decoder's first input token of every example. eos:
-  closes the texts of an encoder's input.
+  closes the texts of an encoder's input; with -1 all of its token types are 0.
   """
   for name, value, known in (('kind', kind, KINDS), ('form', form, FORMS)):
     if value not in known:

@@ -32,9 +32,9 @@ class Pipeline:
 
   components: name, rate, examples (dicts of int32 token arrays), objective or None, note (a line
   for `summary`, or ''). lengths: tokens of each feature, EOS included. batch_size: rows over all
-  processes. kind: of model, one of features.KINDS. eos: the vocabulary's id; start_id: the
-  decoder's first input token. rows: the numbers of the rows of every batch that this process
-  builds; None: all.
+  processes. kind: of model, one of features.KINDS. eos, second_type: the vocabulary's.
+  start_id: the decoder's first input token. rows: the numbers of the rows of every batch that this
+  process builds; None: all.
   """
 
   def __init__(
@@ -47,6 +47,7 @@ class Pipeline:
       pack: bool = True,
       kind: str = 'encoder_decoder',
       eos: int = features.EOS,
+      second_type: bool = True,
       start_id: int = features.START,
       rows: Sequence[int] | None = None,
   ):
@@ -63,11 +64,11 @@ class Pipeline:
     self.rows: list[TaskRows] = []
     for i, component in enumerate(components):
       task = TaskRows(component, self._lengths, seed=seed + 7919 * i, pack=pack, kind=kind,
-                      form=form, eos=eos, start_id=start_id)
+                      form=form, eos=eos, second_type=second_type, start_id=start_id)
       self.rows.append(task)
 
     self._order = self._mix(components)
-    self.fingerprint = self._fingerprint(components, pack, kind, eos, start_id)
+    self.fingerprint = self._fingerprint(components, pack, kind, eos, second_type, start_id)
 
   def _mix(self, components):
     """Endless (component, epoch, row) of the mixture."""
@@ -93,7 +94,7 @@ class Pipeline:
     place = lambda i, row: (component, i // rows.count, int(row))
     return dataset.repeat().map_with_index(place)
 
-  def _fingerprint(self, components, pack, kind, eos, start_id) -> str:
+  def _fingerprint(self, components, pack, kind, eos, second_type, start_id) -> str:
     """SHA-256 of everything that batch(step) depends on, so that a resumed run notices a change."""
     digest = hashlib.sha256()
     for c, rows in zip(components, self.rows):
@@ -110,6 +111,8 @@ class Pipeline:
     layout = [self._lengths, self.batch_size, self.seed, pack, kind == 'decoder']
     if kind == 'encoder' or (eos, start_id) != (features.EOS, features.START):
       layout += [kind, eos, start_id]      # absent for T5's defaults, so that older runs resume
+    if not second_type:
+      layout.append('token types are 0')
     digest.update(json.dumps(layout, sort_keys=True).encode())
     return digest.hexdigest()
 

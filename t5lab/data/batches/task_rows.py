@@ -38,7 +38,8 @@ class TaskRows:
   each block, in a new order.
   """
 
-  def __init__(self, component, lengths, *, seed, pack, kind, form, eos, start_id):
+  def __init__(self, component, lengths, *, seed, pack, kind, form, eos, second_type,
+               start_id):
     self.name = component.name
     self.objective = component.objective
     examples = component.examples
@@ -48,7 +49,8 @@ class TaskRows:
     self._pack = pack
     self._eos = eos
     self._build_row = functools.partial(
-        features.build_row, lengths=lengths, kind=kind, form=form, eos=eos, start_id=start_id)
+        features.build_row, lengths=lengths, kind=kind, form=form,
+        eos=eos if second_type else -1, start_id=start_id)
 
     # The tokens of every feature of every example after trimming; an objective states upper bounds.
     if self.objective is None:

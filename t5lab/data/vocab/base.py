@@ -36,6 +36,7 @@ class Vocab:
   suffix: tuple[int, ...] = ()             # ids after the end of an encoder's input
   middle: tuple[int, ...] | None = ()      # ids between the end of a text and a second one; None:
                                            # the tokenizer joins two texts in another way
+  second_type: bool = True                 # tokens after the first end have token type 1
   languages: dict[str, int] = dataclasses.field(default_factory=dict)   # ids of language codes
   target_language: int | None = None       # of targets; the prefix or suffix has that of inputs
   language_starts: bool = False            # a decoder reads its language first (mBART)

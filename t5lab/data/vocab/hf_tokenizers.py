@@ -35,7 +35,7 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
   names = config_names or {role: next((text for text in options if text in known), None)
                            for role, options in CONVENTIONAL.items()}
   ids = {role: known[text] for role, text in names.items() if text in known}
-  prefix, suffix, middle = _framing(spec, tokenizer, texts)
+  prefix, suffix, middle, second_type = _framing(spec, tokenizer, texts)
   if suffix:
     ids['eos'] = suffix[0]
   elif prefix:
@@ -72,12 +72,13 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
   framing = json.dumps([sorted(ids.items()), prefix, suffix]).encode()
   framing += built.target_language.encode()
   framing += json.dumps(middle).encode() if middle != [] else b''
+  framing += b'' if second_type else b'types 0'
   return Vocab(
       spec, hashlib.sha256(built.data + framing).hexdigest(), size=max(texts) + 1,
       encoder=lambda text: _encode(spec, tokenizer, text).ids, decoder=decode,
       piece=lambda i: texts.get(i, UNKNOWN), sentinels=tuple(sentinels),
       prefix=tuple(prefix) if suffix else (), suffix=tuple(suffix[1:]),
-      middle=None if middle is None else tuple(middle),
+      middle=None if middle is None else tuple(middle), second_type=second_type,
       languages=built.languages, language_starts=built.language_starts,
       target_language=built.languages.get(built.target_language),
       starts_with_bos=not suffix and (bool(prefix) or add_bos), ends_with_eos=bool(suffix),
@@ -86,17 +87,16 @@ def vocabulary(spec: str, built: declared.Built, config: tokenizer_config.Config
       special={texts[i]: i for i in {*added, *ids.values()} if i in texts}, **special_fields(ids))
 
 
-def _encode(spec, tokenizer, text, framed=False):
+def _encode(spec, tokenizer, text, second=None, framed=False):
   try:
-    return tokenizer.encode(text, add_special_tokens=framed)
+    return tokenizer.encode(text, second, add_special_tokens=framed)
   except BaseException as e:         # a panic of the library is a BaseException
     declared.reraise_unless_library(e)
     raise DataError(f'{spec} cannot encode {text[:40]!r}: {" ".join(str(e).split())[:200]}') from e
 
 
-def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int], list[int] | None]:
-  """The ids that the post-processor adds before a text, after it, and between the end of a text
-  and a second one; None for the last if two texts are joined in another way."""
+def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int], list[int] | None, bool]:
+  """(prefix, suffix, middle, second_type) of a Vocab, from what the post-processor adds."""
   for probe in ('a', 'A', *texts.values()):
     bare = _encode(spec, tokenizer, probe).ids if probe else []
     if bare:
@@ -114,13 +114,10 @@ def _framing(spec, tokenizer, texts) -> tuple[list[int], list[int], list[int] | 
   if len(suffix) > 2 or (len(prefix) > 1 and not suffix):
     raise DataError(f'{spec} puts {len(prefix)} tokens before a text and {len(suffix)} after it; '
                     'supported: one or two after it, or one before it and none after it')
-  return prefix, suffix, _middle(tokenizer, probe, bare, prefix, suffix)
-
-
-def _middle(tokenizer, text, bare, prefix, suffix) -> list[int] | None:
-  pair = tokenizer.encode(text, text).ids
-  if not suffix or pair == [*bare, *bare]:      # a tokenizer that says nothing about pairs
-    return []
-  first, last = [*prefix, *bare, suffix[0]], [*bare, *suffix]
-  middle = pair[len(first):len(pair) - len(last)]
-  return middle if [*first, *middle, *last] == pair else None
+  pair = _encode(spec, tokenizer, probe, probe, framed=True)
+  if not suffix or pair.ids == [*bare, *bare]:      # a tokenizer that says nothing about pairs
+    return prefix, suffix, [], True
+  start, end = [*prefix, *bare, suffix[0]], [*bare, *suffix]
+  middle = pair.ids[len(start):len(pair.ids) - len(end)]
+  is_framed = [*start, *middle, *end] == pair.ids
+  return prefix, suffix, middle if is_framed else None, any(pair.type_ids)

@@ -174,8 +174,17 @@ def test_end_and_start_reach_the_rows_and_the_fingerprint():
   assert all(r['decoder_input_tokens'][0, 0] == 9 for r in rows)
   prints = [pipeline(**k).fingerprint for k in (
       {}, {'kind': 'encoder_decoder'}, {'eos': 1, 'start_id': 0},
-      {'kind': 'decoder'}, {'start_id': 2}, {'eos': 2})]
-  assert len(set(prints[:3])) == 1 and len(set(prints)) == 4
+      {'kind': 'decoder'}, {'start_id': 2}, {'eos': 2}, {'second_type': False})]
+  assert len(set(prints[:3])) == 1 and len(set(prints)) == 5
+
+
+@pytest.mark.parametrize('second_type', [True, False])
+def test_the_second_of_two_texts_may_have_its_own_type(second_type):
+  part = component('a', 1)
+  part.examples[0].update(inputs=np.array([5, 2, 6, 2], np.int32), targets=np.array([1], np.int32))
+  p = Pipeline([part], {'inputs': 5, 'targets': 1}, batch_size=1, seed=3, kind='encoder', eos=2,
+               second_type=second_type)
+  assert p.batch(0)['encoder_token_types'].tolist() == [[0, 0, *[int(second_type)] * 2, 0]]
 
 
 def test_position_is_small_and_knows_its_data():

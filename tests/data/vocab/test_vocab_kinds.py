@@ -174,7 +174,7 @@ def test_a_tokenizer_that_closes_texts(tmp_path):
   first = v.size - 4
   assert (v.prefix, v.eos_id, v.bos_id, v.pad_id, v.mask_id) == (
       (first,), first + 1, first, first + 2, first + 3)
-  assert not v.starts_with_bos
+  assert not v.starts_with_bos and not v.second_type      # its tokens all have type 0
   assert v.frame('a', 'b') == [first, *v.encode('a'), first + 1, first + 1, *v.encode('b'),
                                first + 1]
   joined = lambda t: processors.TemplateProcessing(
