@@ -110,6 +110,10 @@ def _parse(argv):
   add('--top-k', type=int, metavar='K', help='sample from the K most likely tokens (default: all)')
   add('--top-p', type=float, metavar='P',
       help='sample from the most likely tokens that have probability P together (default: 1)')
+  for name in ('source', 'target'):
+    add(f'--{name}-language', metavar='CODE',
+        help=f'{name} language of mBART, M2M100 and NLLB, as their tokenizers write it, e.g. '
+             "deu_Latn (default: the model's)")
   add('--seed', type=int, help='seed of the sampling (default: 0)')
   return parser.parse_args(argv)
 
@@ -131,8 +135,11 @@ def _outputs(model, use: str, args, inputs: list) -> Iterator:
   """Returns an iterator of outputs, one per input, in order."""
   options = dict(length=args.max_length, beams=args.beams, temperature=args.temperature,
                  top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+  languages = dict(source_language=args.source_language, target_language=args.target_language)
   if use == 'generate':
-    return _generate(model, inputs, args.task, options)
+    return _generate(model, inputs, args.task, options | languages)
+  if any(languages.values()):
+    raise UsageError(f'--source-language and --target-language are for texts, not for --{use}')
   if use == 'classify' and model.model.class_of == 'span':
     return _answers(model, inputs)
   texts = [_text(item, number, pairs=use == 'classify')

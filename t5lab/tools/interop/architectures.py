@@ -49,7 +49,8 @@ TABLE = (
                  t5gemma.T5GEMMA, 'both stacks must have one size'),
     Architecture('T5Gemma 2 (text)', ('t5gemma2',), ('T5Gemma2ForConditionalGeneration',),
                  ('t5gemma2',), t5gemma.T5GEMMA2,
-                 'only read, without its image encoder; needs `[parity]`'),
+                 'only read, without its image encoder and the embedding of the '
+                 'token that ends an image; needs `[parity]`'),
     Architecture('BART', ('bart',), ('BartForConditionalGeneration',), ('bart',), bart.BART),
     Architecture('mBART, mBART-50', ('mbart',), ('MBartForConditionalGeneration',),
                  ('mbart', 'mbart50'), bart.MBART),

@@ -342,6 +342,16 @@ def test_generation_into_a_language(tmp_path, capsys):
   with pytest.raises(UsageError, match="has no language 'zz'"):
     lab.generate(['a text'], target_language='zz')
 
+  # And on the command line.
+  texts = tmp_path / 'texts'
+  texts.write_text('a text\n')
+  argv = ['infer', '--workdir', tmp_path / 'ours', '--input', texts, '--source-language', 'fr']
+  assert cli.main([*map(str, argv), '--target-language', 'zu', '--max-length', '6',
+                   '--beams', '1']) == 0
+  assert capsys.readouterr().out == f'{expected}\n'
+  assert cli.main([*map(str, argv), '--embed']) == 2
+  assert '--target-language are for texts, not for --embed' in capsys.readouterr().err
+
 
 def test_another_id_is_a_refusal_with_the_text_and_both_ids(tmp_path, capsys, monkeypatch):
   source = checkpoint(tmp_path / 'source', 'byt5', 384)
