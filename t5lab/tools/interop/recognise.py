@@ -200,12 +200,14 @@ def with_tables(config: Mapping, reader: TensorReader) -> tuple[dict, TensorRead
                      f'{rows[head]}; both must have one for every id (config.json: vocab_size='
                      f'{show(declared)})')
   is_number = type(declared) is int and declared > 0
-  has_two = config.get('decoder_vocab_size') not in (None, declared)      # Marian, refused later
+  # Marian with two tables; read_config refuses unlike sizes.
+  has_two = config.get('share_encoder_decoder_embeddings') is False and (
+      config.get('decoder_vocab_size') not in (None, declared))
   if (is_number and rows and declared not in rows.values() and not has_two
       and not str(kind).startswith('t5gemma')):
     name, count = next(iter(rows.items()))
     config['vocab_size'] = count
-    if config.get('decoder_vocab_size') == declared:      # Marian
+    if 'decoder_vocab_size' in config:      # Marian
       config['decoder_vocab_size'] = count
     notes.append(f'config.json: vocab_size={declared}, but {name} has {count} rows: read with '
                  f'{count}')

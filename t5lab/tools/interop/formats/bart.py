@@ -48,11 +48,11 @@ def _fields(config, shapes):
       raise UsageError(f'config.json: encoder_{key}={config[f"encoder_{key}"]!r} and decoder_{key}='
                        f'{config[f"decoder_{key}"]!r}; both stacks must be equal')
   size, target_size = config['vocab_size'], config.get('decoder_vocab_size')
-  if target_size not in (None, size):
+  is_shared = config.get('share_encoder_decoder_embeddings') is not False
+  if not is_shared and target_size not in (None, size):
     raise UsageError(f'config.json: vocab_size={size!r} and decoder_vocab_size={target_size!r}; '
                      'both vocabularies must have one size')
-  fields = dict(shared_embedding=config.get('share_encoder_decoder_embeddings') is not False,
-                logit_bias='final_logits_bias' in shapes)
+  fields = dict(shared_embedding=is_shared, logit_bias='final_logits_bias' in shapes)
   if config['model_type'] == 'm2m_100':     # padding has the row before the first position
     fields['position_offset'] = integer(config, 'pad_token_id', 1) + 1
   if config.get('tie_word_embeddings') is False:
