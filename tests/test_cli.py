@@ -195,12 +195,17 @@ def talker(tmp_path_factory):
   return saved(folder, 'llama2/7b', 'tokenizer.json', start_id=1, eos_id=2)
 
 
-@pytest.fixture(scope='module')
-def filler(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('filler')
+def with_letters(folder):
+  """Writes BERT's vocabulary of single letters."""
   (folder / 'vocabulary').mkdir()
   words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS]
   (folder / 'vocabulary' / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def filler(tmp_path_factory):
+  folder = with_letters(tmp_path_factory.mktemp('filler'))
   return saved(folder, 'bert/base', 'vocab.txt', eos_id=3, max_length=32)
 
 
@@ -250,10 +255,7 @@ def test_fill_mask_shows_the_best_words_of_each_mask(filler, capsys, monkeypatch
 
 @pytest.fixture(scope='module')
 def judge(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('judge')
-  (folder / 'vocabulary').mkdir()
-  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS]
-  (folder / 'vocabulary' / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  folder = with_letters(tmp_path_factory.mktemp('judge'))
   return saved(folder, 'minilm/l6', 'vocab.txt', eos_id=3, max_length=32, classes=3,
                labels=('good', 'bad', 'fair'))
 

@@ -119,7 +119,7 @@ def _parse(argv):
 
 
 def _default_use(lab) -> str:
-  """What a model does if no option says it."""
+  """The use of a model without an option that names one."""
   model = lab.model
   if model.classes:
     return 'classify'

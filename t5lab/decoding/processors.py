@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 class Read(NamedTuple):
-  """What the rows hold when their next token is chosen.
+  """The state of the rows when their next token is chosen.
 
   ids: int[B, S], the start token or the prompt and then the output; the first `count` count.
   new: int[B] or int[], tokens generated so far. left: likewise, tokens that may follow.

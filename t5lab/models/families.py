@@ -308,7 +308,7 @@ ROWS = {
     # Liu et al. 2020 (2001.08210); Tang et al. 2020 (2008.00401): 52 languages.
     'mbart/large': ('bart/large', dict(post_norm=False, embed_scale=True, vocab_size=250027)),
     'mbart50/large': ('mbart/large', dict(vocab_size=250054)),
-    # Roller et al. 2021 (2004.13637), as distilled: two layers of encoder, twelve of decoder.
+    # Roller et al. 2021 (2004.13637), the distilled model: 2 encoder layers, 12 decoder layers.
     'blenderbot/400m': ('mbart/large', dict(
         d_model=1280, d_ff=5120, n_heads=32, d_head=40, enc_layers=2, dec_layers=12,
         embed_norm=False, position_offset=0, max_length=128, vocab_size=8008, pad_id=0,

@@ -1,4 +1,4 @@
-"""What Lab.embed and Lab.encode give to the model: ids with special tokens, prompts, features.
+"""Model inputs of Lab.embed and Lab.encode: ids with special tokens, prompts, features.
 
 Texts are tokenized and cut as sentence-transformers does it.
 """

@@ -1,4 +1,4 @@
-"""What an encoder says about single tokens: masked ones, their classes, the span of an answer."""
+"""Outputs of an encoder for single tokens: filled masks, classes, the span of an answer."""
 
 from typing import Any
 
@@ -70,10 +70,14 @@ class TokenOutputs:
       if not len(masks):
         raise UsageError(f'text {i + 1} of {len(texts)} has no {self.vocab.pieces([mask])[0]}: '
                          f'{texts[i]!r}')
-    best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
-    probs, ids = self._map(rows, best)
+    probs, ids = self._most_probable(rows, k)
     choices = lambda i, j: list(zip(self.vocab.pieces(ids[i, j]), map(float, probs[i, j])))
     return [[choices(i, j) for j in masks] for i, masks in enumerate(positions)]
+
+  def _most_probable(self, rows, k: int):
+    """(probabilities, indices), each [n, T, k], of the k best outputs at every token."""
+    best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), k)
+    return self._map(rows, best)
 
   def tag(self, texts) -> list[list[tuple[str, str, float]]]:
     """For each text, (piece, label, probability) of each of its tokens: the most probable label.
@@ -87,8 +91,7 @@ class TokenOutputs:
     if not texts:
       return []
     rows = [self._row(text) for text in texts]
-    best = lambda batch: jax.lax.top_k(jax.nn.softmax(self._apply('__call__', batch)), 1)
-    probs, classes = self._map(rows, best)
+    probs, classes = self._most_probable(rows, 1)
     start, end = len(self.vocab.prefix), 1 + len(self.vocab.suffix)
     out = []
     for i, row in enumerate(rows):

@@ -85,7 +85,7 @@ def build(spec: str, name: str, data: bytes, contents: Mapping[str, bytes], sett
 
 
 def is_model_config(path) -> bool:
-  """Whether the file is the config.json of a Hugging Face model; a run of ours has its own kind."""
+  """True for the config.json of a Hugging Face model, False for that of a t5lab run."""
   if not path.is_file():
     return False
   try:

@@ -27,7 +27,7 @@ FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')      # of a
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What the files hold.
+  """The content of the files.
 
   kind: 'BPE', 'Unigram', 'WordPiece' or 'WordLevel'. vocab: {token: id}, for Unigram [(token,
   score)]. post_processor: of a tokenizer.json. pieces: the sentencepiece model, if it was one.

@@ -55,8 +55,11 @@ class Settings:
 
 
 def raw_settings(generation: Mapping | None, hf_config: Mapping) -> dict[str, Any]:
-  """What transformers generates by: the content of generation_config.json, or None if there is
-  none, and that of config.json."""
+  """The settings that transformers uses.
+
+  generation: the content of generation_config.json; None if there is no such file. hf_config: that
+  of config.json.
+  """
   if generation is not None:
     return dict(generation)
   # Of a model made of others, the decoder's keys fill in what the outer ones leave open.

@@ -36,7 +36,7 @@ def tensor_rows(c: TransformerConfig) -> list[TensorRow]:
 
 
 def layer_rows(c, path, name, norms, i):
-  biased = {'none': '', 'qkv': 'qkv', 'qkvo': 'qkvo'}[c.attn_bias]
+  biased = '' if c.attn_bias == 'none' else c.attn_bias
   rows = module_rows(path, name, {**ATTENTION, **GATED_MLP, **norms}, i, bias=False)
   if c.qk_norm:
     rows += module_rows(path, name, {'attn/q_norm': 'self_attn.q_norm',
@@ -204,7 +204,7 @@ def _format(model_type: str, family: str, cls: str, *, kv_heads=None, d_head=Non
     keys = dict(num_key_value_heads=c.kv_heads, max_position_embeddings=c.max_length or 2048,
                 attention_bias=c.attn_bias == 'qkvo') | rope_keys(c)
     keys[act] = 'gelu_pytorch_tanh' if c.acts[0] == 'gelu' else THEIR_ACTS.get(c.acts[0], c.acts[0])
-    if pattern:
+    if model_type == 'mistral':
       keys['sliding_window'] = c.window or None
     if model_type.startswith('qwen'):
       keys.update(use_sliding_window=c.window > 0)

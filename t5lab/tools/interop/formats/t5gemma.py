@@ -7,15 +7,13 @@ from t5lab.tools.interop.tensor_map import TRANSPOSE, TensorRow, module_rows
 
 
 def _rows(c):
-  rows = [TensorRow('embedding', 'model.encoder.embed_tokens.weight'),
-          TensorRow('target_embedding', 'model.decoder.embed_tokens.weight')]
+  """The rows of both: T5Gemma 2 has one table of embeddings and no cross-attention of its own."""
+  rows = [TensorRow('embedding', 'model.encoder.embed_tokens.weight')]
+  if not c.shared_embedding:
+    rows.append(TensorRow('target_embedding', 'model.decoder.embed_tokens.weight'))
   if not c.tied:
     rows.append(TensorRow('logits/kernel', 'lm_head.out_proj.weight', op=TRANSPOSE))
-  return rows + _stack_rows(c)
-
-
-def _stack_rows(c):
-  rows, norms = [], {}
+  norms = {}
   for ours, theirs in (('attn', 'self_attn'), ('mlp', 'feedforward')):
     norms |= {f'{ours}_norm': f'pre_{theirs}_layernorm',
               f'{ours}_output_norm': f'post_{theirs}_layernorm'}
@@ -65,13 +63,6 @@ def _keys(c):
   return dict(encoder=encoder, decoder=decoder, tie_word_embeddings=c.tied, vocab_size=c.vocab_size)
 
 
-def _second_rows(c):
-  rows = [TensorRow('embedding', 'model.encoder.embed_tokens.weight')]
-  if not c.tied:
-    rows.append(TensorRow('logits/kernel', 'lm_head.out_proj.weight', op=TRANSPOSE))
-  return rows + _stack_rows(c)
-
-
 def _second_fields(config, shapes):
   """Both stacks are configs of Gemma 3; that of the encoder is beside an image encoder's."""
   require(config, is_encoder_decoder=True)
@@ -99,7 +90,7 @@ def _name_there(name: str) -> str:
 _with_prefix = prefixed('model.', 'lm_head')
 
 T5GEMMA2 = Format(
-    _second_rows, 't5gemma2/270m_270m', {}, _second_fields,
+    _rows, 't5gemma2/270m_270m', {}, _second_fields,
     dict(model_type='t5gemma2', is_encoder_decoder=True),
     lambda c, kind: 'T5Gemma2ForConditionalGeneration', other_keys=_second_keys,
     canonical=lambda name: _with_prefix(name).replace('encoder.text_model.', 'encoder.'),
